@@ -1,0 +1,218 @@
+"""The network's attention sites as modules that read control tensors.
+
+Spatial and cross-attention sites are diffusers attention processors. A temporal transformer is
+replaced by `TemporalTransformer`, which owns the very parameters of the module it replaces and
+keeps its tensors [rows, frames, tokens, channels], so that no frame is moved into the batch and
+back. Both read what the current forward pass is given from a `Signal`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kinetiq.control_tensors import ControlTensors, at_site
+from kinetiq.errors import CheckpointError
+from kinetiq.kernels import frame_attention, query_attention
+from kinetiq.kernels.query_attention import reduce_leak
+from kinetiq.profiling import span
+
+
+@dataclass
+class Signal:
+    """What the forward pass that is under way was given; written by the denoiser alone."""
+
+    frames: int = 1
+    controls: ControlTensors = ControlTensors()  # noqa: RUF009  frozen, so safe to share
+
+
+class SpatialProcessor:
+    """Self-attention of a frame to itself, with queries chosen by `QueryControl`."""
+
+    def __init__(self, site: int, signal: Signal) -> None:
+        self._site = site
+        self._signal = signal
+
+    def __call__(
+        self,
+        attention: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Follow diffusers' protocol of attention processors."""
+        _refuse(attention, attention_mask, options)
+        with span("spatial attention"):
+            frames = self._signal.frames
+            rows = hidden_states.unflatten(0, (-1, frames))
+            query, key, value = (
+                project(rows) for project in (attention.to_q, attention.to_k, attention.to_v)
+            )
+            query, row, blend = _controlled_query(query, self._site, self._signal)
+            out = query_attention(
+                query, key, value, heads=attention.heads, query_row=row, query_blend=blend
+            )
+            return _project_out(attention, out.flatten(0, 1))
+
+
+class CrossProcessor:
+    """Attention of all frames of a row to its prompt, whose keys are computed once a row."""
+
+    def __init__(self, signal: Signal) -> None:
+        self._signal = signal
+
+    def __call__(
+        self,
+        attention: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Follow diffusers' protocol of attention processors."""
+        _refuse(attention, attention_mask, options)
+        if encoder_hidden_states is None:
+            raise CheckpointError("cross-attention: the network must be given a prompt, got none")
+        with span("cross attention"):
+            frames = self._signal.frames
+            query = attention.to_q(hidden_states).unflatten(0, (-1, frames))
+            text = encoder_hidden_states  # one a row, or repeated for each frame by the network
+            if text.shape[0] != query.shape[0]:
+                text = text.unflatten(0, (-1, frames))[:, 0]
+            key, value = attention.to_k(text)[:, None], attention.to_v(text)[:, None]
+            out = query_attention(query, key, value, heads=attention.heads)
+            return _project_out(attention, out.flatten(0, 1))
+
+
+class TemporalTransformer(nn.Module):
+    """A temporal transformer that reads control tensors; shares the replaced module's parameters.
+
+    GroupNorm over each row's frames, projection, blocks of frame position, self-attention over
+    frames (one or two) and feed-forward, projection, residual: what diffusers'
+    `AnimateDiffTransformer3D` and `TransformerTemporalModel` compute.
+
+    Args:
+        replaced: the module it stands in for.
+        sites: for each block, the site indices of its self-attentions.
+        signal: where the current forward pass's controls are read.
+    """
+
+    def __init__(self, replaced: nn.Module, sites: list[list[int]], signal: Signal) -> None:
+        super().__init__()
+        self.norm = replaced.norm
+        self.proj_in = replaced.proj_in
+        self.transformer_blocks = replaced.transformer_blocks
+        self.proj_out = replaced.proj_out
+        self._sites = sites
+        self._signal = signal
+        self._returns_tuple = type(replaced).__name__ == "TransformerTemporalModel"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        num_frames: int = 1,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """Map [rows * frames, channels, h, w] to the same, as the replaced module does."""
+        with span("temporal transformer"):
+            height, width = hidden_states.shape[-2:]
+            rows = hidden_states.unflatten(0, (-1, num_frames)).flatten(3)  # [R, F, C, tokens]
+            tokens = self.proj_in(_group_norm(rows, self.norm).transpose(2, 3))
+            for block, sites in zip(self.transformer_blocks, self._sites, strict=True):
+                tokens = self._block(block, sites, tokens)
+            out = self.proj_out(tokens).transpose(2, 3).unflatten(3, (height, width)).flatten(0, 1)
+            out = out + hidden_states
+        return (out,) if self._returns_tuple else out
+
+    def _block(self, block: Any, sites: list[int], tokens: Tensor) -> Tensor:
+        pairs = [(block.norm1, block.attn1)]
+        if block.attn2 is not None:
+            pairs.append((block.norm2, block.attn2))
+        for (norm, attention), site in zip(pairs, sites, strict=True):
+            normed = norm(tokens)
+            if block.pos_embed is not None:
+                normed = normed + block.pos_embed.pe[:, : normed.shape[1], None].to(normed.dtype)
+            tokens = tokens + self._attend(attention, site, normed)
+        return tokens + block.ff(block.norm3(tokens))
+
+    def _attend(self, attention: Any, site: int, normed: Tensor) -> Tensor:
+        query, key, value = (
+            project(normed) for project in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        query, row, blend = _controlled_query(query, site, self._signal)
+        deviation = self._signal.controls.deviation
+        share = None
+        if deviation is not None:
+            share = deviation.blend[site]
+            if deviation.region is not None:
+                share = share[:, None, None] * at_site(deviation.region, normed.shape[2])
+        out = frame_attention(
+            query,
+            key,
+            value,
+            heads=attention.heads,
+            query_row=row,
+            query_blend=blend,
+            deviation_row=None if deviation is None else deviation.row[site],
+            deviation_blend=share,
+            deviation_parts=None if deviation is None else deviation.parts,
+        )
+        return _project_out(attention, out)
+
+
+def _controlled_query(
+    query: Tensor, site: int, signal: Signal
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The query tensor, the row index and the blend that a site hands to its operator."""
+    control = signal.controls.query
+    if control is None:
+        return query, None, None
+    row, blend = control.row[site], control.blend
+    if blend.ndim == 4:
+        blend = at_site(blend, query.shape[2])
+    if control.reduced is None:
+        return query, row, blend
+    moved = reduce_leak(query, row, control.reduced)
+    share = blend.to(query.dtype).reshape(*blend.shape, *([1] * (query.ndim - blend.ndim)))
+    own = torch.arange(len(row), device=row.device) == row
+    share = torch.where(own.reshape(-1, 1, 1, 1), torch.zeros_like(share), share)
+    return torch.lerp(query, moved, share), None, None
+
+
+def _group_norm(rows: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """GroupNorm of [rows, frames, channels, tokens] with statistics over all frames of a row."""
+    grouped = rows.unflatten(2, (norm.num_groups, -1))
+    wide = grouped.to(torch.promote_types(rows.dtype, torch.float32))
+    variance, mean = torch.var_mean(wide, dim=(1, 3, 4), correction=0, keepdim=True)
+    normed = ((wide - mean) * torch.rsqrt(variance + norm.eps)).flatten(2, 3)
+    return (normed * norm.weight[:, None] + norm.bias[:, None]).to(rows.dtype)
+
+
+def _project_out(attention: Any, out: Tensor) -> Tensor:
+    projected: Tensor = attention.to_out[1](attention.to_out[0](out))
+    return projected / attention.rescale_output_factor
+
+
+def _refuse(attention: Any, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
+    """Features of diffusers' attention that no supported network uses are refused, not ignored."""
+    unused = {
+        "an attention mask": attention_mask is not None,
+        "group_norm": attention.group_norm is not None,
+        "spatial_norm": attention.spatial_norm is not None,
+        "norm_q": attention.norm_q is not None,
+        "a residual connection": attention.residual_connection,
+        "options " + ", ".join(options): bool(options),
+    }
+    found = [name for name, present in unused.items() if present]
+    if found:
+        raise CheckpointError(
+            f"attention: the network must use plain attention modules, got {', '.join(found)}"
+        )

@@ -1,0 +1,71 @@
+"""What controls are to the network: tensors, with one entry a row.
+
+A control is data, never a graph change: the network reads these tensors at its attention sites,
+and changing their values changes no code path. Which *kinds* of control are present does, so a
+kind that no row uses is None and costs nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name everyone knows
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class QueryControl:
+    """Whose queries each row uses at each site.
+
+    Args:
+        row: int64 [sites, rows]; a row's own index is no injection.
+        blend: [rows], or [rows, frames, h, w] for regions; the share of the other row's queries.
+        reduced: bool [rows], or None: whether the queries keep the row's own mean over frames.
+    """
+
+    row: Tensor
+    blend: Tensor
+    reduced: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DeviationControl:
+    """Whose deviation from the mean over frames each row takes at each temporal site.
+
+    Args:
+        row: int64 [sites, rows]; a row's own index is no injection.
+        blend: [sites, rows], the share of the other row's deviation; 0 where not injected.
+        region: [rows, frames, h, w] factor on the blend, or None.
+        parts: [rows, 3], factor on the blend for q, k and v.
+    """
+
+    row: Tensor
+    blend: Tensor
+    parts: Tensor
+    region: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ControlTensors:
+    """The controls of one forward pass; None is a kind that no row uses."""
+
+    query: QueryControl | None = None
+    deviation: DeviationControl | None = None
+
+
+def at_site(mask: Tensor, tokens: int) -> Tensor:
+    """A latent-sized mask [rows, frames, h, w] at a site's resolution, [rows, frames, tokens].
+
+    The network halves the latents level by level, rounding up; the mask is averaged over the
+    area of each token.
+    """
+    height, width = mask.shape[-2:]
+    while height * width > tokens:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    if (height, width) != tuple(mask.shape[-2:]):
+        mask = F.interpolate(mask, size=(height, width), mode="area")
+    return mask.flatten(2)
+
+
+def no_injection(sites: int, rows: int) -> Tensor:
+    """Row indices under which every row uses its own, int64 [sites, rows]."""
+    return torch.arange(rows).repeat(sites, 1)

@@ -1,0 +1,123 @@
+"""The denoiser: a network with our attention at its sites, and what it is given each step.
+
+`attach` puts processors and temporal modules into a loaded diffusers network; `detach` puts the
+stock ones back, so that the network is bit for bit what it was. diffusers' own forward methods
+are never patched.
+"""
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from kinetiq.attention import CrossProcessor, Signal, SpatialProcessor, TemporalTransformer
+from kinetiq.control_tensors import ControlTensors
+from kinetiq.families import (
+    Family,
+    Site,
+    SiteKind,
+    detect_family,
+    list_sites,
+    temporal_transformers,
+)
+
+NO_CONTROLS = ControlTensors()
+
+
+class Denoiser(Protocol):
+    """What every back end offers: one prediction for a batch of rows."""
+
+    family: Family
+    sites: tuple[Site, ...]
+
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, text: Tensor, controls: ControlTensors
+    ) -> Tensor:
+        """Return the network's output.
+
+        Args:
+            latents: [rows, channels, frames, h, w], scaled as the network wants them.
+            timesteps: [rows]; rows may be at different steps.
+            text: [rows, tokens, width].
+            controls: one entry a row.
+        """
+        ...
+
+
+class EagerDenoiser:
+    """A diffusers network run by PyTorch as it is."""
+
+    def __init__(self, network: Any) -> None:
+        self.family = detect_family(network)
+        self.sites = list_sites(network, self.family)
+        self.network = network
+        self._signal = Signal()
+        self._processors: dict[str, Any] = {}
+        self._transformers: dict[str, nn.Module] = {}
+
+    @property
+    def attached(self) -> bool:
+        """Whether our modules are in the network."""
+        return bool(self._transformers)
+
+    def attach(self) -> "EagerDenoiser":
+        """Put our attention into the network; attaching twice is attaching once."""
+        if self.attached:
+            return self
+        index = {site.name: number for number, site in enumerate(self.sites)}
+        for site in self.sites:
+            if site.kind is SiteKind.TEMPORAL:
+                continue
+            module = self.network.get_submodule(site.name)
+            self._processors[site.name] = module.processor
+            module.processor = (
+                SpatialProcessor(index[site.name], self._signal)
+                if site.kind is SiteKind.SPATIAL
+                else CrossProcessor(self._signal)
+            )
+        for name in temporal_transformers(self.network, self.family):
+            replaced = self.network.get_submodule(name)
+            sites = [
+                [
+                    index[f"{name}.transformer_blocks.{number}.{attention}"]
+                    for attention in ("attn1", "attn2")
+                    if f"{name}.transformer_blocks.{number}.{attention}" in index
+                ]
+                for number in range(len(replaced.transformer_blocks))
+            ]
+            self._transformers[name] = replaced
+            _set_submodule(self.network, name, TemporalTransformer(replaced, sites, self._signal))
+        return self
+
+    def detach(self) -> Any:
+        """Put the stock modules back and return the network."""
+        for name, module in self._transformers.items():
+            _set_submodule(self.network, name, module)
+        for name, processor in self._processors.items():
+            self.network.get_submodule(name).processor = processor
+        self._transformers.clear()
+        self._processors.clear()
+        return self.network
+
+    def predict(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        controls: ControlTensors = NO_CONTROLS,
+    ) -> Tensor:
+        """Return the network's output; see `Denoiser.predict`."""
+        self._signal.frames, self._signal.controls = latents.shape[2], controls
+        try:
+            out: Tensor = self.network(latents, timesteps, text, return_dict=False)[0]
+        finally:
+            self._signal.controls = NO_CONTROLS
+        return out
+
+
+def _set_submodule(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    owner = network.get_submodule(parent)
+    if isinstance(owner, nn.ModuleList):
+        owner[int(last)] = module
+    else:
+        setattr(owner, last, module)

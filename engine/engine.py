@@ -1,0 +1,366 @@
+"""The engine: requests in, clips out."""
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, overload
+
+import attrs
+import torch
+from torch import Tensor
+
+from kinetiq.checkpoint import Checkpoint, load_checkpoint
+from kinetiq.clip import Clip
+from kinetiq.controls import resolve_controls
+from kinetiq.denoiser import Denoiser, EagerDenoiser
+from kinetiq.errors import CheckpointError, KinetiqError, NonFiniteError, RequestError
+from kinetiq.families import FAMILIES, Family
+from kinetiq.generation import Progress, denoise, in_order, no_progress
+from kinetiq.profiling import span
+from kinetiq.request import Request, ResolvedRequest
+from kinetiq.sampler import build_sampler_table
+from kinetiq.source import ResolvedSource, Source, resolve_source
+from kinetiq.text import encode_prompts
+
+BACKENDS = ("eager",)
+MAX_CLIPS = 8
+_DECODED_FRAMES = 16  # frames the VAE decodes at a time, as diffusers does
+_KEPT_SOURCES = 16  # encoded references and prompts that one call keeps
+_KEPT_PROMPTS = 256
+
+
+@attrs.frozen
+class Defaults:
+    """What a request leaves out, for one checkpoint; `kinetiq.json` in its folder may say it."""
+
+    frames: int
+    height: int
+    width: int
+    steps: int
+    guidance_scale: float
+    fps: float
+
+
+class Engine:
+    """A loaded model that turns requests into clips.
+
+    Use `Engine.load`; a `with` block detaches the network at its end.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, denoiser: Denoiser) -> None:
+        self.checkpoint = checkpoint
+        self.denoiser = denoiser
+        self.family: Family = FAMILIES[checkpoint.family]
+        self.vae_scale = 2 ** (len(checkpoint.vae.config.block_out_channels) - 1)
+        self.defaults = read_defaults(checkpoint, self.family, self.vae_scale)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        motion_adapter: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str | None = None,
+        backend: str = "eager",
+        variant: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> "Engine":
+        """Load a model.
+
+        Args:
+            source: "sprites" (embedded), a diffusers folder, or a hub id.
+            motion_adapter: folder or hub id of an AnimateDiff motion adapter, where `source` is
+                an image model.
+            device: "cpu", "cuda" or "cuda:<index>".
+            dtype: "float32", "bfloat16" or "float16"; None is float32.
+            backend: what runs the denoiser; one of `BACKENDS`.
+            variant: of the weights files, such as "fp16".
+            revision: branch, tag or commit of a hub repository.
+            local_files_only: use only what is downloaded already.
+
+        Raises:
+            CheckpointError: the model cannot be loaded.
+            RequestError: an option has no meaning.
+            MissingDependencyError: the device is not there.
+        """
+        if backend not in BACKENDS:
+            raise RequestError(
+                f"load: backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
+            )
+        checkpoint = load_checkpoint(
+            source,
+            motion_adapter=motion_adapter,
+            device=device,
+            dtype=dtype,
+            variant=variant,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+        return cls(checkpoint, EagerDenoiser(checkpoint.unet).attach())
+
+    def close(self) -> None:
+        """Take our modules out of the network again."""
+        if isinstance(self.denoiser, EagerDenoiser):
+            self.denoiser.detach()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def generate(
+        self, prompt: str, control: Any = None, *, progress: Progress = no_progress, **options: Any
+    ) -> Clip:
+        """Generate one clip; the options are those of `Request`."""
+        request = Request.from_options(prompt, {"control": control, **options})
+        return next(self.generate_many([request], progress=progress))
+
+    @overload
+    def generate_many(
+        self,
+        requests: Iterable[Request],
+        *,
+        on_error: Literal["raise"] = "raise",
+        max_clips: int = MAX_CLIPS,
+        progress: Progress = no_progress,
+    ) -> Iterator[Clip]: ...
+
+    @overload
+    def generate_many(
+        self,
+        requests: Iterable[Request],
+        *,
+        on_error: Literal["return"],
+        max_clips: int = MAX_CLIPS,
+        progress: Progress = no_progress,
+    ) -> Iterator[Clip | KinetiqError]: ...
+
+    def generate_many(
+        self,
+        requests: Iterable[Request],
+        *,
+        on_error: str = "raise",
+        max_clips: int = MAX_CLIPS,
+        progress: Progress = no_progress,
+    ) -> Iterator[Clip | KinetiqError]:
+        """Generate clips in batches and yield them in the order of the requests.
+
+        Prompts, seeds, step counts, samplers, guidance and controls may all differ within a
+        batch; clips of another shape wait until those before them are done. Requests are drawn
+        as room allows, so `requests` may be endless.
+
+        Args:
+            requests: what to generate.
+            on_error: "raise" what goes wrong when its turn comes, or "return" it in the clip's
+                place and go on.
+            max_clips: clips in a batch.
+            progress: told of ("denoising" or "decoding", done, total).
+        """
+        if on_error not in ("raise", "return"):
+            raise RequestError(f"on_error: must be 'raise' or 'return', got {on_error!r}")
+        for latents, request in in_order(self._sample(requests, max_clips, progress)):
+            result = latents
+            if not isinstance(latents, KinetiqError):
+                try:
+                    result = self.decode(latents, request.fps, progress)
+                except KinetiqError as error:
+                    result = error
+            if on_error == "raise" and isinstance(result, KinetiqError):
+                raise result
+            yield result
+
+    def generate_latents(
+        self,
+        requests: Iterable[Request],
+        *,
+        max_clips: int = MAX_CLIPS,
+        progress: Progress = no_progress,
+    ) -> Iterator[Tensor]:
+        """Like `generate_many`, without decoding: [channels, frames, h, w] a request."""
+        for latents, _ in in_order(self._sample(requests, max_clips, progress)):
+            if isinstance(latents, KinetiqError):
+                raise latents
+            yield latents
+
+    def _sample(
+        self, requests: Iterable[Request], max_clips: int, progress: Progress
+    ) -> Iterator[tuple[int, tuple[Tensor | KinetiqError, Any]]]:
+        """(index, (latents or error, resolved request or None)), each as it is done."""
+        if max_clips < 1:
+            raise RequestError(f"max_clips: must be at least 1, got {max_clips}")
+        resolved: dict[int, ResolvedRequest] = {}
+
+        @functools.lru_cache(maxsize=_KEPT_PROMPTS)
+        def encode_text(prompt: str) -> Tensor:
+            with span("text"):
+                return encode_prompts(self.checkpoint, [prompt])[0]
+
+        encode_reference = self._reference_encoder()
+
+        def resolve_all() -> Iterator[tuple[int, ResolvedRequest | KinetiqError]]:
+            for index, request in enumerate(requests):
+                try:
+                    resolved[index] = self.resolve(request, encode_reference)
+                except KinetiqError as error:
+                    yield index, error
+                else:
+                    yield index, resolved[index]
+
+        results = denoise(
+            resolve_all(),
+            self.denoiser,
+            encode_text,
+            channels=self.checkpoint.unet.config.in_channels,
+            device=self.checkpoint.device,
+            dtype=self.checkpoint.dtype,
+            max_clips=max_clips,
+            progress=progress,
+        )
+        for index, result in results:
+            yield index, (result, resolved.pop(index, None))
+
+    def resolve(
+        self,
+        request: Request,
+        encode_reference: Callable[[Source, int, int, int], ResolvedSource] | None = None,
+    ) -> ResolvedRequest:
+        """Fill in the checkpoint's defaults, resolve the controls, and check everything.
+
+        Raises:
+            RequestError: an option, or a combination of options, has no meaning here.
+        """
+        defaults = self.defaults
+        frames = request.frames or defaults.frames
+        height, width = request.height or defaults.height, request.width or defaults.width
+        for name, pixels in {"height": height, "width": width}.items():
+            if pixels % self.vae_scale:
+                raise RequestError(
+                    f"{name}: must be a multiple of {self.vae_scale} for {self.checkpoint.name}, "
+                    f"got {pixels}"
+                )
+        self._check_frames(frames)
+        guidance = request.guidance_scale
+        table = build_sampler_table(
+            request.sampler or self.checkpoint.scheduler,
+            self.checkpoint.scheduler_config,
+            request.steps or defaults.steps,
+            eta=request.eta,
+        )
+        encode = encode_reference or self._reference_encoder()
+        controls = resolve_controls(
+            request.control,  # type: ignore[arg-type]  # the converter made it a tuple
+            lambda source: encode(source, frames, height, width),
+            table.steps,
+            self.denoiser.sites,
+        )
+        return ResolvedRequest(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            seed=request.seed,
+            guidance_scale=defaults.guidance_scale if guidance is None else float(guidance),
+            frames=frames,
+            latent_height=height // self.vae_scale,
+            latent_width=width // self.vae_scale,
+            fps=request.fps or defaults.fps,
+            sampler=table,
+            controls=controls,
+        )
+
+    @torch.inference_mode()
+    def encode(self, clip: Clip) -> Tensor:
+        """Scaled latents of a clip, [channels, frames, h, w], float32; the posterior's mode."""
+        vae = self.checkpoint.vae
+        pixels = (clip.to_tensor() * 2 - 1).to(self.checkpoint.device, self.checkpoint.dtype)
+        with span("encode"):
+            parts = [
+                vae.encode(part).latent_dist.mode() for part in pixels.split(_DECODED_FRAMES)
+            ]
+        return torch.cat(parts).float().transpose(0, 1) * vae.config.scaling_factor
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, fps: float, progress: Progress = no_progress) -> Clip:
+        """The clip of scaled latents [channels, frames, h, w].
+
+        Raises:
+            NonFiniteError: a pixel is not finite.
+        """
+        vae = self.checkpoint.vae
+        frames = (latents / vae.config.scaling_factor).transpose(0, 1)
+        parts = frames.to(self.checkpoint.dtype).split(_DECODED_FRAMES)
+        pixels = []
+        for number, part in enumerate(parts):
+            with span("decode"):
+                pixels.append(vae.decode(part).sample.float())
+            progress("decoding", number + 1, len(parts))
+        video = torch.cat(pixels) / 2 + 0.5
+        if not bool(video.isfinite().all()):
+            raise NonFiniteError(
+                "decode: pixels must be finite, got NaN or infinity from the VAE; try dtype float32"
+            )
+        array = video.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        return Clip.from_array(array, fps)
+
+    def _reference_encoder(self) -> Callable[[Source, int, int, int], ResolvedSource]:
+        """Encodes references to the size of the clips they steer, each once."""
+
+        @functools.lru_cache(maxsize=_KEPT_SOURCES)
+        def latents(clip: Clip, frames: int, height: int, width: int) -> Tensor:
+            return self.encode(clip.resample(frames).resize(height, width))
+
+        def encode(source: Source, frames: int, height: int, width: int) -> ResolvedSource:
+            if frames < 2:
+                raise RequestError(
+                    f"frames: must be at least 2 where a reference gives the motion, got {frames}"
+                )
+            return resolve_source(source, latents(source.reference, frames, height, width))
+
+        return encode
+
+    def _check_frames(self, frames: int) -> None:
+        limit = getattr(self.checkpoint.unet.config, "motion_max_seq_length", None)
+        if limit is not None and frames > limit:
+            raise RequestError(
+                f"frames: must be at most {limit}, the positions that {self.checkpoint.name} "
+                f"knows, got {frames}"
+            )
+
+
+def read_defaults(checkpoint: Checkpoint, family: Family, vae_scale: int) -> Defaults:
+    """The checkpoint's own defaults where `kinetiq.json` says them, else the family's.
+
+    Raises:
+        CheckpointError: `kinetiq.json` is not of the right form.
+    """
+    sample_size = checkpoint.unet.config.sample_size or 64
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    values: dict[str, Any] = {
+        "frames": family.frames,
+        "height": height * vae_scale,
+        "width": width * vae_scale,
+        "steps": family.steps,
+        "guidance_scale": family.guidance_scale,
+        "fps": family.fps,
+    }
+    path = None if checkpoint.path is None else Path(checkpoint.path) / "kinetiq.json"
+    if path is not None and path.exists():
+        try:
+            said = json.loads(path.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"load: {path} must be JSON: {error}") from error
+        unknown = set(said) - set(values)
+        if unknown or not all(isinstance(value, int | float) for value in said.values()):
+            raise CheckpointError(
+                f"load: {path} must map {', '.join(values)} to numbers, got {said}"
+            )
+        values |= said
+    return Defaults(**values)

@@ -1,0 +1,103 @@
+"""What query injection and motion injection share: the reference's row and where it is read."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+from kinetiq.clip import Clip
+from kinetiq.errors import RequestError
+from kinetiq.source import Source
+
+
+def check_share(_: object, attribute: Any, value: object) -> None:
+    """Require a number from 0 to 1; an attrs validator."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool)
+    if not fits or not 0.0 <= value <= 1.0:  # type: ignore[operator]
+        raise RequestError(f"{attribute.name}: must be a number from 0 to 1, got {value!r}")
+
+
+def freeze_sites(value: str | Sequence[str]) -> str | tuple[str, ...]:
+    """Keep a word, freeze a list of site names; an attrs converter."""
+    return value if isinstance(value, str) else tuple(value)
+
+
+def _check_reference(_: object, __: object, value: object) -> None:
+    if not isinstance(value, Clip):
+        raise RequestError(
+            f"reference: must be a Clip, got {type(value).__name__}; read a file with Clip.read"
+        )
+    if value.num_frames < 2:
+        raise RequestError("reference: must have at least 2 frames to hold motion, got 1")
+
+
+def _one_of(*words: str) -> Any:
+    def check(_: object, attribute: Any, value: object) -> None:
+        if value not in words:
+            choice = " or ".join(map(repr, words))
+            raise RequestError(f"{attribute.name}: must be {choice}, got {value!r}")
+
+    return check
+
+
+@attrs.frozen(kw_only=True)
+class Injection:
+    """Base of the controls that read a source row.
+
+    Args:
+        reference: the clip whose motion is wanted.
+        until: share of the steps that are injected, from the first, 0 to 1.
+        halves: "both" halves of guidance, or "cond" alone.
+        region: bool or float mask [height, width] or [frames, height, width] of any size, 1 where
+            the motion is wanted; None: everywhere.
+        source_prompt: conditions the source row.
+        source_noise: "shared" by all steps, or "fresh" at each.
+        source_seed: of that noise; None: derived from the reference.
+    """
+
+    reference: Clip = attrs.field(kw_only=False, validator=_check_reference)
+    until: float = attrs.field(default=1.0, validator=check_share)
+    halves: str = attrs.field(default="both", validator=_one_of("both", "cond"))
+    region: Any = attrs.field(default=None, eq=False)
+    source_prompt: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
+    source_noise: str = attrs.field(default="shared", validator=_one_of("shared", "fresh"))
+    source_seed: int | None = None
+
+    @property
+    def source(self) -> Source:
+        """How the reference becomes a row."""
+        return Source(
+            self.reference, self.source_prompt, self.source_noise == "fresh", self.source_seed
+        )
+
+
+def injected_steps(until: float, steps: int) -> int:
+    """How many of `steps` are injected; any `until` above 0 injects at least the first."""
+    return 0 if until == 0 else max(1, round(until * steps))
+
+
+def resolve_region(region: Any, shape: Sequence[int]) -> Tensor | None:
+    """A region mask at the latents' size [frames, h, w], averaged over the area of each latent.
+
+    Raises:
+        RequestError: the mask has another rank or frame count, is empty, or is out of [0, 1].
+    """
+    if region is None:
+        return None
+    mask = torch.as_tensor(np.asarray(region), dtype=torch.float32)
+    frames, height, width = shape
+    if mask.ndim == 2:
+        mask = mask.expand(frames, *mask.shape)
+    if mask.ndim != 3 or mask.shape[0] != frames:
+        raise RequestError(
+            f"region: must be [height, width] or [frames = {frames}, height, width], "
+            f"got {list(np.shape(region))}"
+        )
+    if not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise RequestError("region: must hold numbers from 0 to 1, got others")
+    if not bool(mask.any()):
+        raise RequestError("region: must hold at least one place where motion is wanted, got none")
+    return torch.nn.functional.interpolate(mask[None], size=(height, width), mode="area")[0]

@@ -1,0 +1,207 @@
+"""The components of the embedded checkpoint: tokenizer, text encoder, VAE, UNet, scheduler.
+
+All of them are stock classes of diffusers and transformers, so that
+`diffusers.AnimateDiffPipeline.from_pretrained` loads the folder as it would any other.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kinetiq.sprites.world import COLOURS, MOTION_PHRASES, SHAPES, TEXTURES
+
+SIZE = 32  # pixels
+FRAMES = 8
+MAX_TOKENS = 24
+TEXT_WIDTH = 96
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+
+UNET = {
+    "sample_size": SIZE // 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlockMotion",) * 3,
+    "up_block_types": ("CrossAttnUpBlockMotion",) * 3,
+    "block_out_channels": (64, 128, 128),
+    "layers_per_block": 1,
+    "norm_num_groups": 16,
+    "cross_attention_dim": TEXT_WIDTH,
+    "num_attention_heads": (2, 4, 4),
+    "motion_num_attention_heads": (2, 4, 4),
+    "motion_max_seq_length": 32,
+    "use_motion_mid_block": True,
+}
+VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "mid_block_add_attention": False,
+    "sample_size": SIZE,
+}
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "linear",
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "timestep_spacing": "trailing",
+    "steps_offset": 0,
+}
+
+
+def vocabulary_words() -> list[str]:
+    """Every word a caption of the world can hold, sorted."""
+    words = {"a", "an", "and", "on", "dark", "background", "shape", *SHAPES, *TEXTURES, *COLOURS}
+    for phrase in MOTION_PHRASES.values():
+        words.update(phrase.split())
+    return sorted(words)
+
+
+def build_tokenizer(folder: Path) -> Any:
+    """Write a CLIP byte-pair vocabulary of the world's words to `folder` and load it.
+
+    Each word is one token, by a chain of merges from its letters; any other text falls back to
+    shorter pieces and letters, as with any CLIP tokenizer.
+    """
+    from transformers import CLIPTokenizer
+
+    letters = _byte_letters()
+    merges: list[tuple[str, str]] = []
+    for word in vocabulary_words():
+        pieces = _apply_merges([*word[:-1], word[-1] + "</w>"], merges)
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces = _apply_merges(pieces, merges[-1:])
+    tokens = [*letters, *(letter + "</w>" for letter in letters)]
+    tokens += [first + second for first, second in merges]
+    tokens += [_START, _END]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n")
+    lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": MAX_TOKENS,
+        "bos_token": _START,
+        "eos_token": _END,
+        "pad_token": _END,
+        "unk_token": _END,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def build_text_encoder(vocabulary_size: int, end_token: int) -> Any:
+    """A two-layer CLIP text encoder with random weights."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary_size,
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=TEXT_WIDTH,
+            eos_token_id=end_token,
+            bos_token_id=end_token - 1,
+            pad_token_id=end_token,
+        )
+    )
+
+
+def build_vae() -> Any:
+    """A convolutional VAE that halves the width, with random weights."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(**VAE)
+
+
+def build_unet() -> Any:
+    """The denoiser with random weights, off-centre taps of its ResNet kernels at zero."""
+    from diffusers import UNetMotionModel
+
+    unet = narrow_resnet_kernels(UNetMotionModel(**UNET))
+    with torch.no_grad():
+        for block, name in _resnet_convolutions(unet):
+            getattr(block, name).weight.mul_(3.0)  # a ninth of the fan-in, the same variance
+    return widen_resnet_kernels(unet)
+
+
+def build_scheduler() -> Any:
+    """DDIM with the noise schedule the network is trained on."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(**SCHEDULER)
+
+
+def narrow_resnet_kernels(unet: nn.Module) -> nn.Module:
+    """Replace the 3x3 kernels of the ResNet blocks by their centre taps, in place.
+
+    The embedded network leaves spatial mixing to attention, so that attention has work to do:
+    the off-centre taps are zero. As 1x1 kernels they cost a ninth in training.
+    """
+    for block, name in _resnet_convolutions(unet):
+        wide = getattr(block, name)
+        if wide.kernel_size == (3, 3):
+            narrow = nn.Conv2d(wide.in_channels, wide.out_channels, 1)
+            with torch.no_grad():
+                narrow.weight.copy_(wide.weight[:, :, 1:2, 1:2])
+                if wide.bias is not None and narrow.bias is not None:
+                    narrow.bias.copy_(wide.bias)
+            setattr(block, name, narrow.to(wide.weight))
+    return unet
+
+
+def widen_resnet_kernels(unet: nn.Module) -> nn.Module:
+    """Undo `narrow_resnet_kernels`: 3x3 kernels whose off-centre taps are zero, in place."""
+    for block, name in _resnet_convolutions(unet):
+        narrow = getattr(block, name)
+        if narrow.kernel_size == (1, 1):
+            wide = nn.Conv2d(narrow.in_channels, narrow.out_channels, 3, padding=1)
+            with torch.no_grad():
+                wide.weight.zero_()
+                wide.weight[:, :, 1:2, 1:2] = narrow.weight
+                if wide.bias is not None and narrow.bias is not None:
+                    wide.bias.copy_(narrow.bias)
+            setattr(block, name, wide.to(narrow.weight))
+    return unet
+
+
+def _resnet_convolutions(unet: nn.Module) -> list[tuple[nn.Module, str]]:
+    pattern = re.compile(r"resnets\.\d+$")
+    blocks = [block for name, block in unet.named_modules() if pattern.search(name)]
+    return [(block, name) for block in blocks for name in ("conv1", "conv2")]
+
+
+def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    """Merge adjacent pairs, lowest rank first, as byte-pair encoding does."""
+    for pair in merges:
+        merged: list[str] = []
+        for piece in pieces:
+            if merged and (merged[-1], piece) == pair:
+                merged[-1] += piece
+            else:
+                merged.append(piece)
+        pieces = merged
+    return pieces
+
+
+def _byte_letters() -> list[str]:
+    """The 256 printable stand-ins for bytes that CLIP's byte-pair encoding works on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]

@@ -1,0 +1,382 @@
+"""Train the embedded model: first its VAE on single frames, then text encoder and denoiser.
+
+The denoiser learns v-prediction (Salimans & Ho, arXiv:2202.00512, sec. 4) on latents of clips
+that are rendered afresh at every step, so it never sees a clip twice. The learning rate warms up,
+stays, and falls linearly to zero over the last `decay_steps`; what is shipped is an exponential
+moving average of the weights.
+
+The state is saved every `save_every` steps under a temporary name and renamed, so a run that is
+killed at any moment continues from its last save, and the last save is never half written.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kinetiq.denoiser import EagerDenoiser
+from kinetiq.errors import CheckpointError, OutputError, TrainingError
+from kinetiq.sprites import components, world
+
+_STATE = "state.safetensors"
+_PROGRESS = "state.json"
+_LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train the embedded model.
+
+    Args:
+        steps: optimiser steps of the denoiser in all.
+        vae_steps: optimiser steps of the VAE.
+        batch: clips a step.
+        learning_rate: of AdamW, at its height.
+        warmup_steps: steps over which the rate rises from zero.
+        decay_steps: steps at the end over which the rate falls to zero.
+        ema_decay: decay of the moving average, reached gradually.
+        caption_dropout: share of captions replaced by "" for classifier-free guidance.
+        seed: of weights, scenes, captions and noise.
+        save_every: steps between saves.
+    """
+
+    steps: int = 20_000
+    vae_steps: int = 2_500
+    batch: int = 8
+    learning_rate: float = 6e-4
+    warmup_steps: int = 300
+    decay_steps: int = 3_000
+    ema_decay: float = 0.999
+    caption_dropout: float = 0.1
+    seed: int = 0
+    save_every: int = 250
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One line of the log."""
+
+    stage: str
+    step: int
+    loss: float
+    seconds: float
+
+
+def train(
+    out: Path,
+    options: TrainingOptions,
+    *,
+    start_from: Path | None = None,
+    report: Callable[[TrainingStep], None] = lambda _: None,
+) -> Path:
+    """Train into `out` and return the folder of the finished diffusers checkpoint.
+
+    A folder that holds an interrupted run of the same configuration continues it. `start_from`
+    names a finished checkpoint to start from with a fresh optimiser.
+
+    Raises:
+        OutputError: `out` cannot be written.
+        CheckpointError: `out` or `start_from` holds another configuration.
+        TrainingError: the loss is not finite.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_text(out / "options.json", json.dumps(asdict(options), indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(f"train: {out} must be a folder that can be written: {error}") from error
+    torch.manual_seed(options.seed)
+    tokenizer = components.build_tokenizer(out / "tokenizer")
+    vae, scaling_factor = _train_vae(out / "vae", options, start_from, report)
+    text_encoder = components.build_text_encoder(len(tokenizer), tokenizer.eos_token_id)
+    unet = components.build_unet()
+    if start_from is not None:
+        _load_finished(start_from / "text_encoder", text_encoder)
+        _load_finished(start_from / "unet", unet)
+    components.narrow_resnet_kernels(unet)
+    learner = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    average = _train_denoiser(out, learner, vae, scaling_factor, tokenizer, options, report)
+    return export_checkpoint(out, average, learner, vae, scaling_factor, tokenizer)
+
+
+def export_checkpoint(
+    out: Path,
+    average: dict[str, Tensor],
+    learner: nn.ModuleDict,
+    vae: Any,
+    scaling_factor: float,
+    tokenizer: Any,
+) -> Path:
+    """Write `out`/checkpoint, an fp16 diffusers folder, replacing a former one only when whole."""
+    from diffusers import AnimateDiffPipeline
+
+    learner.load_state_dict(average)
+    components.widen_resnet_kernels(learner["unet"])
+    vae.register_to_config(scaling_factor=scaling_factor)
+    pipeline = AnimateDiffPipeline(
+        vae=vae,
+        text_encoder=learner["text_encoder"],
+        tokenizer=tokenizer,
+        unet=learner["unet"],
+        motion_adapter=None,
+        scheduler=components.build_scheduler(),
+    )
+    fresh, final = out / "checkpoint.partial", out / "checkpoint"
+    shutil.rmtree(fresh, ignore_errors=True)
+    pipeline.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
+    former = out / "checkpoint.former"
+    shutil.rmtree(former, ignore_errors=True)
+    if final.exists():
+        final.rename(former)
+    fresh.rename(final)
+    shutil.rmtree(former, ignore_errors=True)
+    return final
+
+
+def velocity_pair(
+    clean: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The noised latents and the velocity to predict: a x + s e, and a e - s x."""
+    signal = alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1, 1)
+    spread = (1 - alphas_cumprod[timesteps]).sqrt().view(-1, 1, 1, 1, 1)
+    return signal * clean + spread * noise, signal * noise - spread * clean
+
+
+def learning_rate_share(step: int, options: TrainingOptions) -> float:
+    """The share of the full learning rate at `step` (counted from 0)."""
+    rising = (step + 1) / max(options.warmup_steps, 1)
+    falling = (options.steps - step) / max(options.decay_steps, 1)
+    return max(0.0, min(1.0, rising, falling))
+
+
+def _train_vae(
+    folder: Path,
+    options: TrainingOptions,
+    start_from: Path | None,
+    report: Callable[[TrainingStep], None],
+) -> tuple[Any, float]:
+    """The VAE and its scaling factor, trained once and kept in `folder`."""
+    from diffusers import AutoencoderKL
+
+    vae = components.build_vae()
+    if not (folder / "config.json").exists() and start_from is not None:
+        shutil.copytree(start_from / "vae", folder)
+    if (folder / "config.json").exists():
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+        return vae.requires_grad_(False).eval(), float(vae.config.scaling_factor)
+    rng = np.random.default_rng(options.seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    began = time.monotonic()
+    for step in range(options.vae_steps):
+        share = min((step + 1) / 100, 1.0) * 0.5 * (1 + math.cos(math.pi * step / options.vae_steps))
+        optimizer.param_groups[0]["lr"] = 2e-3 * share
+        frames = _single_frames(rng, 32)
+        posterior = vae.encode(frames).latent_dist
+        latents = posterior.sample()
+        shown = vae.decode(latents).sample
+        error = shown - frames
+        loss = error.square().mean() + 0.2 * error.abs().mean() + 1e-5 * posterior.kl().mean()
+        _require_finite(loss, "vae", step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 49:
+            report(TrainingStep("vae", step + 1, loss.item(), time.monotonic() - began))
+    vae.requires_grad_(False).eval()
+    with torch.no_grad():
+        latents = vae.encode(_single_frames(rng, 512)).latent_dist.mode()
+    scaling_factor = round(1.0 / latents.std().item(), 4)
+    vae.register_to_config(scaling_factor=scaling_factor)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    vae.save_pretrained(partial)
+    partial.rename(folder)
+    return vae, scaling_factor
+
+
+def _train_denoiser(
+    out: Path,
+    learner: nn.ModuleDict,
+    vae: Any,
+    scaling_factor: float,
+    tokenizer: Any,
+    options: TrainingOptions,
+    report: Callable[[TrainingStep], None],
+) -> dict[str, Tensor]:
+    """Train `learner` in place; return the moving average of its weights."""
+    optimizer = torch.optim.AdamW(
+        learner.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+    )
+    average = {name: value.detach().clone() for name, value in learner.state_dict().items()}
+    first, spent = _load_state(out, learner, optimizer, average)
+    alphas_cumprod = components.build_scheduler().alphas_cumprod
+    denoiser = EagerDenoiser(learner["unet"]).attach()
+    began = time.monotonic()
+    losses: list[float] = []
+    for step in range(first, options.steps):
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
+        rng = np.random.default_rng([options.seed, step])
+        clean, captions = _clips(rng, vae, scaling_factor, options)
+        noise = torch.randn(clean.shape, generator=generator)
+        stratum = torch.arange(options.batch) + torch.rand(options.batch, generator=generator)
+        timesteps = (stratum / options.batch * len(alphas_cumprod)).long()
+        noised, velocity = velocity_pair(clean, noise, timesteps, alphas_cumprod)
+        tokens = tokenizer(
+            captions,
+            padding="max_length",
+            max_length=components.MAX_TOKENS,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        with torch.autocast("cpu", torch.bfloat16):
+            guess = denoiser.predict(noised, timesteps, learner["text_encoder"](tokens)[0])
+        loss = (guess.float() - velocity).square().mean()
+        _require_finite(loss, "denoiser", step)
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate * learning_rate_share(step, options)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        optimizer.step()
+        decay = min(options.ema_decay, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for name, value in learner.state_dict().items():
+                if value.is_floating_point():
+                    average[name].lerp_(value, 1 - decay)
+        losses.append(loss.item())
+        if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+            seconds = spent + time.monotonic() - began
+            line = TrainingStep("denoiser", step + 1, float(np.mean(losses)), seconds)
+            losses.clear()
+            _save_state(out, learner, optimizer, average, line)
+            report(line)
+    denoiser.detach()
+    return average
+
+
+def _single_frames(rng: np.random.Generator, count: int) -> Tensor:
+    """Frames of random scenes in [-1, 1], [count, 3, size, size]."""
+    scenes = [world.sample_scene(rng) for _ in range(count)]
+    clips = world.render(scenes, frames=1, size=components.SIZE)
+    return clips[:, 0].permute(0, 3, 1, 2) * 2 - 1
+
+
+@torch.no_grad()
+def _clips(
+    rng: np.random.Generator, vae: Any, scaling_factor: float, options: TrainingOptions
+) -> tuple[Tensor, list[str]]:
+    """Scaled latents [batch, channels, frames, h, w] and captions, some of them empty."""
+    scenes = [world.sample_scene(rng) for _ in range(options.batch)]
+    captions = [
+        "" if rng.uniform() < options.caption_dropout else world.sample_caption(rng, scene).text
+        for scene in scenes
+    ]
+    clips = world.render(scenes, components.FRAMES, components.SIZE)
+    frames = clips.flatten(0, 1).permute(0, 3, 1, 2) * 2 - 1
+    latents = vae.encode(frames).latent_dist.mode() * scaling_factor
+    return latents.unflatten(0, (options.batch, components.FRAMES)).transpose(1, 2), captions
+
+
+def _require_finite(loss: Tensor, stage: str, step: int) -> None:
+    if not loss.isfinite():
+        raise TrainingError(
+            f"train: the loss of the {stage} must be finite, got {loss.item()} at step {step}; "
+            "the last save is whole: lower learning_rate and start again from it"
+        )
+
+
+def _save_state(
+    out: Path,
+    learner: nn.ModuleDict,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    line: TrainingStep,
+) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {f"weights.{name}": value for name, value in learner.state_dict().items()}
+    tensors |= {f"average.{name}": value for name, value in average.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+    tensors = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+    partial = out / (_STATE + ".partial")
+    save_file(tensors, partial, metadata={"step": str(line.step), "seconds": str(line.seconds)})
+    os.replace(partial, out / _STATE)
+    with (out / _LOG).open("a") as log:
+        log.write(json.dumps(asdict(line)) + "\n")
+
+
+def _load_state(
+    out: Path,
+    learner: nn.ModuleDict,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+) -> tuple[int, float]:
+    """Restore a saved run in place; return the steps done and the seconds they took."""
+    from safetensors import safe_open
+
+    if not (out / _STATE).exists():
+        return 0, 0.0
+    with safe_open(out / _STATE, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    wanted = learner.state_dict()
+    weights = _part(tensors, "weights.")
+    if {n: v.shape for n, v in weights.items()} != {n: v.shape for n, v in wanted.items()}:
+        raise CheckpointError(
+            f"train: {out / _STATE} must hold a run of this configuration, got other shapes; "
+            "train into another folder"
+        )
+    learner.load_state_dict(weights)
+    for name, value in _part(tensors, "average.").items():
+        average[name] = value.clone()
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in _part(tensors, "optimizer.").items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return int(metadata["step"]), float(metadata["seconds"])
+
+
+def _load_finished(folder: Path, module: nn.Module) -> None:
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise CheckpointError(f"train: {folder} must hold one safetensors file, got {len(files)}")
+    weights = {name: value.float() for name, value in load_file(files[0]).items()}
+    wanted = module.state_dict()
+    if {n: v.shape for n, v in weights.items()} != {n: v.shape for n, v in wanted.items()}:
+        raise CheckpointError(f"train: {files[0]} must have the shapes of this configuration")
+    module.load_state_dict(weights)
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Use `count` CPU threads inside the block."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(former)

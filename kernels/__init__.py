@@ -1,0 +1,7 @@
+"""The operators that the engine is made of, each in a file that bears its name."""
+
+from kinetiq.kernels.frame_attention import frame_attention
+from kinetiq.kernels.guided_step import guided_step
+from kinetiq.kernels.query_attention import query_attention
+
+__all__ = ["frame_attention", "guided_step", "query_attention"]
