@@ -1,11 +1,7 @@
 """Generate video whose motion is chosen by a reference clip and whose content by a prompt.
 
-    import kinetiq as kq
-
-    engine = kq.Engine.load("sprites")
-    reference = kq.Clip.read("zigzag.mp4")
-    clip = engine.generate("a red circle on a dark blue background", kq.MotionInjection(reference))
-    clip.write("out.mp4")
+Load a model with `Engine.load`, read a reference with `Clip.read`, and pass it to
+`Engine.generate` in a control: `MotionInjection` or `QueryInjection`.
 """
 
 from importlib.metadata import version

@@ -101,12 +101,12 @@ class TemporalTransformer(nn.Module):
         signal: where the current forward pass's controls are read.
     """
 
-    def __init__(self, replaced: nn.Module, sites: list[list[int]], signal: Signal) -> None:
+    def __init__(self, replaced: Any, sites: list[list[int]], signal: Signal) -> None:
         super().__init__()
-        self.norm = replaced.norm
-        self.proj_in = replaced.proj_in
-        self.transformer_blocks = replaced.transformer_blocks
-        self.proj_out = replaced.proj_out
+        self.norm: nn.GroupNorm = replaced.norm
+        self.proj_in: nn.Linear = replaced.proj_in
+        self.transformer_blocks: nn.ModuleList = replaced.transformer_blocks
+        self.proj_out: nn.Linear = replaced.proj_out
         self._sites = sites
         self._signal = signal
         self._returns_tuple = type(replaced).__name__ == "TransformerTemporalModel"
@@ -141,9 +141,11 @@ class TemporalTransformer(nn.Module):
             if block.pos_embed is not None:
                 normed = normed + block.pos_embed.pe[:, : normed.shape[1], None].to(normed.dtype)
             tokens = tokens + self._attend(attention, site, normed)
-        return tokens + block.ff(block.norm3(tokens))
+        out: Tensor = tokens + block.ff(block.norm3(tokens))
+        return out
 
     def _attend(self, attention: Any, site: int, normed: Tensor) -> Tensor:
+        _refuse(attention, None, {})
         query, key, value = (
             project(normed) for project in (attention.to_q, attention.to_k, attention.to_v)
         )
@@ -193,12 +195,14 @@ def _group_norm(rows: Tensor, norm: nn.GroupNorm) -> Tensor:
     wide = grouped.to(torch.promote_types(rows.dtype, torch.float32))
     variance, mean = torch.var_mean(wide, dim=(1, 3, 4), correction=0, keepdim=True)
     normed = ((wide - mean) * torch.rsqrt(variance + norm.eps)).flatten(2, 3)
-    return (normed * norm.weight[:, None] + norm.bias[:, None]).to(rows.dtype)
+    out: Tensor = (normed * norm.weight[:, None] + norm.bias[:, None]).to(rows.dtype)
+    return out
 
 
 def _project_out(attention: Any, out: Tensor) -> Tensor:
     projected: Tensor = attention.to_out[1](attention.to_out[0](out))
-    return projected / attention.rescale_output_factor
+    scaled: Tensor = projected / attention.rescale_output_factor
+    return scaled
 
 
 def _refuse(attention: Any, attention_mask: Tensor | None, options: dict[str, Any]) -> None:

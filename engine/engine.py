@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
 import attrs
 import torch
@@ -107,7 +107,7 @@ class Engine:
         if isinstance(self.denoiser, EagerDenoiser):
             self.denoiser.detach()
 
-    def __enter__(self) -> "Engine":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -239,6 +239,8 @@ class Engine:
         Raises:
             RequestError: an option, or a combination of options, has no meaning here.
         """
+        if not isinstance(request, Request):
+            raise RequestError(f"request: must be a Request, got {type(request).__name__}")
         defaults = self.defaults
         frames = request.frames or defaults.frames
         height, width = request.height or defaults.height, request.width or defaults.width
@@ -282,10 +284,9 @@ class Engine:
         vae = self.checkpoint.vae
         pixels = (clip.to_tensor() * 2 - 1).to(self.checkpoint.device, self.checkpoint.dtype)
         with span("encode"):
-            parts = [
-                vae.encode(part).latent_dist.mode() for part in pixels.split(_DECODED_FRAMES)
-            ]
-        return torch.cat(parts).float().transpose(0, 1) * vae.config.scaling_factor
+            parts = [vae.encode(part).latent_dist.mode() for part in pixels.split(_DECODED_FRAMES)]
+        latents: Tensor = torch.cat(parts).float().transpose(0, 1) * vae.config.scaling_factor
+        return latents
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, fps: float, progress: Progress = no_progress) -> Clip:
@@ -357,10 +358,13 @@ def read_defaults(checkpoint: Checkpoint, family: Family, vae_scale: int) -> Def
             said = json.loads(path.read_text())
         except ValueError as error:
             raise CheckpointError(f"load: {path} must be JSON: {error}") from error
-        unknown = set(said) - set(values)
-        if unknown or not all(isinstance(value, int | float) for value in said.values()):
+        if not isinstance(said, dict) or not set(said) <= set(values) or None in said.values():
             raise CheckpointError(
                 f"load: {path} must map {', '.join(values)} to numbers, got {said}"
             )
+        try:
+            Request("any", **said)  # a default must be what a request may say
+        except RequestError as error:
+            raise CheckpointError(f"load: {path}: {error}") from error
         values |= said
     return Defaults(**values)

@@ -163,5 +163,5 @@ def _is_temporal(name: str, family: Family) -> bool:
 
 
 def _place(name: str) -> str:
-    head = name.split(".")[0]
+    head = name.partition(".")[0]
     return {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}.get(head, "in")

@@ -151,7 +151,7 @@ def _step_or_split(
         What failed, by index, and how many clips a batch may have from now on.
     """
     failed: dict[int, KinetiqError] = {}
-    size = len(running)
+    size = min(len(running), max_clips)
     left = list(running)
     while left:
         part = left[:size]
@@ -162,10 +162,10 @@ def _step_or_split(
                 raise
             if len(part) == 1:
                 request = part[0].request
+                frames, height, width = request.shape
                 failed[part[0].index] = WorkError(
-                    f"denoise: one clip of {request.frames} frames at latents {request.latent_height}"
-                    f"x{request.latent_width} must fit in the memory of {device}, and does not; "
-                    "ask for fewer frames or a smaller size"
+                    f"denoise: one clip of {frames} frames of {height}x{width} latents must fit in "
+                    f"the memory of {device}, and does not; ask for fewer frames or a smaller size"
                 )
             else:
                 size = max_clips = (len(part) + 1) // 2

@@ -22,16 +22,35 @@ def check_share(_: object, attribute: Any, value: object) -> None:
 
 def freeze_sites(value: str | Sequence[str]) -> str | tuple[str, ...]:
     """Keep a word, freeze a list of site names; an attrs converter."""
-    return value if isinstance(value, str) else tuple(value)
+    if isinstance(value, str):
+        return value
+    fits = isinstance(value, Sequence) and len(value) > 0
+    if not fits or not all(isinstance(name, str) for name in value):
+        raise RequestError(f"sites: must be a word or a list of site names, got {value!r}")
+    return tuple(value)
 
 
-def _check_reference(_: object, __: object, value: object) -> None:
+def _check_reference(_: object, __: object, value: Any) -> None:
     if not isinstance(value, Clip):
         raise RequestError(
             f"reference: must be a Clip, got {type(value).__name__}; read a file with Clip.read"
         )
     if value.num_frames < 2:
         raise RequestError("reference: must have at least 2 frames to hold motion, got 1")
+
+
+def _check_text(_: object, attribute: Any, value: object) -> None:
+    if not isinstance(value, str):
+        raise RequestError(f"{attribute.name}: must be text, got {type(value).__name__}")
+
+
+def _check_seed(_: object, attribute: Any, value: object) -> None:
+    fits = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and (not fits or not 0 <= value < 2**63):  # type: ignore[operator]
+        raise RequestError(
+            f"{attribute.name}: must be None or a whole number from 0 to {2**63 - 1}, "
+            f"got {value!r}"
+        )
 
 
 def _one_of(*words: str) -> Any:
@@ -62,9 +81,9 @@ class Injection:
     until: float = attrs.field(default=1.0, validator=check_share)
     halves: str = attrs.field(default="both", validator=_one_of("both", "cond"))
     region: Any = attrs.field(default=None, eq=False)
-    source_prompt: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
+    source_prompt: str = attrs.field(default="", validator=_check_text)
     source_noise: str = attrs.field(default="shared", validator=_one_of("shared", "fresh"))
-    source_seed: int | None = None
+    source_seed: int | None = attrs.field(default=None, validator=_check_seed)
 
     @property
     def source(self) -> Source:
@@ -87,7 +106,12 @@ def resolve_region(region: Any, shape: Sequence[int]) -> Tensor | None:
     """
     if region is None:
         return None
-    mask = torch.as_tensor(np.asarray(region), dtype=torch.float32)
+    try:
+        mask = torch.as_tensor(np.asarray(region), dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise RequestError(
+            f"region: must be an array of numbers, got {type(region).__name__}: {error}"
+        ) from error
     frames, height, width = shape
     if mask.ndim == 2:
         mask = mask.expand(frames, *mask.shape)

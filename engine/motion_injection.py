@@ -3,9 +3,9 @@
 At the temporal self-attention of the first `until` of the steps, q, k and v of a clip's rows
 become their own mean over frames plus the *source row's deviation from its mean* over frames:
 
-    x' = mean_F(x_clip) + blend (x_source - mean_F(x_source)) + (1 - blend) (x_clip - mean_F(x_clip))
+    x' = mean_F(x_clip) + b (x_source - mean_F(x_source)) + (1 - b) (x_clip - mean_F(x_clip))
 
-The mean carries what the clip shows, the deviation carries how it moves. It needs no training, no
+with b the blend. The mean carries what the clip shows, the deviation carries how it moves. It needs no training, no
 inversion and no gradient, and costs the same one source row as query injection.
 
 Source: this project's own; it joins the source row of query injection (arXiv:2412.07750, sec. 3)

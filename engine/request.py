@@ -52,6 +52,10 @@ def _words(_: Any, attribute: Any, value: Any) -> None:
         raise RequestError(f"{attribute.name}: must be text, got {type(value).__name__}")
     if attribute.name == "prompt" and not value.strip():
         raise RequestError("prompt: must hold at least one word, got an empty one")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{attribute.name}: must be valid Unicode, got {value!r}") from error
 
 
 def _controls(value: Any) -> tuple[Any, ...]:
@@ -102,7 +106,7 @@ class Request:
         Raises:
             RequestError: an option is unknown or out of range.
         """
-        known = [field.name for field in attrs.fields(cls)]
+        known = [field.name for field in attrs.fields(cls) if field.name != "prompt"]
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)

@@ -64,9 +64,7 @@ class Batch:
     unconditional: Tensor
 
 
-def build_batch(
-    clips: Sequence[ClipState], source_text: dict[str, Tensor], sites: int
-) -> Batch:
+def build_batch(clips: Sequence[ClipState], source_text: dict[str, Tensor], sites: int) -> Batch:
     """Lay the clips and their sources out as rows.
 
     Args:

@@ -21,7 +21,12 @@ import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
-from kinetiq.kernels.query_attention import check_blend, check_rows, choose_queries
+from kinetiq.kernels.query_attention import (
+    check_blend,
+    check_kind,
+    check_rows,
+    choose_queries,
+)
 
 PARTS = ("q", "k", "v")
 
@@ -63,6 +68,17 @@ def frame_attention(
     check_rows("frame_attention", "deviation_row", deviation_row, rows)
     check_blend("frame_attention", "query_blend", query_blend, (rows, frames, tokens))
     check_blend("frame_attention", "deviation_blend", deviation_blend, (rows, frames, tokens))
+    if deviation_parts is not None and list(deviation_parts.shape) != [rows, 3]:
+        raise ShapeError(
+            f"frame_attention: deviation_parts must be [rows = {rows}, 3], "
+            f"got {list(deviation_parts.shape)}"
+        )
+    if query_blend is not None and query_row is None:
+        raise ShapeError("frame_attention: query_blend needs query_row, got query_blend alone")
+    if deviation_row is None and not (deviation_blend is None and deviation_parts is None):
+        raise ShapeError(
+            "frame_attention: deviation_blend and deviation_parts need deviation_row, got none"
+        )
     if deviation_row is not None:
         query, key, value = move_deviations(
             (query, key, value), deviation_row, deviation_blend, deviation_parts
@@ -130,7 +146,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, heads: int) -> None:
-    if query.ndim != 4 or query.shape[-1] % heads:
+    if query.ndim != 4 or heads < 1 or query.shape[-1] % heads:
         raise ShapeError(
             f"frame_attention: query must be [rows, frames, tokens, heads * d] with heads = "
             f"{heads}, got {list(query.shape)}"
@@ -141,3 +157,4 @@ def _check(query: Tensor, key: Tensor, value: Tensor, heads: int) -> None:
                 f"frame_attention: {name} must have the shape of query {list(query.shape)}, "
                 f"got {list(tensor.shape)}"
             )
+        check_kind("frame_attention", name, tensor, query)

@@ -41,6 +41,8 @@ def guided_step(
     Raises:
         ShapeError: a shape does not match.
     """
+    if sample.ndim == 0:
+        raise ShapeError("guided_step: sample must be [clips, ...], got []")
     tensors = {
         "conditional": conditional,
         "unconditional": unconditional,

@@ -50,8 +50,10 @@ def query_attention(
     rows, frames, tokens, width = query.shape
     if key.shape[1] == 1:  # keys shared by all frames: fold the frames into the tokens
         query = query.reshape(rows, 1, frames * tokens, width)
-    split = [t.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value)]
-    out = _attend(*split)
+    q, k, v = (
+        t.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value)
+    )
+    out = _attend(q, k, v)
     return out.transpose(1, 2).reshape(rows, frames, tokens, width)
 
 
@@ -101,8 +103,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value)
     if min(query.shape[-2], key.shape[-2]) >= _SMALL:
         if query.dtype == torch.bfloat16 and query.requires_grad:
-            wide = (t.float() for t in (query, key, value))
-            return F.scaled_dot_product_attention(*wide).to(query.dtype)
+            q, k, v = query.float(), key.float(), value.float()
+            return F.scaled_dot_product_attention(q, k, v).to(query.dtype)
         return F.scaled_dot_product_attention(query, key, value)
     if query.dtype == torch.float32 and not query.requires_grad:
         return F.scaled_dot_product_attention(query, key, value)
@@ -119,7 +121,7 @@ def _check(
     query_blend: Tensor | None,
 ) -> None:
     where = "query_attention"
-    if query.ndim != 4 or query.shape[-1] % heads:
+    if query.ndim != 4 or heads < 1 or query.shape[-1] % heads:
         raise ShapeError(
             f"{where}: query must be [rows, frames, tokens, heads * d] with heads = {heads}, "
             f"got {list(query.shape)}"
@@ -135,6 +137,7 @@ def _check(
             raise ShapeError(
                 f"{where}: {name} must have {frames} frames or 1, got {tensor.shape[1]}"
             )
+        check_kind(where, name, tensor, query)
     if key.shape != value.shape:
         raise ShapeError(
             f"{where}: key and value must have one shape, got {list(key.shape)} and "
@@ -144,6 +147,15 @@ def _check(
     check_blend(where, "query_blend", query_blend, (rows, frames, tokens))
     if query_blend is not None and query_row is None:
         raise ShapeError(f"{where}: query_blend needs query_row, got query_blend alone")
+
+
+def check_kind(where: str, name: str, tensor: Tensor, query: Tensor) -> None:
+    """Require `tensor` to have the type of `query` and to be on its device."""
+    if tensor.dtype != query.dtype or tensor.device != query.device:
+        raise ShapeError(
+            f"{where}: {name} must be {query.dtype} on {query.device} like query, "
+            f"got {tensor.dtype} on {tensor.device}"
+        )
 
 
 def check_rows(where: str, name: str, index: Tensor | None, rows: int) -> None:

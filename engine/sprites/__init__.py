@@ -1,0 +1,1 @@
+"""The embedded world and model: renderer, metrics, training and checkpoint."""

@@ -58,6 +58,14 @@ SCHEDULER = {
     "timestep_spacing": "trailing",
     "steps_offset": 0,
 }
+DEFAULTS = {
+    "frames": FRAMES,
+    "height": SIZE,
+    "width": SIZE,
+    "steps": 25,
+    "guidance_scale": 3.0,
+    "fps": 8.0,
+}
 
 
 def vocabulary_words() -> list[str]:

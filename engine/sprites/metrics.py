@@ -135,7 +135,8 @@ def displacements(path: np.ndarray) -> np.ndarray:
 
 def mirror_path(path: np.ndarray) -> np.ndarray:
     """The path as seen in a mirror: x becomes 1 - x."""
-    return np.array([1.0, 0.0]) + _checked(path, "mirror_path") * np.array([-1.0, 1.0])
+    x, y = _checked(path, "mirror_path").T
+    return np.stack([1.0 - x, y], axis=-1)
 
 
 def reverse_path(path: np.ndarray) -> np.ndarray:

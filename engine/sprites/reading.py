@@ -2,19 +2,20 @@
 
 1. The background is the clip's commonest colour.
 2. Every frame is resampled about a first guess of the shape's centre, and the mean over frames, the
-   portrait, is compared with a bank of portraits of every shape, size, texture and sharpness.
-3. The best few are refined by least squares over radius, place, sharpness and texture phase. The
+   portrait, is compared with a bank of portraits of every shape, size, texture and blur.
+3. The best few are refined by least squares over radius, place, blur and texture phase. The
    colour is linear in the pixels, so it is solved for rather than searched.
 4. With the winner, centre and radius are refined in every frame.
 
-Sharpness is fitted because a generated clip is softer than a rendered one: stripes that are blurred
-to half of their contrast would be read as plain by a renderer with crisp edges.
+Blur is fitted because a generated clip is softer than a rendered one: crisp edges would take
+stripes at half of their contrast for plain, and a soft cross for a circle.
 
 Clips of 33 to 64 pixels are first averaged down to 32. Lengths are in units of the frame's width.
 """
 
 import colorsys
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,20 +43,23 @@ _CHUNK = 16  # clips fitted together: larger batches leave the processor's cache
 _MARGIN = 1  # pixels by which a portrait may be off centre when it meets the bank
 _HALF = 12  # pixels from the centre to the edge of the bank's portraits
 _RADII = (0.12, 0.14, 0.162, 0.188, 0.215, 0.245, 0.275)
-_SOFTNESSES = (1.3, 3.0)  # pixels over which an edge ramps; the renderer's own is 1
+_BLURS = (0.5, 1.2)  # pixels; the mean over frames softens even a crisp clip
+_SLIDES = ((1.5, 0.0), (-1.5, 0.0), (0.0, 1.5), (0.0, -1.5))  # pixels
 _FINALISTS = 6  # of 15 pairs of shape and texture, refined by least squares
-# A parameter row of `_draw`: radius, x, y, softness (pixels), texture phase u, v (periods).
+# A parameter row of `_draw`: radius, x, y, blur (standard deviation in pixels), and the texture's
+# phase u, v (in periods).
 _PARAMETERS = 6
-_RADIUS, _X, _Y, _SOFTNESS, _U, _V = range(_PARAMETERS)
-_STEP = (0.25 / _SIZE, 0.25 / _SIZE, 0.25 / _SIZE, 0.3, 0.05, 0.05)  # of finite differences
-_LOW = (0.05, -0.3, -0.3, 0.8, -8.0, -8.0)
-_HIGH = (0.45, 1.3, 1.3, 5.0, 8.0, 8.0)
+_RADIUS, _X, _Y, _BLUR, _U, _V = range(_PARAMETERS)
+_STEP = (0.25 / _SIZE, 0.25 / _SIZE, 0.25 / _SIZE, 0.1, 0.05, 0.05)  # of finite differences
+_LOW = (0.05, -0.3, -0.3, 0.1, -8.0, -8.0)
+_HIGH = (0.45, 1.3, 1.3, 2.5, 8.0, 8.0)
 # A shape is there when it explains this share of the energy that the background leaves around it
 # (clean renders 0.99, generated ones above 0.8, uniform noise below 0.2) ...
 _EXPLAINED = 0.5
 _CONTRAST = 0.15  # ... and differs from the background by this much in its strongest channel.
 _FRAME_GAIN = 0.35  # share of the clip's contrast that a frame needs for its shape to be visible
 _FRAME_BARE = 0.3  # share of its area that another shape must leave bare, or the place is a guess
+_NEAR = 0.1  # a background's pixels differ by less than this
 _PALE = 0.2  # saturation under which a hue has no name
 _SHARE_OF_SECOND = 0.06  # of the foreground: less is the first shape's edge, not a second shape
 
@@ -263,13 +267,14 @@ def _background(clips: Tensor) -> Tensor:
     """The commonest colour, [clips, 3].
 
     Shapes cover less than half of a clip, so the median of each channel lies among the
-    background's values; the mean of the pixels around it is less noisy.
+    background's values. The median of the pixels near that is free of the shapes, and unlike a
+    mean it is not lifted by noise that was cut off at black.
     """
     pixels = clips.movedim(2, 1).flatten(2)  # [clips, 3, pixels]
     centre = pixels.median(dim=2, keepdim=True).values
-    near = ((pixels - centre).abs().amax(dim=1, keepdim=True) < 0.1).float()
-    mean: Tensor = (pixels * near).sum(2) / near.sum(2).clamp(min=1.0)
-    return torch.where(near.sum(2) > 0, mean, centre.squeeze(2))
+    far = (pixels - centre).abs().amax(dim=1, keepdim=True) > _NEAR
+    near = pixels.masked_fill(far, torch.nan).nanmedian(dim=2).values
+    return torch.where(near.isnan(), centre.squeeze(2), near)
 
 
 def _foreground(lifted: Tensor) -> Tensor:
@@ -309,30 +314,29 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     """Cover and bright cover (cover times brightness) of shapes, each [rows, points].
 
-    Equal to `world.render` at a softness of 1, and with every edge of shape and texture ramping
-    over `softness` pixels otherwise.
+    What `world.render` draws, blurred.
 
     Args:
         shape: index into `SHAPES`, [rows].
         texture: index into `TEXTURES`, [rows].
         params: [rows, 6].
-        x: where to draw, in widths, [points].
+        x: where to draw, in widths, [points] of a square of pixels, row by row.
         y: as `x`.
     """
-    radius, centre_x, centre_y, softness, phase_u, phase_v = params[..., None].unbind(1)
+    radius, centre_x, centre_y, _, phase_u, phase_v = params[..., None].unbind(1)
     across, down = x - centre_x, y - centre_y
     distance = torch.empty_like(across)
     for index, name in enumerate(SHAPES):
         rows = (shape == index).nonzero().squeeze(1)
         if len(rows):
             distance[rows] = signed_distance(name, across[rows], down[rows], radius[rows])
-    cover = (0.5 - distance * (_SIZE / softness)).clamp_(0.0, 1.0)
+    cover = (0.5 - distance * _SIZE).clamp_(0.0, 1.0)
     bright = cover.clone()
     for index, name in enumerate(TEXTURES):
         rows = (texture == index).nonzero().squeeze(1)
         if name == "plain" or not len(rows):
             continue
-        sharp = _SIZE * TEXTURE_PERIOD / softness[rows]
+        sharp = _SIZE * TEXTURE_PERIOD
         u = (across[rows] / TEXTURE_PERIOD + phase_u[rows]) % 1.0 - 0.5
         if name == "striped":
             dark = 0.5 + sharp * (0.25 - u.abs())
@@ -340,7 +344,19 @@ def _draw(
             v = (down[rows] / TEXTURE_PERIOD + phase_v[rows]) % 1.0 - 0.5
             dark = 0.5 + sharp * (_DOT_RADIUS - torch.hypot(u, v))
         bright[rows] *= 1.0 - (1.0 - TEXTURE_SHADE) * dark.clamp_(0.0, 1.0)
-    return cover, bright
+    blurred = _blurred(torch.stack([cover, bright]), params[:, _BLUR])
+    return blurred[0], blurred[1]
+
+
+def _blurred(images: Tensor, deviation: Tensor) -> Tensor:
+    """Images [any, rows, points] of a square, smoothed by a Gaussian of each row's deviation."""
+    side = math.isqrt(images.shape[-1])
+    place = torch.arange(side, dtype=torch.float32)
+    apart = (place[:, None] - place).square()
+    kernel = torch.exp(-apart / (2.0 * deviation.square())[:, None, None])
+    kernel = kernel / kernel.sum(-1, keepdim=True)
+    squares = images.view(*images.shape[:-1], side, side)
+    return (kernel @ squares @ kernel.mT).flatten(-2)
 
 
 def _descend(
@@ -410,6 +426,11 @@ def _fit(
     portrait, weight = _portrait(lifted, owned, centred[..., _X : _Y + 1])
     finals = finals.clone()
     finals[..., _X : _Y + 1] = 0.0
+    finals = torch.cat([finals, _slid(finals[row, best])], 1)
+    shape, texture = (
+        torch.cat([index, index[row, best, None].expand(-1, len(_SLIDES))], 1)
+        for index in (shape, texture)
+    )
     best, energy, finals = _refine(portrait, weight, background, shape, texture, finals)
     shape_of, texture_of = shape[row, best], texture[row, best]
     params = _refine_frames(
@@ -420,7 +441,7 @@ def _fit(
         shape_of,
         texture_of,
         finals[row, best],
-        size_too=True,
+        edges_too=True,
     )
     total = (portrait.square() * weight[:, None]).flatten(1).sum(1).clamp(min=1e-9)
     lowest = bank_energy.clone()  # [clips, shapes]; the bank's word stands for those not refined
@@ -437,6 +458,19 @@ def _fit(
         explained=1.0 - left / total,
         residual=(left / (3.0 * weight.flatten(1).sum(1)).clamp(min=1e-6)).sqrt(),
     )
+
+
+def _slid(params: Tensor) -> Tensor:
+    """Starts whose outline lies beside that of `params` [clips, 6] over the same texture.
+
+    Where a dark stripe at the edge is hardly brighter than the background, an outline one stripe
+    too far is a local minimum that small steps do not leave.
+    """
+    slide = torch.tensor(_SLIDES) / _SIZE
+    starts = params[:, None].repeat(1, len(slide), 1)
+    starts[..., _X : _Y + 1] += slide
+    starts[..., _U : _V + 1] += slide / TEXTURE_PERIOD
+    return starts
 
 
 def _portrait(lifted: Tensor, owned: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
@@ -465,10 +499,10 @@ def _bank() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         "dotted": [(u / 5, v / 5) for u in range(5) for v in range(5)],
     }
     rows = [
-        (shape, texture, (radius, 0.0, 0.0, softness, *phase))
+        (shape, texture, (radius, 0.0, 0.0, blur, *phase))
         for shape in range(len(SHAPES))
         for texture, name in enumerate(TEXTURES)
-        for softness in _SOFTNESSES
+        for blur in _BLURS
         for radius in _RADII
         for phase in phases[name]
     ]
@@ -546,11 +580,11 @@ def _compare(
     return shape[chosen], texture[chosen], start, by_shape.contiguous()
 
 
-def _colour(bright: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """The colour that explains `target` [rows, 3, points] best, [rows, 3]."""
+def _colour(bright: Tensor, target: Tensor, weight: Tensor, highest: float = 1.0) -> Tensor:
+    """The colour from 0 to `highest` that explains `target` [rows, 3, points] best, [rows, 3]."""
     weighted = bright * weight
     along = (target * weighted[:, None]).sum(-1)
-    return (along / (bright * weighted).sum(-1).clamp(min=1e-6)[:, None]).clamp(0.0, 1.0)
+    return (along / (bright * weighted).sum(-1).clamp(min=1e-6)[:, None]).clamp(0.0, highest)
 
 
 def _refine(
@@ -590,9 +624,12 @@ def _refine_frames(
     texture: Tensor,
     portrait_params: Tensor,
     *,
-    size_too: bool = False,
+    edges_too: bool = False,
 ) -> Tensor:
-    """Centre (and radius, with `size_too`) of the chosen shape by frame, [clips, frames, 6]."""
+    """Centre of the chosen shape in every frame, [clips, frames, 6].
+
+    With `edges_too` radius and blur as well: the portrait's blur holds that of resampling.
+    """
     count, frames = lifted.shape[:2]
     start = portrait_params[:, None].repeat(1, frames, 1)
     start[..., _X : _Y + 1] += centres
@@ -608,7 +645,7 @@ def _refine_frames(
         colour = _colour(bright, target, mass)
         return ((target - colour[..., None] * bright[:, None]) * mass[:, None]).flatten(1)
 
-    free = [_X, _Y, _RADIUS] if size_too else [_X, _Y]
+    free = [_X, _Y, _RADIUS, _BLUR] if edges_too else [_X, _Y]
     params, _ = _descend(residual, start.flatten(0, 1), free, rounds=4)
     return params.view(count, frames, _PARAMETERS)
 
@@ -734,7 +771,9 @@ def _report(
         mass = mine.flatten(0, 1).flatten(1)
         ground = background.repeat_interleave(frames, 0)[..., None]
         target = lifted.flatten(0, 1).flatten(2) + ground * cover[:, None]
-        frame_colour = _colour(bright, target, mass).view(count, frames, 3)
+        # Only their hue is used, which cutting one channel at white would turn: a frame that lacks
+        # the clip's dark texture explains itself by an overbright colour.
+        frame_colour = _colour(bright, target, mass, highest=math.inf).view(count, frames, 3)
         by_clip = (count, frames, -1)
         colour = _colour(
             bright.view(count, -1),
@@ -747,12 +786,10 @@ def _report(
         gain = (seen * change).sum((1, 2)) / (change.square() * mass[:, None]).sum((1, 2)).clamp(
             min=1e-6
         )
-        strength = (target * paint).sum(1) / paint.square().sum(1).clamp(min=1e-6)
         area = (cover * mass).sum(1).clamp(min=1e-3)
         bare = area > _FRAME_BARE * cover.sum(1)
         visible = ((gain > _FRAME_GAIN) & bare).view(count, frames)
-        brightness = (strength * mass * (cover > 0)).sum(1) / area
-        darkness = ((1.0 - brightness) / (1.0 - TEXTURE_SHADE)).clamp(0.0, 1.0).view(count, frames)
+        darkness = _darkness(target, frame_colour.flatten(0, 1), cover, mass).view(count, frames)
         contrast = (colour - background).abs().amax(1)
         there = here & (fit.explained > _EXPLAINED) & (contrast > _CONTRAST) & visible.any(1)
         shown = there.repeat_interleave(frames)[:, None, None] * visible.flatten()[:, None, None]
@@ -780,6 +817,23 @@ def _report(
             )
         )
     return readings
+
+
+def _darkness(target: Tensor, colour: Tensor, cover: Tensor, mass: Tensor) -> Tensor:
+    """Mean darkness of the texture against its brightest part, 0 to 1, in each frame [rows].
+
+    Args:
+        target: covered pixels over black, [rows, 3, points].
+        colour: the frame's colour, [rows, 3].
+        cover: [rows, points].
+        mass: 0 where another shape is on top; as `cover`.
+    """
+    along = (target * functional.normalize(colour, dim=1)[..., None]).sum(1)
+    solid = (cover > 0.8 * cover.amax(1, keepdim=True)) & (mass > 0.5)
+    level = (along / cover.clamp(min=1e-3)).masked_fill(~solid, torch.nan)
+    brightest = level.nanquantile(0.9, dim=1).clamp(min=1e-3)
+    brightness = level.nanmean(1) / brightest
+    return ((1.0 - brightness) / (1.0 - TEXTURE_SHADE)).clamp(0.0, 1.0).nan_to_num()
 
 
 def _sprite(

@@ -12,7 +12,6 @@ killed at any moment continues from its last save, and the last save is never ha
 import contextlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +47,7 @@ class TrainingOptions:
         caption_dropout: share of captions replaced by "" for classifier-free guidance.
         seed: of weights, scenes, captions and noise.
         save_every: steps between saves.
+        device: where the networks are trained, "cpu", "cuda" or "cuda:<index>".
     """
 
     steps: int = 20_000
@@ -60,6 +60,7 @@ class TrainingOptions:
     caption_dropout: float = 0.1
     seed: int = 0
     save_every: int = 250
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def train(
         _load_finished(start_from / "text_encoder", text_encoder)
         _load_finished(start_from / "unet", unet)
     components.narrow_resnet_kernels(unet)
-    learner = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    learner = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(options.device)
     average = _train_denoiser(out, learner, vae, scaling_factor, tokenizer, options, report)
     return export_checkpoint(out, average, learner, vae, scaling_factor, tokenizer)
 
@@ -132,7 +133,8 @@ def export_checkpoint(
     )
     fresh, final = out / "checkpoint.partial", out / "checkpoint"
     shutil.rmtree(fresh, ignore_errors=True)
-    pipeline.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
+    pipeline.to("cpu", torch.float16).save_pretrained(fresh, safe_serialization=True)
+    _write_text(fresh / "kinetiq.json", json.dumps(components.DEFAULTS, indent=2) + "\n")
     former = out / "checkpoint.former"
     shutil.rmtree(former, ignore_errors=True)
     if final.exists():
@@ -167,19 +169,20 @@ def _train_vae(
     """The VAE and its scaling factor, trained once and kept in `folder`."""
     from diffusers import AutoencoderKL
 
-    vae = components.build_vae()
+    device = torch.device(options.device)
+    vae = components.build_vae().to(device)
     if not (folder / "config.json").exists() and start_from is not None:
         shutil.copytree(start_from / "vae", folder)
     if (folder / "config.json").exists():
-        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).to(device)
         return vae.requires_grad_(False).eval(), float(vae.config.scaling_factor)
     rng = np.random.default_rng(options.seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     began = time.monotonic()
     for step in range(options.vae_steps):
-        share = min((step + 1) / 100, 1.0) * 0.5 * (1 + math.cos(math.pi * step / options.vae_steps))
-        optimizer.param_groups[0]["lr"] = 2e-3 * share
-        frames = _single_frames(rng, 32)
+        falling = 0.5 * (1 + math.cos(math.pi * step / options.vae_steps))
+        optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 100, 1.0) * falling
+        frames = _single_frames(rng, 32).to(device)
         posterior = vae.encode(frames).latent_dist
         latents = posterior.sample()
         shown = vae.decode(latents).sample
@@ -194,7 +197,7 @@ def _train_vae(
             report(TrainingStep("vae", step + 1, loss.item(), time.monotonic() - began))
     vae.requires_grad_(False).eval()
     with torch.no_grad():
-        latents = vae.encode(_single_frames(rng, 512)).latent_dist.mode()
+        latents = vae.encode(_single_frames(rng, 512).to(device)).latent_dist.mode()
     scaling_factor = round(1.0 / latents.std().item(), 4)
     vae.register_to_config(scaling_factor=scaling_factor)
     partial = folder.with_name(folder.name + ".partial")
@@ -219,7 +222,8 @@ def _train_denoiser(
     )
     average = {name: value.detach().clone() for name, value in learner.state_dict().items()}
     first, spent = _load_state(out, learner, optimizer, average)
-    alphas_cumprod = components.build_scheduler().alphas_cumprod
+    device = torch.device(options.device)
+    alphas_cumprod = components.build_scheduler().alphas_cumprod.to(device)
     denoiser = EagerDenoiser(learner["unet"]).attach()
     began = time.monotonic()
     losses: list[float] = []
@@ -227,9 +231,9 @@ def _train_denoiser(
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
         rng = np.random.default_rng([options.seed, step])
         clean, captions = _clips(rng, vae, scaling_factor, options)
-        noise = torch.randn(clean.shape, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
         stratum = torch.arange(options.batch) + torch.rand(options.batch, generator=generator)
-        timesteps = (stratum / options.batch * len(alphas_cumprod)).long()
+        timesteps = (stratum / options.batch * len(alphas_cumprod)).long().to(device)
         noised, velocity = velocity_pair(clean, noise, timesteps, alphas_cumprod)
         tokens = tokenizer(
             captions,
@@ -237,8 +241,8 @@ def _train_denoiser(
             max_length=components.MAX_TOKENS,
             truncation=True,
             return_tensors="pt",
-        ).input_ids
-        with torch.autocast("cpu", torch.bfloat16):
+        ).input_ids.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
             guess = denoiser.predict(noised, timesteps, learner["text_encoder"](tokens)[0])
         loss = (guess.float() - velocity).square().mean()
         _require_finite(loss, "denoiser", step)
@@ -282,7 +286,7 @@ def _clips(
         for scene in scenes
     ]
     clips = world.render(scenes, components.FRAMES, components.SIZE)
-    frames = clips.flatten(0, 1).permute(0, 3, 1, 2) * 2 - 1
+    frames = (clips.flatten(0, 1).permute(0, 3, 1, 2) * 2 - 1).to(vae.device)
     latents = vae.encode(frames).latent_dist.mode() * scaling_factor
     return latents.unflatten(0, (options.batch, components.FRAMES)).transpose(1, 2), captions
 
@@ -308,10 +312,10 @@ def _save_state(
     tensors |= {f"average.{name}": value for name, value in average.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-    tensors = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+    tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
     partial = out / (_STATE + ".partial")
     save_file(tensors, partial, metadata={"step": str(line.step), "seconds": str(line.seconds)})
-    os.replace(partial, out / _STATE)
+    partial.replace(out / _STATE)
     with (out / _LOG).open("a") as log:
         log.write(json.dumps(asdict(line)) + "\n")
 
@@ -339,7 +343,7 @@ def _load_state(
         )
     learner.load_state_dict(weights)
     for name, value in _part(tensors, "average.").items():
-        average[name] = value.clone()
+        average[name] = value.to(average[name].device)
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in _part(tensors, "optimizer.").items():
         index, key = name.split(".", 1)
@@ -368,14 +372,14 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 @contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Use `count` CPU threads inside the block."""
+def threads(count: int | None) -> Iterator[None]:
+    """Use `count` CPU threads inside the block; None leaves the number as it is."""
     former = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(former if count is None else count)
     try:
         yield
     finally:

@@ -215,7 +215,7 @@ def sample_scene(rng: np.random.Generator, two_share: float = 0.15) -> Scene:
     for which `is_held_out` are drawn again.
     """
     count = 2 if rng.uniform() < two_share else 1
-    sprites = []
+    sprites: list[Sprite] = []
     while len(sprites) < count:
         named = rng.uniform() < 0.5
         hue = sample_named_hue(rng, str(rng.choice(list(COLOURS)))) if named else None
@@ -300,8 +300,7 @@ def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
         return torch.minimum(upright, level)
     if shape == "triangle":  # equilateral, point up: the largest of three half-plane distances
         slope = math.sqrt(3.0) / 2.0
-        sides = torch.maximum(slope * x.abs() - 0.5 * y, y) - 0.6 * radius
-        return sides
+        return torch.maximum(slope * x.abs() - 0.5 * y, y) - 0.6 * radius
     raise ValueError(f"signed_distance: shape must be one of {', '.join(SHAPES)}, got {shape!r}")
 
 

@@ -1,0 +1,326 @@
+"""The command line `kinetiq bench`; `bench` is mounted by the main command.
+
+Exit status: 0 when it measured, also when targets were missed; 1 when it could not measure, or
+when the README differs from the records; 2 for bad input.
+"""
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from kinetiq.bench.environment import find_checkout
+from kinetiq.bench.figures import Target, load_targets
+from kinetiq.bench.harness import (
+    BENCHES,
+    Bench,
+    BenchOptions,
+    Progress,
+    Registry,
+    resolve_device,
+    run_bench,
+    unmet_needs,
+)
+from kinetiq.bench.records import Record, append_record, read_folder, read_records
+from kinetiq.bench.report import align, compare, render_comparison, render_readme, render_result
+from kinetiq.errors import InputError, KinetiqError, OutputError, RequestError, WorkError
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class BenchGroup(click.Group):
+    """A group whose commands are its own and one for each bench of a registry."""
+
+    def __init__(self, registry: Registry, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.registry = registry
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The benches in their order, then the group's own commands."""
+        return [*self.registry.modules, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The group's own command, or the one that runs the bench of this name."""
+        own = super().get_command(ctx, cmd_name)
+        if own is None and cmd_name in self.registry.modules:
+            return _bench_command(self.registry, cmd_name)
+        return own
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with our words for an unknown name."""
+        name = args[0]
+        known = self.list_commands(ctx)
+        if name not in known and not name.startswith("-") and not ctx.resilient_parsing:
+            ctx.fail(f'bench: must be one of {", ".join(known)}, got "{name}"')
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does; our errors become one line and an exit status."""
+        try:
+            return super().invoke(ctx)
+        except KinetiqError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2 if isinstance(error, InputError) else 1)
+
+
+def make_group(registry: Registry) -> BenchGroup:
+    """The command group over the benches of `registry`."""
+    group = BenchGroup(
+        registry,
+        name="bench",
+        short_help="Measure what this package claims.",
+        help=(
+            "Measure what this package claims. Each NAME below is a bench; its figures are "
+            "compared with their targets and recorded."
+        ),
+    )
+    for command in (_all_command(registry), _list_command(registry), _readme, _compare):
+        group.add_command(command)
+    return group
+
+
+def _measuring_options(function: _Function) -> _Function:
+    """The options that `kinetiq bench NAME` and `kinetiq bench all` share."""
+    options = [
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        click.option("--quick", is_flag=True, help="Measure a small sample, in under a minute."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
+        click.option("--device", help="cpu, cuda or cuda:N; a GPU where there is one."),
+        click.option(
+            "--record/--no-record",
+            default=None,
+            help="Append to the records; done by default where there is a folder for them.",
+        ),
+        click.option(
+            "--results", type=_FOLDER, help="Folder of records; bench/results of the checkout."
+        ),
+        click.option("--out", type=_FOLDER, help="Folder for clips and plots made on the way."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _bench_command(registry: Registry, name: str) -> click.Command:
+    try:
+        summary = registry.load(name).summary
+    except WorkError as error:  # a bench that cannot be loaded must not take the others' help away
+        summary = f"cannot run here: {error}"
+
+    @click.command(name, help=summary, short_help=summary)
+    @_measuring_options
+    def run(
+        as_json: bool,
+        quick: bool,
+        seed: int,
+        device: str | None,
+        record: bool | None,
+        results: Path | None,
+        out: Path | None,
+    ) -> None:
+        bench = registry.load(name)
+        options = BenchOptions(quick, seed, resolve_device(device), out)
+        folder = _results_folder(results, record=record)
+        targets = load_targets()
+        measured = _measure(bench, options, targets, device)
+        if as_json:
+            click.echo(_json(measured.result))
+        else:
+            click.echo(render_result(measured, targets))
+        # After the result is shown, so that a full disk does not lose it.
+        _keep(measured, folder)
+
+    return run
+
+
+def _all_command(registry: Registry) -> click.Command:
+    @click.command("all")
+    @_measuring_options
+    def run_all(
+        as_json: bool,
+        quick: bool,
+        seed: int,
+        device: str | None,
+        record: bool | None,
+        results: Path | None,
+        out: Path | None,
+    ) -> None:
+        """Run every bench that this machine can."""
+        options = BenchOptions(quick, seed, resolve_device(device), out)
+        folder = _results_folder(results, record=record)
+        targets = load_targets()
+        measured: dict[str, Any] = {}
+        skipped: dict[str, str] = {}
+        failed: dict[str, str] = {}
+        for name in registry.modules:
+            try:
+                bench = registry.load(name)
+                if unmet := unmet_needs(bench, options.device):
+                    skipped[name] = f"needs {' and '.join(unmet)}"
+                    click.echo(f"{name} skipped: {skipped[name]}", err=True)
+                    continue
+                outcome = _measure(bench, options, targets, device)
+                measured[name] = outcome.result
+                if not as_json:
+                    click.echo(render_result(outcome, targets) + "\n")
+                _keep(outcome, folder)
+            except (WorkError, OutputError) as error:
+                failed[name] = str(error)
+                click.echo(f"Error: {error}", err=True)
+        if as_json:
+            click.echo(_json({"benches": measured, "skipped": skipped, "failed": failed}))
+        if failed or not measured:
+            raise WorkError(
+                f"bench all: every bench that this machine can run must be measured; "
+                f"measured {len(measured)}, skipped {len(skipped)}, failed {len(failed)}"
+            )
+
+    return run_all
+
+
+def _list_command(registry: Registry) -> click.Command:
+    @click.command("list")
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+    def list_benches(as_json: bool) -> None:
+        """List the benches, and what each needs."""
+        rows = []
+        for name in registry.modules:
+            try:
+                bench = registry.load(name)
+                rows.append((name, bench.summary, ", ".join(bench.needs)))
+            except WorkError as error:
+                rows.append((name, f"cannot run here: {error}", ""))
+        if as_json:
+            listing = [
+                {"bench": n, "summary": s, "needs": w.split(", ") if w else []} for n, s, w in rows
+            ]
+            click.echo(_json({"benches": listing}))
+        else:
+            click.echo("\n".join(align([("bench", "summary", "needs"), *rows])))
+
+    return list_benches
+
+
+@click.command("readme")
+@click.option("--check", is_flag=True, help="Change nothing; exit with 1 if it would change.")
+@click.option("--results", type=_FOLDER, help="Folder of records; bench/results of the checkout.")
+@click.option("--readme", "path", type=_FILE, help="File to draw in; README.md of the checkout.")
+def _readme(check: bool, results: Path | None, path: Path | None) -> None:
+    """Draw the tables of figures in README.md from the records."""
+    checkout = find_checkout()
+    if checkout is None and (results is None or path is None):
+        raise RequestError(
+            "bench readme: must run in a checkout, found none; name --results and --readme"
+        )
+    root = checkout or Path()
+    path, results = path or root / "README.md", results or root / "bench" / "results"
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: must be a readable text file, got: {error}") from error
+    drawn = render_readme(text, read_folder(results))
+    if drawn == text:
+        click.echo(f"{path} agrees with the records")
+        return
+    if check:
+        lines = difflib.unified_diff(
+            text.splitlines(), drawn.splitlines(), "as it is", "as recorded", lineterm=""
+        )
+        click.echo("\n".join(lines))
+        raise WorkError(
+            f"{path}: must agree with the records, but differs; run `kinetiq bench readme`"
+        )
+    _replace_text(path, drawn)
+    click.echo(f"{path} drawn from {results}")
+
+
+@click.command("compare")
+@click.argument("before", type=_FILE)
+@click.argument("after", type=_FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def _compare(before: Path, after: Path, as_json: bool) -> None:
+    """Compare the newest records of two files."""
+    comparisons = compare(read_records(before), read_records(after))
+    if as_json:
+        click.echo(_json({"comparisons": [asdict(comparison) for comparison in comparisons]}))
+    else:
+        click.echo(render_comparison(comparisons))
+
+
+def _measure(
+    bench: Bench, options: BenchOptions, targets: Mapping[str, Target], asked_device: str | None
+) -> Record:
+    return run_bench(
+        bench,
+        options,
+        targets=targets,
+        command=_command_line(bench.name, options, asked_device),
+        progress=Progress(visible=sys.stderr.isatty()),
+    )
+
+
+def _command_line(name: str, options: BenchOptions, asked_device: str | None) -> str:
+    """What makes the figures again: only options that have a say in them."""
+    words = ["kinetiq", "bench", name]
+    if options.quick:
+        words.append("--quick")
+    if options.seed:
+        words += ["--seed", str(options.seed)]
+    if asked_device is not None:
+        words += ["--device", asked_device]
+    return " ".join(words)
+
+
+def _results_folder(asked: Path | None, *, record: bool | None) -> Path | None:
+    """Where to record, found before anything is measured; None is nowhere."""
+    if record is False:
+        if asked is not None:
+            raise RequestError("bench: --results must come without --no-record, got both")
+        return None
+    checkout = find_checkout()
+    folder = asked or (checkout / "bench" / "results" if checkout else None)
+    if folder is None:
+        reason = "bench: records need a checkout or a folder, found none; name one with --results"
+        if record:
+            raise RequestError(reason)
+        click.echo(f"not recorded: {reason}", err=True)
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: must be a folder, got: {error}") from error
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{folder}: must be writable, it is not; name another with --results")
+    return folder
+
+
+def _keep(record: Record, folder: Path | None) -> None:
+    if folder is not None:
+        click.echo(f"recorded in {append_record(record, folder)}", err=True)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Write a file under another name first, so that a killed run leaves the old one whole."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(text.encode())
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: must be writable, got: {error}") from error
+
+
+def _json(entries: Mapping[str, object]) -> str:
+    return json.dumps(entries, indent=2, allow_nan=False, ensure_ascii=False)
+
+
+bench = make_group(BENCHES)

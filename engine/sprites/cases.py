@@ -1,0 +1,148 @@
+"""Fixed sets of prompts and references on which the embedded model is judged."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kinetiq.clip import Clip
+from kinetiq.generation import Progress, no_progress
+from kinetiq.request import Request
+from kinetiq.sprites import components, metrics, world
+from kinetiq.sprites.metrics import Interval
+from kinetiq.sprites.reading import ClipReading, read_clips
+from kinetiq.sprites.world import Caption, Mention, Scene, Sprite
+
+if TYPE_CHECKING:
+    from kinetiq.engine import Engine
+
+FPS = 8.0
+_TARGETS_OF_A_REFERENCE = 4  # prompts that one reference steers
+
+
+@dataclass(frozen=True)
+class TransferPair:
+    """A reference and a prompt that names another colour, texture, shape and background.
+
+    The prompt says nothing of motion, so what moves comes from the reference or from chance.
+    """
+
+    scene: Scene
+    caption: Caption
+    seed: int
+
+    @property
+    def sprite(self) -> Sprite:
+        """What the reference shows."""
+        return self.scene.sprites[0]
+
+    def reference(self, frames: int = components.FRAMES, size: int = components.SIZE) -> Clip:
+        """The reference clip."""
+        return render_clip(self.scene, frames, size)
+
+
+@dataclass(frozen=True)
+class TransferScores:
+    """How a set of clips moves like its references and looks like its prompts."""
+
+    motion_fidelity: Interval
+    identity_leak: Interval
+    colour_accuracy: Interval
+    shape_accuracy: Interval
+    background_accuracy: Interval
+    frame_consistency: Interval
+
+
+def render_clip(scene: Scene, frames: int = components.FRAMES, size: int = components.SIZE) -> Clip:
+    """A clip of one scene."""
+    return Clip.from_array(world.render([scene], frames, size)[0], FPS)
+
+
+def transfer_pairs(count: int, seed: int = 0) -> list[TransferPair]:
+    """References of every motion in turn, each with four conflicting prompts."""
+    rng = np.random.default_rng([seed, 1])
+    pairs: list[TransferPair] = []
+    while len(pairs) < count:
+        number = len(pairs) // _TARGETS_OF_A_REFERENCE
+        sprite = world.sample_sprite(
+            rng,
+            hue=world.sample_named_hue(rng, _choice(rng, world.COLOURS)),
+            motion=world.MOTIONS[number % len(world.MOTIONS)],
+        )
+        ground = _choice(rng, world.COLOURS)
+        scene = Scene((sprite,), background_hue=world.COLOURS[ground])
+        for _ in range(_TARGETS_OF_A_REFERENCE):
+            mention = Mention(
+                shape=_choice(rng, set(world.SHAPES) - {sprite.shape}),
+                colour=_choice(rng, set(world.COLOURS) - {world.colour_name(sprite.hue)}),
+                texture=_choice(rng, set(world.TEXTURES) - {sprite.texture}),
+            )
+            caption = Caption((mention,), _choice(rng, set(world.COLOURS) - {ground}))
+            pairs.append(TransferPair(scene, caption, seed=len(pairs)))
+    return pairs[:count]
+
+
+def prompt_captions(count: int, *, held_out: bool, seed: int = 0) -> list[Caption]:
+    """Captions that name everything, of combinations that were trained on or held out."""
+    rng = np.random.default_rng([seed, 2])
+    captions: list[Caption] = []
+    while len(captions) < count:
+        motion = world.MOTIONS[len(captions) % len(world.MOTIONS)]
+        shape, colour = _choice(rng, world.SHAPES), _choice(rng, world.COLOURS)
+        if world.is_held_out(shape, colour, motion) is held_out:
+            mention = Mention(shape, colour, _choice(rng, world.TEXTURES), motion)
+            captions.append(Caption((mention,), _choice(rng, world.COLOURS)))
+    return captions
+
+
+def transfer(
+    engine: "Engine",
+    pairs: Sequence[TransferPair],
+    control: Callable[[Clip], Any],
+    *,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> list[ClipReading]:
+    """Generate a clip for every pair and read it back.
+
+    Args:
+        engine: with the embedded model.
+        pairs: what to transfer to what.
+        control: makes the control of a reference; returns None for plain generation.
+        progress: told of steps.
+        options: of `Request`, such as `steps`.
+    """
+    references = {id(pair.scene): pair.reference() for pair in pairs}
+    requests = [
+        Request(pair.caption.text, control(references[id(pair.scene)]), seed=pair.seed, **options)
+        for pair in pairs
+    ]
+    clips = engine.generate_many(requests, progress=progress)
+    return read_clips(np.stack([clip.frames for clip in clips]))
+
+
+def score_transfer(
+    readings: Sequence[ClipReading], pairs: Sequence[TransferPair]
+) -> TransferScores:
+    """The metrics of design: motion like the reference, identity like the prompt."""
+    captions = [pair.caption for pair in pairs]
+    frames = readings[0].frames
+    fidelity = metrics.motion_fidelity(
+        [metrics.first_path(reading) for reading in readings],
+        [pair.sprite.path.points(frames) for pair in pairs],
+    )
+    return TransferScores(
+        motion_fidelity=fidelity.mean,
+        identity_leak=metrics.identity_leak(readings, [pair.sprite for pair in pairs], captions),
+        colour_accuracy=metrics.colour_accuracy(readings, captions),
+        shape_accuracy=metrics.shape_accuracy(readings, captions),
+        background_accuracy=metrics.background_accuracy(readings, captions),
+        frame_consistency=metrics.mean_with_interval(
+            [metrics.frame_consistency(reading) for reading in readings], bounds=(0.0, 1.0)
+        ),
+    )
+
+
+def _choice(rng: np.random.Generator, values: Any) -> str:
+    return str(rng.choice(sorted(values)))

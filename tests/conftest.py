@@ -1,0 +1,46 @@
+"""Shared fixtures. Also keeps the checkout itself off the import path.
+
+`python -m pytest` puts the working directory on the path, where our folder `kernels` would
+answer for the PyPI package `kernels` that transformers and diffusers probe for.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before importing ours
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def rng(device: str) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory):
+    """A builder of tiny diffusers folders, each written once a test run."""
+    import tiny  # after the environment is set, since it imports diffusers
+
+    written: dict[tuple[str, str], Path] = {}
+
+    def build(family: str = "animatediff", scheduler: str = "DDIMScheduler") -> Path:
+        if (family, scheduler) not in written:
+            path = tmp_path_factory.mktemp(f"{family}-{scheduler}") / "model"
+            written[family, scheduler] = tiny.write_tiny_folder(path, family, scheduler)
+        return written[family, scheduler]
+
+    return build

@@ -1,0 +1,218 @@
+import numpy as np
+import pytest
+import torch
+from stock import load_stock, stock_latents
+
+import kinetiq as kq
+from kinetiq.generation import in_order
+
+SAMPLERS = [
+    ("DDIMScheduler", 0.0),
+    ("DDIMScheduler", 1.0),
+    ("DDPMScheduler", 0.0),
+    ("EulerDiscreteScheduler", 0.0),
+    ("DPMSolverMultistepScheduler", 0.0),
+    ("LCMScheduler", 0.0),
+]
+TOLERANCE = 1e-4  # of the largest value: the project's word for "equal" in float32
+
+
+def assert_equal(got, wanted):
+    assert (got - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+
+
+@pytest.fixture
+def engine(tiny_folder):
+    with kq.Engine.load(tiny_folder()) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def reference():
+    rng = np.random.default_rng(0)
+    return kq.Clip.from_array(rng.integers(0, 255, (4, 16, 16, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("family", ["animatediff", "unet3d"])
+@pytest.mark.parametrize(("scheduler", "eta"), SAMPLERS)
+def test_equals_the_stock_pipeline_without_a_control(tiny_folder, family, scheduler, eta):
+    folder = tiny_folder(family, scheduler)
+    extra = {"eta": eta} if scheduler == "DDIMScheduler" else {}
+    wanted = stock_latents(
+        load_stock(folder, family),
+        "a red circle",
+        seed=5,
+        num_frames=3,
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        negative_prompt="a blue ring",
+        **extra,
+    )
+    request = kq.Request(
+        "a red circle",
+        seed=5,
+        frames=3,
+        steps=4,
+        guidance_scale=4.0,
+        negative_prompt="a blue ring",
+        eta=eta,
+    )
+    with kq.Engine.load(folder) as engine:
+        assert_equal(next(engine.generate_latents([request])), wanted)
+
+
+def test_decodes_what_the_stock_pipeline_decodes(tiny_folder):
+    folder = tiny_folder()
+    pipeline = load_stock(folder, "animatediff")
+    options = {"num_frames": 3, "num_inference_steps": 2, "guidance_scale": 2.0}
+    generator = torch.Generator().manual_seed(1)
+    frames = pipeline("a ring", generator=generator, output_type="np", **options).frames[0]
+    with kq.Engine.load(folder) as engine:
+        clip = engine.generate("a ring", seed=1, frames=3, steps=2, guidance_scale=2.0)
+    difference = np.abs(clip.frames.astype(float) - frames * 255)
+    assert difference.max() <= 1.0  # half a level of rounding, and half for the last bits
+
+
+def test_rows_at_different_steps_equal_the_rows_run_alone(engine, reference):
+    requests = [
+        kq.Request("a red circle", seed=1, frames=4, steps=5),
+        kq.Request("a ring", kq.QueryInjection(reference), seed=2, frames=4, steps=3),
+        kq.Request("a cross", seed=3, frames=4, steps=4, guidance_scale=1.0, sampler="euler"),
+        kq.Request("a blue square", kq.MotionInjection(reference), seed=4, frames=4, steps=2),
+        kq.Request("a dark ring", seed=5, frames=4, steps=4, sampler="dpm++2m"),
+        kq.Request(
+            "a pink cross",
+            [kq.QueryInjection(reference, halves="cond"), kq.MotionInjection(reference)],
+            seed=6,
+            frames=4,
+            steps=3,
+            guidance_scale=3.0,
+        ),
+    ]
+    together = list(engine.generate_latents(requests, max_clips=3))
+    for request, got in zip(requests, together, strict=True):
+        assert_equal(got, next(engine.generate_latents([request])))
+
+
+def test_the_same_request_in_the_same_plan_gives_the_same_bits(engine, reference):
+    request = kq.Request("a ring", kq.MotionInjection(reference), seed=3, frames=4, steps=3)
+    first, second = (next(engine.generate_latents([request])) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_clips_of_several_shapes_come_in_the_order_of_their_requests(engine):
+    shapes = [(4, 16, 16), (3, 16, 16), (4, 8, 16), (4, 16, 16)]
+    requests = [
+        kq.Request("a ring", frames=f, height=h, width=w, steps=2, fps=5.0) for f, h, w in shapes
+    ]
+    clips = list(engine.generate_many(requests))
+    assert [clip.frames.shape[:3] for clip in clips] == shapes
+    assert {clip.fps for clip in clips} == {5.0}
+
+
+def test_a_bad_request_leaves_the_others_alone(engine):
+    requests = [
+        kq.Request("a ring", frames=3, steps=2),
+        kq.Request("a ring", frames=3, steps=2, height=15),
+        kq.Request("a ring", frames=3, steps=2, seed=1),
+    ]
+    results = list(engine.generate_many(requests, on_error="return"))
+    assert [type(result) for result in results] == [kq.Clip, kq.RequestError, kq.Clip]
+    assert "height: must be a multiple of 2" in str(results[1])
+    clips = engine.generate_many(requests)
+    assert isinstance(next(clips), kq.Clip)
+    with pytest.raises(kq.RequestError, match="height"):
+        next(clips)
+
+
+class Fragile:
+    """A denoiser that runs out of memory above some rows, or answers NaN to one row's latents."""
+
+    def __init__(self, inner, rows=100, poison=None):
+        self.inner, self.rows, self.poison = inner, rows, poison
+        self.family, self.sites = inner.family, inner.sites
+        self.seen = []
+
+    def predict(self, latents, timesteps, text, controls):
+        self.seen.append(len(latents))
+        if len(latents) > self.rows:
+            raise torch.OutOfMemoryError("out of memory")
+        out = self.inner.predict(latents, timesteps, text, controls).clone()
+        if self.poison is not None:
+            out[timesteps < self.poison] = float("nan")
+        return out
+
+
+def test_running_out_of_memory_splits_the_batch(engine, reference):
+    control = kq.QueryInjection(reference)
+    requests = [kq.Request("a ring", control, seed=s, frames=4, steps=3) for s in range(4)]
+    whole = list(engine.generate_latents(requests))
+    fragile = Fragile(engine.denoiser, rows=5)
+    engine.denoiser, kept = fragile, engine.denoiser
+    split = list(engine.generate_latents(requests))
+    engine.denoiser = kept
+    for got, wanted in zip(split, whole, strict=True):
+        assert_equal(got, wanted)
+    assert fragile.seen[0] == 9  # four clips and one source
+    assert max(fragile.seen[1:]) <= 5
+
+
+def test_a_clip_too_large_for_the_memory_says_so(engine):
+    engine.denoiser, kept = Fragile(engine.denoiser, rows=1), engine.denoiser
+    with pytest.raises(kq.WorkError, match="one clip of 3 frames of 8x8 latents must fit"):
+        engine.generate("a ring", frames=3, steps=2)
+    engine.denoiser = kept
+
+
+def test_what_is_not_finite_is_named_with_its_step(engine):
+    engine.denoiser, kept = Fragile(engine.denoiser, poison=600), engine.denoiser
+    results = list(
+        engine.generate_many(
+            [
+                kq.Request("a ring", frames=3, steps=2),  # timesteps 501 and 1
+                kq.Request("a bad ring", frames=3, steps=5, seed=1),
+            ],
+            on_error="return",
+        )
+    )
+    engine.denoiser = kept
+    assert "at step 1 of 2 of request 0 ('a ring')" in str(results[0])
+    assert "at step 3 of 5 of request 1 ('a bad ring')" in str(results[1])
+
+
+def test_equal_references_at_equal_steps_share_one_source_row(engine, reference):
+    same = kq.Clip.from_array(reference.frames.copy())
+    fragile = Fragile(engine.denoiser)
+    engine.denoiser, kept = fragile, engine.denoiser
+    requests = [
+        kq.Request("a ring", control, frames=4, steps=2, seed=seed)
+        for seed, control in enumerate(
+            [
+                kq.MotionInjection(reference),
+                kq.MotionInjection(same),
+                kq.QueryInjection(same, until=1.0),
+                kq.MotionInjection(reference.mirror()),
+                kq.MotionInjection(reference, source_prompt="a ring"),
+            ]
+        )
+    ]
+    list(engine.generate_latents(requests))
+    engine.denoiser = kept
+    assert fragile.seen == [10 + 3] * 2
+
+
+def test_progress_counts_every_step(engine):
+    seen = []
+    requests = [kq.Request("a ring", frames=3, steps=s) for s in (2, 3)]
+    list(engine.generate_many(requests, progress=lambda *event: seen.append(event)))
+    assert [event for event in seen if event[0] == "denoising"][-1] == ("denoising", 5, 5)
+    assert ("decoding", 1, 1) in seen
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_in_order(order):
+    assert list(in_order((index, f"clip {index}") for index in order)) == [
+        "clip 0",
+        "clip 1",
+        "clip 2",
+    ]
