@@ -4,67 +4,94 @@ Exit status 0: done; 1: the work failed; 2: bad input.
 """
 
 import json
+import re
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
-
-# `python -m kinetiq` puts the working directory on the path; in a checkout our folder `kernels`
-# would then answer for the package of that name that transformers and diffusers probe for.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path.cwd()]
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from kinetiq.errors import InputError, KinetiqError, RequestError
+import kinetiq.kernels
+from kinetiq.errors import CheckpointError, InputError, KinetiqError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+
+    from kinetiq.clip import Clip
+    from kinetiq.controls import Control
+
+# `python -m kinetiq` puts the working directory on the path; in a checkout our folder `kernels`
+# would then answer for the package of that name that transformers and diffusers probe for. They
+# are imported later, when they are used.
+_OWN_KERNELS = Path(kinetiq.kernels.__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry, "kernels").resolve() != _OWN_KERNELS]
 
 CONTROLS = ("motion", "query", "both", "none")
+_SHARED = ("until", "halves", "region")
+_SWITCHES = {  # of each kind of control: the options that it takes
+    "motion": (*_SHARED, "parts"),
+    "query": (*_SHARED, "sites", "reduce_leak"),
+}
+_SITE_WORDS = ("spatial", "temporal", "both")
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+_Function = TypeVar("_Function", bound="Callable[..., Any]")
 
 
-class CommandGroup(click.Group):
-    """A group that says our errors in one line, with their exit status."""
+class MainGroup(click.Group):
+    """The command line as a whole: whatever goes wrong is one line and an exit status."""
 
-    def invoke(self, context: click.Context) -> Any:
-        """As click does; our errors and warnings become one line each."""
+    def main(self, *args: Any, **settings: Any) -> NoReturn:
+        """As click does, with one line for errors, and 130 for an interrupt."""
+        settings["standalone_mode"] = False
         try:
             with _plain_warnings():
-                return super().invoke(context)
+                status = super().main(*args, **settings) or 0
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            status = 0
+        except click.UsageError as error:
+            where = "kinetiq" if error.ctx is None else error.ctx.command_path
+            status = _fail(where, f"{error.format_message()} (see {where} --help)", 2)
+        except click.Abort:
+            status = _fail("kinetiq", "interrupted", _INTERRUPTED)
         except KinetiqError as error:
-            click.echo(f"kinetiq: error: {error}", err=True)
-            context.exit(2 if isinstance(error, InputError) else 1)
+            status = _fail("kinetiq", str(error), 2 if isinstance(error, InputError) else 1)
+        except MemoryError as error:
+            status = _fail("kinetiq", f"memory must suffice, and does not: {error}", 1)
+        except OSError as error:
+            status = _fail("kinetiq", f"the operating system refused: {error}", 1)
+        sys.exit(status)
 
-    def list_commands(self, context: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
         """The commands in the order in which a new user wants them."""
         return [*self.commands, "bench"]
 
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command; the benches are imported only when they are asked for."""
-        if name == "bench":
+        if cmd_name == "bench":
             from kinetiq.bench.command import bench
 
             return bench
-        return super().get_command(context, name)
+        return super().get_command(ctx, cmd_name)
 
 
-@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("kinetiq", cls=MainGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="kinetiq")
 def main() -> None:
     """Generate video whose motion is chosen by a reference clip and whose content by a prompt."""
 
 
-def _model_options(function: Any) -> Any:
+def _device_options(function: _Function) -> _Function:
     options = [
-        click.option(
-            "--model",
-            default="sprites",
-            show_default=True,
-            help="sprites (embedded), a diffusers folder, or a hub id.",
-        ),
-        click.option("--motion-adapter", help="AnimateDiff motion adapter for an image model."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
         click.option("--dtype", help="float32 (default), bfloat16 or float16."),
-        click.option("--backend", default="eager", show_default=True),
+        click.option("--backend", default="eager", show_default=True, help="Runs the network."),
     ]
     for option in reversed(options):
         function = option(function)
@@ -83,8 +110,8 @@ def _model_options(function: Any) -> Any:
 @click.option("--steps", type=int, help="Sampler steps.")
 @click.option("--guidance", type=float, help="Guidance scale; 1 is none.")
 @click.option("--until", type=float, help="Share of the steps that are steered, 0 to 1.")
-@click.option("--json", "as_json", is_flag=True, help="Print report.json.")
-@_model_options
+@click.option("--json", "as_json", is_flag=True, help="Print what report.json says.")
+@_device_options
 def demo(
     out: Path,
     seed: int,
@@ -92,26 +119,19 @@ def demo(
     guidance: float | None,
     until: float | None,
     as_json: bool,
-    model: str,
-    motion_adapter: str | None,
     device: str,
     dtype: str | None,
     backend: str,
 ) -> None:
-    """Move three subjects like one reference, side by side, and measure how well."""
-    from kinetiq.demo import describe, run_demo
+    """Move three subjects like one reference, and measure how well."""
+    from kinetiq.demo import check_folder, describe, run_demo
     from kinetiq.engine import Engine
     from kinetiq.progress import progress_bars
 
-    if model != "sprites":
-        raise RequestError(
-            f"demo: model must be sprites, whose motion and content can be measured, got {model}; "
-            "kinetiq generate takes any model"
-        )
+    check_folder(out)
     with progress_bars() as progress:
-        with Engine.load(
-            model, motion_adapter=motion_adapter, device=device, dtype=dtype, backend=backend
-        ) as engine:
+        progress("loading", 0, 1)
+        with Engine.load("sprites", device=device, dtype=dtype, backend=backend) as engine:
             report = run_demo(
                 engine,
                 out,
@@ -121,7 +141,13 @@ def demo(
                 until=until,
                 progress=progress,
             )
-    click.echo(json.dumps(report, indent=2) if as_json else describe(report))
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    click.echo(describe(report))
+    click.echo(
+        f"Clips, side-by-side.gif, sheet.png and report.json are in {click.format_filename(out)}"
+    )
 
 
 @main.command()
@@ -129,7 +155,7 @@ def demo(
 @click.option(
     "--reference",
     type=click.Path(path_type=Path),
-    help="Clip whose motion is wanted: mp4, webm, gif, webp or a folder of images.",
+    help="Clip whose motion is wanted: a video, a gif, a webp or a folder of images.",
 )
 @click.option(
     "--out",
@@ -140,43 +166,37 @@ def demo(
 @click.option(
     "--control",
     type=click.Choice(CONTROLS),
-    default=None,
     help="motion (default with a reference): motion injection; query: query injection, "
-    "the paper's; both; none.",
+    "the paper's; both; none (default without).",
 )
 @click.option("--until", type=float, help="Share of the steps that are steered, 0 to 1.")
 @click.option(
-    "--sites", help="spatial, temporal, both, or names of sites, comma-separated (query injection)."
+    "--sites",
+    help="spatial (default), temporal, both, or names of sites, comma-separated (query injection).",
 )
 @click.option(
     "--reduce-leak",
     is_flag=True,
+    default=None,
     help="Keep the clip's own mean of the queries over frames (query injection).",
 )
 @click.option(
-    "--parts",
-    default="qkv",
-    show_default=True,
-    help="Which of q, k and v are injected (motion injection).",
+    "--parts", help="Which of q, k and v are injected; qkv by default (motion injection)."
 )
 @click.option(
     "--halves",
     type=click.Choice(("both", "cond")),
-    default="both",
-    show_default=True,
-    help="Which halves of guidance are steered.",
+    help="Which halves of guidance are steered; both by default.",
 )
 @click.option(
     "--region",
     type=click.Path(path_type=Path),
-    help="Image, white where the reference's motion is wanted.",
+    help="Image, or clip of as many frames, white where the reference's motion is wanted.",
 )
 @click.option(
     "--fit",
     type=click.Choice(("crop", "fit", "stretch")),
-    default="crop",
-    show_default=True,
-    help="How the reference is brought to the clip's size.",
+    help="How the reference is brought to the clip's size; crop by default.",
 )
 @click.option("--negative-prompt", default="", help="What the clip does not show.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -194,8 +214,15 @@ def demo(
     show_default=True,
     help="Enlarge what is written by a whole number.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
-@_model_options
+@click.option("--json", "as_json", is_flag=True, help="Print what was made as one JSON object.")
+@click.option(
+    "--model",
+    default="sprites",
+    show_default=True,
+    help="sprites (embedded), a diffusers folder, or a hub id.",
+)
+@click.option("--motion-adapter", help="AnimateDiff motion adapter for an image model.")
+@_device_options
 def generate(
     prompt: str,
     reference: Path | None,
@@ -203,11 +230,11 @@ def generate(
     control: str | None,
     until: float | None,
     sites: str | None,
-    reduce_leak: bool,
-    parts: str,
-    halves: str,
+    reduce_leak: bool | None,
+    parts: str | None,
+    halves: str | None,
     region: Path | None,
-    fit: str,
+    fit: str | None,
     negative_prompt: str,
     seed: int,
     steps: int | None,
@@ -226,12 +253,14 @@ def generate(
     backend: str,
 ) -> None:
     """Generate one clip, moving like a reference if one is given."""
+    import attrs
+
     from kinetiq.clip import Clip, check_target
     from kinetiq.engine import Engine
     from kinetiq.progress import progress_bars
     from kinetiq.request import Request
 
-    check_target(out)
+    # All that can be wrong with the options is said before a model loads.
     height, width = _parse_size(size)
     options: dict[str, Any] = {
         "seed": seed,
@@ -245,33 +274,48 @@ def generate(
         "width": width,
         "fps": fps,
     }
-    Request.from_options(prompt, options)  # what is wrong with it is said before a model loads
+    Request.from_options(prompt, options)
+    check_target(out, frames=frames, fps=fps)
+    if reference is None and fit is not None:
+        raise RequestError("generate: --fit needs --reference, got none")
     clip = None if reference is None else Clip.read(reference)
+    switches = {
+        "until": until,
+        "sites": sites,
+        "reduce_leak": reduce_leak,
+        "parts": parts,
+        "halves": halves,
+        "region": region,
+    }
+    given = {name: value for name, value in switches.items() if value is not None}
+    controls = _build_controls(clip, control, given)
     with progress_bars() as progress:
+        progress("loading", 0, 1)
         with Engine.load(
             model, motion_adapter=motion_adapter, device=device, dtype=dtype, backend=backend
         ) as engine:
+            defaults = engine.defaults
+            check_target(out, frames=frames or defaults.frames, fps=fps or defaults.fps)
             if clip is not None:
-                clip = clip.resize(
-                    height or engine.defaults.height, width or engine.defaults.width, fit
+                fitted = clip.resize(
+                    height or defaults.height, width or defaults.width, fit or "crop"
                 )
-            controls = _build_controls(
-                clip, control, until, sites, reduce_leak, parts, halves, region
-            )
+                controls = [attrs.evolve(control, reference=fitted) for control in controls]
             made = engine.generate(prompt, controls, progress=progress, **options)
     made.write(out, scale=scale)
     said = {
         "out": str(out),
         "frames": made.num_frames,
-        "height": made.height,
-        "width": made.width,
+        "height": made.height * scale,
+        "width": made.width * scale,
         "fps": made.fps,
         "seed": seed,
     }
     click.echo(
         json.dumps(said)
         if as_json
-        else f"{out}: {made.num_frames} frames of {made.width}x{made.height}, {made.fps:g} a second"
+        else f"{click.format_filename(out)}: {made.num_frames} frames of "
+        f"{said['width']}x{said['height']}, {made.fps:g} a second"
     )
 
 
@@ -298,8 +342,8 @@ def train() -> None:
 @click.option("--vae-steps", type=click.IntRange(1), default=2_500, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--learning-rate", type=float, default=6e-4, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; PyTorch's own by default.")
 @click.option(
     "--start-from",
     type=click.Path(path_type=Path),
@@ -321,9 +365,19 @@ def train_sprites(
     device: str,
 ) -> None:
     """Train the embedded sprites model."""
-    from kinetiq.checkpoint import embedded_folder
+    from kinetiq.checkpoint import embedded_folder, resolve_device
     from kinetiq.sprites import training
 
+    if not 0.0 < learning_rate <= 1.0:  # as it is for NaN
+        raise RequestError(
+            f"train: --learning-rate must be above 0 and at most 1, got {learning_rate:g}"
+        )
+    if start_from == Path("sprites"):
+        start_from = embedded_folder()
+    elif start_from is not None and not start_from.is_dir():
+        raise CheckpointError(
+            f"train: --start-from must be 'sprites' or the folder of a checkpoint, got {start_from}"
+        )
     options = training.TrainingOptions(
         steps=steps,
         decay_steps=decay_steps,
@@ -332,25 +386,23 @@ def train_sprites(
         learning_rate=learning_rate,
         seed=seed,
         save_every=save_every,
-        device=device,
+        device=str(resolve_device(device)),
     )
-    if start_from == Path("sprites"):
-        start_from = embedded_folder()
 
     def report(line: training.TrainingStep) -> None:
         click.echo(
             f"{line.stage} {line.step}: loss {line.loss:.4f}, {line.seconds:.0f} s", err=True
         )
 
-    with training.threads(threads):
+    with nullcontext() if threads is None else training.threads(threads):
         folder = training.train(out, options, start_from=start_from, report=report)
-    click.echo(str(folder))
+    click.echo(click.format_filename(folder))
 
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
-    """Say what is installed, what is missing, and the command that installs it."""
+    """Say what is installed, and how to install the rest."""
     from kinetiq.doctor import examine, render
 
     findings = examine()
@@ -358,67 +410,88 @@ def doctor(as_json: bool) -> None:
 
 
 def _build_controls(
-    reference: Any,
-    control: str | None,
-    until: float | None,
-    sites: str | None,
-    reduce_leak: bool,
-    parts: str,
-    halves: str,
-    region: Path | None,
-) -> list[Any]:
+    reference: "Clip | None", control: str | None, given: Mapping[str, Any]
+) -> "list[Control]":
+    """The controls that were asked for, with the switches `given` to them.
+
+    Raises:
+        RequestError: a switch belongs to no control that was asked for, or is out of range.
+    """
     from kinetiq.motion_injection import MotionInjection
     from kinetiq.query_injection import QueryInjection
 
-    control = control or ("none" if reference is None else "motion")
-    if control == "none":
-        return []
-    if reference is None:
+    if reference is None and control not in (None, "none"):
         raise RequestError(f"generate: --control {control} needs --reference, got none")
-    shared: dict[str, Any] = {"halves": halves}
-    if until is not None:
-        shared["until"] = until
-    if region is not None:
-        shared["region"] = _read_region(region)
-    controls: list[Any] = []
-    if control in ("query", "both"):
-        chosen: Any = sites or "spatial"
-        if chosen not in ("spatial", "temporal", "both"):
-            chosen = tuple(name.strip() for name in chosen.split(","))
-        controls.append(QueryInjection(reference, sites=chosen, reduce_leak=reduce_leak, **shared))
-    elif sites is not None or reduce_leak:
-        raise RequestError("generate: --sites and --reduce-leak belong to --control query or both")
-    if control in ("motion", "both"):
-        controls.append(MotionInjection(reference, parts=parts, **shared))
-    return controls
+    chosen = control or ("none" if reference is None else "motion")
+    kinds = {"none": (), "both": ("query", "motion")}.get(chosen, (chosen,))
+    for name in given:
+        takers = [kind for kind, switches in _SWITCHES.items() if name in switches]
+        if not set(takers) & set(kinds):
+            raise RequestError(
+                f"generate: --{name.replace('_', '-')} acts with a --reference and --control "
+                f"{', '.join(takers)} or both, got --control {chosen}"
+            )
+    if reference is None:
+        return []
+    values = {name: value for name, value in given.items() if name != "region"}
+    if "region" in given:
+        values["region"] = _read_region(given["region"])
+    if "sites" in given:
+        names = tuple(name.strip() for name in given["sites"].split(","))
+        values["sites"] = names[0] if names[0] in _SITE_WORDS and len(names) == 1 else names
+    makers = {"motion": MotionInjection, "query": QueryInjection}
+    return [
+        makers[kind](reference, **{n: v for n, v in values.items() if n in _SWITCHES[kind]})
+        for kind in kinds
+    ]
 
 
-def _read_region(path: Path) -> Any:
+def _read_region(path: Path) -> "np.ndarray":
+    """How bright a picture is, 0 to 1: [height, width], or [frames, height, width] of a clip."""
     from kinetiq.clip import Clip
 
-    return Clip.read(path).frames[0].astype("float32").mean(axis=-1) / 255.0
+    clip = Clip.read(path)
+    mask: np.ndarray = clip.frames.astype("float32").mean(axis=-1) / 255.0
+    if not mask.any():
+        raise RequestError(
+            f"generate: --region must be white where the motion is wanted, and {path} is all black"
+        )
+    return mask[0] if clip.is_still_image else mask
 
 
 def _parse_size(size: str | None) -> tuple[int | None, int | None]:
     if size is None:
         return None, None
-    parts = size.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
-        raise RequestError(f"size: must be HEIGHTxWIDTH such as 320x512, got {size!r}")
-    return int(parts[0]), int(parts[1])
+    found = re.fullmatch(r"([0-9]{1,6})[xX]([0-9]{1,6})", size)
+    if found is None:
+        raise RequestError(f"generate: --size must be HEIGHTxWIDTH such as 320x512, got {size!r}")
+    return int(found[1]), int(found[2])
+
+
+def _fail(where: str, message: str, status: int) -> int:
+    """Say what went wrong in one line, whatever breaks the message holds; return `status`."""
+    click.echo(f"{where}: error: {' '.join(message.split())}", err=True)
+    return status
 
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Say our own warnings in one line; keep those of other packages to themselves."""
+    """Say our own warnings in one line; those of other packages only where they were asked for."""
     from kinetiq.text import PromptWarning
 
-    def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
-        if issubclass(category, PromptWarning):
-            click.echo(f"kinetiq: warning: {message}", err=True)
-
     with warnings.catch_warnings():
-        warnings.showwarning = show  # type: ignore[assignment]
+        others = warnings.showwarning
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        warnings.simplefilter("always", PromptWarning)
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+            if issubclass(category, PromptWarning):
+                click.echo(f"kinetiq: warning: {' '.join(str(message).split())}", err=True)
+            else:
+                others(message, category, *rest)
+
+        warnings.showwarning = show  # type: ignore[assignment]  # `rest` stands for the others
         yield
 
 

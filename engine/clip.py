@@ -6,6 +6,7 @@ Writing never leaves a half-written file under the final name (`replacing`).
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import math
@@ -37,6 +38,8 @@ DEFAULT_FPS = 8.0
 MAX_FRAMES = 4096
 MAX_BYTES = 4 * 2**30  # of decoded frames; stacking them needs as much again for a moment
 _FPS_RANGE = (0.01, 1000.0)
+# A frame shown for less than this is slowed down by browsers, some to a tenth of a second.
+_LEAST_MILLISECONDS = {".gif": 20, ".webp": 11}
 _LOSSLESS_PIXELS = 2**23  # an animated .webp of more pixels than this is compressed with loss
 _PALETTE_SAMPLE = 2**19  # pixels that a palette is fitted to
 _MATROSKA_SEGMENT = b"\x18\x53\x80\x67"
@@ -298,12 +301,8 @@ class Clip:
         check_count("Clip.write: scale", scale)
         rate = self.fps if fps is None else _checked_fps("Clip.write", fps, RequestError)
         target = as_target(path, "Clip.write")
-        suffix = target.suffix.lower()
-        if suffix not in ("", *WRITE_SUFFIXES):
-            raise OutputError(
-                f"Clip.write: {target} must end in one of {', '.join(WRITE_SUFFIXES)}, or in "
-                f"nothing for a folder of images, got {suffix!r}"
-            )
+        suffix = _write_suffix(target)
+        _require_room(target, self.num_frames, rate)
         frames = self.frames
         if scale > 1:
             frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -311,13 +310,8 @@ class Clip:
             if suffix in (".mp4", ".webm"):
                 _write_video(temporary, suffix, frames, rate)
             elif suffix in (".gif", ".webp"):
-                _write_animation(temporary, target, frames, rate)
+                _write_animation(temporary, suffix, frames, rate)
             elif suffix == ".png":
-                if not self.is_still_image:
-                    raise OutputError(
-                        f"Clip.write: {target} can hold one frame, got {self.num_frames}; write "
-                        ".gif, .webp or .mp4, or a folder (no suffix)"
-                    )
                 _write_png(temporary, frames[0])
             else:
                 temporary.mkdir()
@@ -347,17 +341,7 @@ def replacing(
 
     target = as_target(path, where)
     try:
-        if not target.parent.is_dir():
-            raise OutputError(
-                f"{where}: the folder {target.parent} must exist to hold {target.name!r}; create it"
-            )
-        if folder and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise OutputError(
-                f"{where}: {target} must be a new name or an empty folder, and exists; remove it, "
-                f"or choose another name (a file needs a suffix: {', '.join(WRITE_SUFFIXES)})"
-            )
-        if not folder and target.is_dir():
-            raise OutputError(f"{where}: {target} must be a file, and is a folder; rename it")
+        _require_free(target, where, folder=folder)
         temporary = target.parent / f".kinetiq-{secrets.token_hex(8)}.tmp"
         try:
             yield temporary
@@ -369,11 +353,37 @@ def replacing(
                 temporary.unlink(missing_ok=True)
             raise
     except (OSError, FFmpegError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(
-            f"{where}: {target} cannot be written ({reason}); check the permission, the name and "
-            "the free space"
-        ) from error
+        raise _unwritable(target, where, getattr(error, "strerror", None) or error) from error
+
+
+def check_target(
+    path: str | os.PathLike[str], *, frames: int | None = None, fps: float | None = None
+) -> None:
+    """Raise what `Clip.write` would raise for this path, and leave what is there alone.
+
+    For the start of long work, whose result would be lost if it could not be written.
+
+    Args:
+        path: where a clip will be written.
+        frames: of that clip, where known.
+        fps: of that clip, where known.
+
+    Raises:
+        OutputError: unknown suffix, the folder is missing or cannot be written, the name is taken
+            by what is never replaced, or the format cannot hold such a clip.
+    """
+    where = "Clip.write"
+    target = as_target(path, where)
+    suffix = _write_suffix(target)
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            target.stat()  # says of a name that it is too long
+        _require_free(target, where, folder=not suffix)
+    except OSError as error:
+        raise _unwritable(target, where, error.strerror) from error
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise _unwritable(target, where, os.strerror(errno.EACCES))
+    _require_room(target, frames, fps)
 
 
 def spread(available: int, wanted: int) -> np.ndarray:
@@ -397,6 +407,55 @@ def as_target(path: str | os.PathLike[str], where: str) -> Path:
     if "\0" in str(target) or not target.name:
         raise OutputError(f"{where}: {str(path)!r} must name a file or a folder")
     return target
+
+
+def _write_suffix(target: Path) -> str:
+    """The suffix that says the format, "" for a folder."""
+    suffix = target.suffix.lower()
+    if suffix not in ("", *WRITE_SUFFIXES):
+        raise OutputError(
+            f"Clip.write: {target} must end in one of {', '.join(WRITE_SUFFIXES)}, or in "
+            f"nothing for a folder of images, got {suffix!r}"
+        )
+    return suffix
+
+
+def _require_free(target: Path, where: str, *, folder: bool) -> None:
+    """Raise unless a file, or a folder, may take this name."""
+    if not target.parent.is_dir():
+        raise OutputError(
+            f"{where}: the folder {target.parent} must exist to hold {target.name!r}; create it"
+        )
+    if folder and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise OutputError(
+            f"{where}: {target} must be a new name or an empty folder, and exists; remove it, "
+            f"or choose another name (a file needs a suffix: {', '.join(WRITE_SUFFIXES)})"
+        )
+    if not folder and target.is_dir():
+        raise OutputError(f"{where}: {target} must be a file, and is a folder; rename it")
+
+
+def _require_room(target: Path, frames: int | None, fps: float | None) -> None:
+    """Raise unless the format can hold so many frames at such a rate; None is not known yet."""
+    suffix = target.suffix.lower()
+    if suffix == ".png" and frames is not None and frames > 1:
+        raise OutputError(
+            f"Clip.write: {target} can hold one frame, got {frames}; write .gif, .webp or .mp4, or "
+            "a folder (no suffix)"
+        )
+    least = _LEAST_MILLISECONDS.get(suffix)
+    if least is not None and fps is not None and 1000.0 / fps < least:
+        raise OutputError(
+            f"Clip.write: {target} can show at most {1000 / least:g} frames a second, got {fps:g}; "
+            "give fps=, or write .mp4"
+        )
+
+
+def _unwritable(target: Path, where: str, reason: object) -> OutputError:
+    return OutputError(
+        f"{where}: {target} cannot be written ({reason}); check the permission, the name and "
+        "the free space"
+    )
 
 
 def _sealed(frames: np.ndarray) -> np.ndarray:
@@ -838,31 +897,23 @@ def _even(frames: np.ndarray) -> Iterable[np.ndarray]:
         yield np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
-def _write_animation(path: Path, target: Path, frames: np.ndarray, fps: float) -> None:
+def _write_animation(path: Path, suffix: str, frames: np.ndarray, fps: float) -> None:
     from PIL import Image
 
-    if target.suffix.lower() == ".gif":
-        durations = _durations(target, len(frames), fps, unit=10, least=20)
+    if suffix == ".gif":
+        durations = _durations(len(frames), fps, unit=10)
         first, *rest = _with_palette(frames)
         settings: dict[str, Any] = {"format": "GIF", "optimize": False, "disposal": 1}
     else:
-        durations = _durations(target, len(frames), fps, unit=1, least=11)
+        durations = _durations(len(frames), fps, unit=1)
         first, *rest = [Image.fromarray(frame) for frame in frames]
         exact = frames[..., 0].size <= _LOSSLESS_PIXELS
         settings = {"format": "WEBP", "lossless": exact, "quality": 90, "method": 4}
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, **settings)
 
 
-def _durations(target: Path, count: int, fps: float, *, unit: int, least: int) -> list[int]:
-    """Milliseconds of each frame in whole units, rounded so that errors do not add up.
-
-    A frame of less than `least` is slowed down by browsers, some to a tenth of a second.
-    """
-    if 1000.0 / fps < least:
-        raise OutputError(
-            f"Clip.write: {target} can show at most {1000 / least:g} frames a second, got {fps:g}; "
-            "give fps=, or write .mp4"
-        )
+def _durations(count: int, fps: float, *, unit: int) -> list[int]:
+    """Milliseconds of each frame in whole units, rounded so that errors do not add up."""
     ends = [round(index * 1000.0 / (fps * unit)) * unit for index in range(count + 1)]
     return [after - before for before, after in itertools.pairwise(ends)]
 

@@ -1,13 +1,17 @@
-"""`kinetiq demo`: one reference, three subjects, both methods, measured."""
+"""`kinetiq demo`: one reference, three subjects, with and without control, measured."""
 
+import itertools
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import numpy as np
 
-from kinetiq.clip import Clip, replacing
+from kinetiq.clip import Clip, as_target, replacing
+from kinetiq.controls import Control
 from kinetiq.engine import Engine
 from kinetiq.errors import OutputError
 from kinetiq.generation import Progress, no_progress
@@ -15,30 +19,64 @@ from kinetiq.motion_injection import MotionInjection
 from kinetiq.query_injection import QueryInjection
 from kinetiq.request import Request
 from kinetiq.sheet import contact_sheet, side_by_side, write_image
-from kinetiq.sprites import metrics
+from kinetiq.sprites import metrics, world
 from kinetiq.sprites.cases import render_clip
-from kinetiq.sprites.reading import read_clips
-from kinetiq.sprites.world import COLOURS, Caption, Mention, Path as SpritePath, Scene, Sprite
+from kinetiq.sprites.reading import ClipReading, read_clips
+from kinetiq.sprites.world import COLOURS, Caption, Mention, Scene, Sprite
 
-SCALE = 8
 REFERENCE = Scene(
-    (Sprite("square", COLOURS["green"], SpritePath("zigzagging", 0.5), radius=0.2),),
+    (Sprite("square", COLOURS["green"], world.Path("zigzagging", 0.5), radius=0.2),),
     background_hue=COLOURS["purple"],
 )
+REFERENCE_TEXT = Caption((Mention("square", "green", motion="zigzagging"),), "purple").text
 CAPTIONS = (
     Caption((Mention("circle", "red"),), "blue"),
     Caption((Mention("ring", "gold"),), "green"),
     Caption((Mention("cross", "pink", "striped"),), "cyan"),
 )
+_SHOWN_SIDE = 224  # pixels of a clip in what is written, at least
 
 
 @attrs.frozen
 class Way:
-    """One column of the demo: plain generation, or a method of steering it."""
+    """Plain generation, or a method of steering it.
+
+    Args:
+        key: in names of files.
+        title: for people.
+        control: of the requests.
+    """
 
     key: str
     title: str
-    control: Any
+    control: Control | None
+
+
+@attrs.frozen
+class Shown:
+    """One clip of the demo and what is said of it in the report."""
+
+    way: Way
+    caption: Caption
+    clip: Clip
+    entry: dict[str, Any]
+
+
+def check_folder(out: Path) -> None:
+    """Raise unless `out` is a folder that can be written, or can be made one; nothing is made.
+
+    Raises:
+        OutputError: it is neither.
+    """
+    as_target(out.absolute(), "demo")
+    try:
+        nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    except OSError as error:
+        raise _no_folder(out, error.strerror) from error
+    if not nearest.is_dir():
+        raise _no_folder(out, f"{nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _no_folder(out, f"{nearest} cannot be written")
 
 
 def run_demo(
@@ -51,17 +89,27 @@ def run_demo(
     until: float | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Generate, measure and write everything to `out`; return what report.json says.
+    """Generate, measure, and write clips, pictures and report.json to `out`.
+
+    Args:
+        engine: with the embedded model, or one of its world: others cannot be measured.
+        out: a folder; made if need be, once all clips are there.
+        seed: of every clip.
+        steps: sampler steps.
+        guidance_scale: 1 is none.
+        until: share of the steps that are steered, where it should differ from each control's own.
+        progress: told of steps.
+
+    Returns:
+        What report.json says.
 
     Raises:
         OutputError: `out` cannot be written.
+        RequestError: an option is out of range.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"demo: {out} must be a folder that can be written: {error}") from error
+    check_folder(out)
     reference = render_clip(REFERENCE, engine.defaults.frames, engine.defaults.height)
-    given = {} if until is None else {"until": until}
+    given: dict[str, Any] = {} if until is None else {"until": until}
     ways = (
         Way("plain", "no control", None),
         Way("motion", "motion injection", MotionInjection(reference, **given)),
@@ -69,69 +117,98 @@ def run_demo(
     )
     jobs = [(way, caption) for caption in CAPTIONS for way in ways]
     requests = [
-        Request(
-            caption.text, way.control, seed=seed, steps=steps, guidance_scale=guidance_scale
-        )
+        Request(caption.text, way.control, seed=seed, steps=steps, guidance_scale=guidance_scale)
         for way, caption in jobs
     ]
     clips = list(engine.generate_many(requests, max_clips=len(requests), progress=progress))
+    readings = read_clips(np.stack([clip.frames for clip in clips]))
+    shown = [
+        Shown(way, caption, clip, _measure(way, caption, reading))
+        for (way, caption), clip, reading in zip(jobs, clips, readings, strict=True)
+    ]
     report = {
         "model": engine.checkpoint.name,
-        "reference": "a green square zigzagging on a dark purple background",
-        "clips": [
-            _measure(way, caption, clip, reference)
-            for (way, caption), clip in zip(jobs, clips, strict=True)
-        ],
+        "seed": seed,
+        "steps": steps or engine.defaults.steps,
+        "guidance_scale": guidance_scale or engine.defaults.guidance_scale,
+        "reference": REFERENCE_TEXT,
+        "clips": [each.entry for each in shown],
     }
-    _write(out, reference, list(zip(jobs, clips, strict=True)), report)
-    report["out"] = str(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_folder(out, error.strerror) from error
+    _write(out, reference, shown, report)
     return report
 
 
 def describe(report: dict[str, Any]) -> str:
     """The report as lines for a person."""
-    lines = [f"reference: {report['reference']}", ""]
-    width = max(len(clip["prompt"]) for clip in report["clips"])
-    for clip in report["clips"]:
-        said = "colour right" if clip["colour_right"] else f"colour {clip['colour'] or 'unclear'}"
-        lines.append(
-            f"{clip['prompt']:<{width}}  {clip['control']:<16}  "
-            f"motion fidelity {clip['motion_fidelity']:+.2f}  {said}"
-        )
+    lines = [f"reference: {report['reference']}"]
+    for prompt, clips in itertools.groupby(report["clips"], lambda clip: str(clip["prompt"])):
+        lines += ["", prompt]
+        for clip in clips:
+            right = [name for name in ("colour", "shape", "background") if clip[f"{name}_right"]]
+            lines.append(
+                f"  {clip['control']:<18}motion fidelity {clip['motion_fidelity']:+.2f}   "
+                f"as prompted: {', '.join(right) or 'nothing'}"
+            )
     lines += [
         "",
-        "Motion fidelity is 1 for the reference's path, 0 for no relation, -1 for the opposite.",
-        f"Clips, side-by-side.gif, sheet.png and report.json are in {report['out']}",
+        "Motion fidelity is 1 for the reference's motion, 0 for one that has nothing to do with",
+        "it, and -1 for the opposite one.",
     ]
     return "\n".join(lines)
 
 
-def _measure(way: Way, caption: Caption, clip: Clip, reference: Clip) -> dict[str, Any]:
-    reading, wanted = read_clips(np.stack([clip.frames, reference.resample(clip.num_frames).frames]))
+def _measure(way: Way, caption: Caption, reading: ClipReading) -> dict[str, Any]:
     path = metrics.first_path(reading)
-    colour = reading.sprites[0].colour if reading.sprites else None
+    wanted = REFERENCE.sprites[0].path.points(reading.frames)
+    mention = caption.mentions[0]
     return {
-        "file": _file_name(way, caption),
+        "file": f"{mention.colour}-{mention.shape}-{way.key}.mp4",
         "prompt": caption.text,
         "control": way.title,
-        "motion_fidelity": round(metrics.path_fidelity(path, wanted.sprites[0].path), 3),
-        "colour": colour,
-        "colour_right": colour == caption.mentions[0].colour,
+        "until": None if way.control is None else way.control.until,
+        "motion_fidelity": round(metrics.path_fidelity(path, wanted), 3),
+        "colour_right": metrics.colour_accuracy([reading], [caption]).mean == 1.0,
+        "shape_right": metrics.shape_accuracy([reading], [caption]).mean == 1.0,
+        "background_right": metrics.background_accuracy([reading], [caption]).mean == 1.0,
     }
 
 
-def _write(out: Path, reference: Clip, made: list[Any], report: dict[str, Any]) -> None:
-    rows = [("reference", reference)]
-    rows += [(f"{way.title}: {caption.text}", clip) for (way, caption), clip in made]
-    reference.write(out / "reference.mp4", scale=SCALE)
-    for (way, caption), clip in made:
-        clip.write(out / _file_name(way, caption), scale=SCALE)
-    side_by_side(rows, columns=len(CAPTIONS) + 1).write(out / "side-by-side.gif")
+def _write(out: Path, reference: Clip, shown: Sequence[Shown], report: dict[str, Any]) -> None:
+    """Everything, report.json last: where it is, the rest is complete."""
+    scale = max(-(-_SHOWN_SIDE // reference.height), 1)
+    reference.write(out / "reference.mp4", scale=scale)
+    for each in shown:
+        each.clip.write(out / each.entry["file"], scale=scale)
+    grid, across = _grid(reference, shown)
+    side_by_side(grid, columns=across, scale=scale).write(out / "side-by-side.gif")
+    rows = [(f"Reference: {REFERENCE_TEXT}", reference)]
+    for each in shown:
+        fidelity = f"motion fidelity {each.entry['motion_fidelity']:+.2f}"
+        rows.append((f"{each.caption.text}, {each.way.title}: {fidelity}", each.clip))
     write_image(contact_sheet(rows), out / "sheet.png")
     with replacing(out / "report.json", "demo") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _file_name(way: Way, caption: Caption) -> str:
-    mention = caption.mentions[0]
-    return f"{mention.colour}-{mention.shape}-{way.key}.mp4"
+def _grid(reference: Clip, shown: Sequence[Shown]) -> tuple[list[tuple[str, Clip]], int]:
+    """Cells of a grid and how many are in a row: for each prompt the reference, then every way."""
+    cells: list[tuple[str, Clip]] = []
+    for caption in CAPTIONS:
+        cells.append(("Reference", reference))
+        cells += [
+            (f"{each.way.title}: {caption.text}", each.clip)
+            for each in shown
+            if each.caption == caption
+        ]
+    return cells, len(cells) // len(CAPTIONS)
+
+
+def _no_folder(out: Path, reason: object) -> OutputError:
+    return OutputError(
+        f"demo: {out} must be a folder that can be written, and is none ({reason}); choose another "
+        "with --out"
+    )

@@ -39,17 +39,21 @@ def _check_reference(_: object, __: object, value: Any) -> None:
         raise RequestError("reference: must have at least 2 frames to hold motion, got 1")
 
 
-def _check_text(_: object, attribute: Any, value: object) -> None:
+def check_text(_: object, attribute: Any, value: object) -> None:
+    """Require text that can be encoded; an attrs validator."""
     if not isinstance(value, str):
         raise RequestError(f"{attribute.name}: must be text, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{attribute.name}: must be valid Unicode, got {value!r}") from error
 
 
 def _check_seed(_: object, attribute: Any, value: object) -> None:
     fits = isinstance(value, int) and not isinstance(value, bool)
     if value is not None and (not fits or not 0 <= value < 2**63):  # type: ignore[operator]
         raise RequestError(
-            f"{attribute.name}: must be None or a whole number from 0 to {2**63 - 1}, "
-            f"got {value!r}"
+            f"{attribute.name}: must be None or a whole number from 0 to {2**63 - 1}, got {value!r}"
         )
 
 
@@ -81,7 +85,7 @@ class Injection:
     until: float = attrs.field(default=1.0, validator=check_share)
     halves: str = attrs.field(default="both", validator=_one_of("both", "cond"))
     region: Any = attrs.field(default=None, eq=False)
-    source_prompt: str = attrs.field(default="", validator=_check_text)
+    source_prompt: str = attrs.field(default="", validator=check_text)
     source_noise: str = attrs.field(default="shared", validator=_one_of("shared", "fresh"))
     source_seed: int | None = attrs.field(default=None, validator=_check_seed)
 

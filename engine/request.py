@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from kinetiq.errors import RequestError
+from kinetiq.injection import check_text
 
 if TYPE_CHECKING:
     from kinetiq.controls import Control, ResolvedControls
@@ -48,14 +49,9 @@ def _number(low: float, high: float) -> Any:
 
 
 def _words(_: Any, attribute: Any, value: Any) -> None:
-    if not isinstance(value, str):
-        raise RequestError(f"{attribute.name}: must be text, got {type(value).__name__}")
+    check_text(None, attribute, value)
     if attribute.name == "prompt" and not value.strip():
         raise RequestError("prompt: must hold at least one word, got an empty one")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{attribute.name}: must be valid Unicode, got {value!r}") from error
 
 
 def _controls(value: Any) -> tuple[Any, ...]:

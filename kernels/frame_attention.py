@@ -21,12 +21,7 @@ import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
-from kinetiq.kernels.query_attention import (
-    check_blend,
-    check_kind,
-    check_rows,
-    choose_queries,
-)
+from kinetiq.kernels.query_attention import check_blend, check_kind, check_rows, choose_queries
 
 PARTS = ("q", "k", "v")
 
@@ -141,8 +136,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
         out = out.unflatten(0, (rows, tokens))
     else:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        out = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-    return out.permute(0, 3, 1, 2, 4).flatten(-2)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        out = scores.softmax(-1, dtype=wide).to(v.dtype) @ v
+    return out.permute(0, 3, 1, 2, 4).flatten(-2).contiguous()  # with one head it is a view
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, heads: int) -> None:

@@ -109,7 +109,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if query.dtype == torch.float32 and not query.requires_grad:
         return F.scaled_dot_product_attention(query, key, value)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(-1, dtype=wide).to(value.dtype) @ value
 
 
 def _check(

@@ -27,6 +27,7 @@ from torch.nn import functional
 from kinetiq.errors import ClipError, RequestError
 from kinetiq.sprites.world import (
     SHAPES,
+    TEXTURE_DOT,
     TEXTURE_PERIOD,
     TEXTURE_SHADE,
     TEXTURES,
@@ -38,7 +39,6 @@ COLOUR_TOLERANCE = 15.0  # degrees; names are rendered within 10, a generated hu
 SMALLEST, LARGEST, MOST_FRAMES = 32, 64, 32
 
 _SIZE = 32  # clips are read at this size, which the bank of portraits is drawn for
-_DOT_RADIUS = 0.32  # of the texture's period, as `world.render` draws dots
 _CHUNK = 16  # clips fitted together: larger batches leave the processor's cache
 _MARGIN = 1  # pixels by which a portrait may be off centre when it meets the bank
 _HALF = 12  # pixels from the centre to the edge of the bank's portraits
@@ -342,7 +342,7 @@ def _draw(
             dark = 0.5 + sharp * (0.25 - u.abs())
         else:
             v = (down[rows] / TEXTURE_PERIOD + phase_v[rows]) % 1.0 - 0.5
-            dark = 0.5 + sharp * (_DOT_RADIUS - torch.hypot(u, v))
+            dark = 0.5 + sharp * (TEXTURE_DOT - torch.hypot(u, v))
         bright[rows] *= 1.0 - (1.0 - TEXTURE_SHADE) * dark.clamp_(0.0, 1.0)
     blurred = _blurred(torch.stack([cover, bright]), params[:, _BLUR])
     return blurred[0], blurred[1]

@@ -174,7 +174,7 @@ def _train_vae(
     if not (folder / "config.json").exists() and start_from is not None:
         shutil.copytree(start_from / "vae", folder)
     if (folder / "config.json").exists():
-        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+        vae = AutoencoderKL.from_pretrained(folder).float().to(device)
         return vae.requires_grad_(False).eval(), float(vae.config.scaling_factor)
     rng = np.random.default_rng(options.seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)

@@ -46,6 +46,7 @@ HELD_OUT_SHARE = 8  # one combination of (shape, colour, motion) in this many is
 
 TEXTURE_PERIOD = 0.15  # 5 pixels of 32
 TEXTURE_SHADE = 0.35  # brightness of the dark part of a texture
+TEXTURE_DOT = 0.32  # radius of a dot, in periods
 _MARGIN = 0.2  # a path keeps the centre this far from the frame's edge
 _DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
@@ -286,7 +287,7 @@ def render(scenes: Sequence[Scene], frames: int, size: int) -> Tensor:
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Distance to the outline, negative inside; shapes of one radius have similar areas."""
+    """Distance to the outline, negative inside; areas are 0.6 to 1 of the circle's."""
     if shape == "circle":
         return torch.hypot(x, y) - radius
     if shape == "ring":
@@ -312,7 +313,7 @@ def _shade(sprites: Sequence[Sprite], x: Tensor, y: Tensor, size: int) -> Tensor
     wave = 0.25 - ((u % 1.0) - 0.5).abs()
     stripes = (0.5 + sharp * wave).clamp(0.0, 1.0)
     near = torch.hypot((u % 1.0) - 0.5, (v % 1.0) - 0.5)
-    dots = (0.5 + sharp * (0.32 - near)).clamp(0.0, 1.0)
+    dots = (0.5 + sharp * (TEXTURE_DOT - near)).clamp(0.0, 1.0)
     plain = torch.zeros_like(dots)
     dark = {"plain": plain, "striped": stripes, "dotted": dots}
     stack = torch.stack([dark[s.texture][i] for i, s in enumerate(sprites)])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kinetiq import clip as clip_module
-from kinetiq.clip import Clip, replacing, spread
+from kinetiq.clip import Clip, check_target, replacing, spread
 from kinetiq.errors import ClipError, InputError, OutputError, RequestError
 
 
@@ -633,8 +633,11 @@ class TestWritingErrors:
         (tmp_path / "taken" / "precious.txt").touch()
         (tmp_path / "taken.gif").mkdir()
         before = names(tmp_path)
-        with pytest.raises(OutputError, match=words):
+        with pytest.raises(OutputError, match=words) as caught:
             Clip(counting(), 8).write(f"{tmp_path}/{name}")
+        with pytest.raises(OutputError) as early:
+            check_target(f"{tmp_path}/{name}", frames=8, fps=8)
+        assert str(early.value) == str(caught.value)
         assert names(tmp_path) == before and (tmp_path / "taken" / "precious.txt").exists()
 
     @pytest.mark.parametrize("path", ["", "/", None, 3.5])
@@ -646,6 +649,23 @@ class TestWritingErrors:
     def test_rates_that_a_picture_cannot_show(self, tmp_path, name, fps):
         with pytest.raises(OutputError, match=f"at most .* frames a second, got {fps}; give fps="):
             Clip(counting(), fps).write(tmp_path / name)
+        with pytest.raises(OutputError, match=f"frames a second, got {fps}; give fps="):
+            check_target(tmp_path / name, fps=fps)
+
+    def test_a_target_that_will_do_is_left_alone(self, tmp_path):
+        (tmp_path / "a.mp4").write_text("old")
+        (tmp_path / "empty").mkdir()
+        for name in ("a.mp4", "empty", "new.gif", "a.png"):
+            check_target(tmp_path / name)
+        check_target(tmp_path / "a.png", frames=1, fps=200)
+        assert names(tmp_path) == ["a.mp4", "empty"]
+        assert (tmp_path / "a.mp4").read_text() == "old"
+
+    def test_a_folder_that_may_not_be_written(self, tmp_path, monkeypatch):
+        # root may write everything, so act it
+        monkeypatch.setattr(clip_module.os, "access", lambda path, _: Path(path) != tmp_path)
+        with pytest.raises(OutputError, match=r"Clip\.write: .*a\.mp4 cannot be written \(Perm"):
+            check_target(tmp_path / "a.mp4")
 
     def test_options_out_of_range(self, tmp_path):
         with pytest.raises(RequestError, match="scale must be a whole number"):

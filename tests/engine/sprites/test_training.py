@@ -1,0 +1,144 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import kinetiq as kq
+from kinetiq.sprites import components, training
+
+OPTIONS = training.TrainingOptions(steps=2, vae_steps=2, batch=2, save_every=1, warmup_steps=1)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """A network of the same build in miniature, so that a step takes a fraction of a second."""
+    monkeypatch.setitem(components.UNET, "block_out_channels", (16, 32, 32))
+    monkeypatch.setitem(components.UNET, "num_attention_heads", (1, 2, 2))
+    monkeypatch.setitem(components.UNET, "motion_num_attention_heads", (1, 2, 2))
+    monkeypatch.setitem(components.UNET, "norm_num_groups", 8)
+    monkeypatch.setitem(components.VAE, "block_out_channels", (8, 8))
+
+
+def weights(folder):
+    with safe_open(folder / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_a_run_makes_a_checkpoint_that_the_engine_and_the_stock_pipeline_load(tmp_path):
+    lines = []
+    folder = training.train(tmp_path / "run", OPTIONS, report=lines.append)
+    assert [line.step for line in lines if line.stage == "denoiser"] == [1, 2]
+    with kq.Engine.load(folder) as engine:
+        clip = engine.generate("a red circle", steps=2)
+    assert clip.frames.shape == (components.FRAMES, components.SIZE, components.SIZE, 3)
+    from diffusers import AnimateDiffPipeline
+
+    pipeline = AnimateDiffPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    out = pipeline("a red circle", num_frames=8, num_inference_steps=2, output_type="np")
+    assert out.frames.shape == (1, 8, 32, 32, 3)
+
+
+def test_off_centre_taps_of_the_resnet_kernels_stay_zero(tmp_path):
+    tensors = weights(training.train(tmp_path / "run", OPTIONS))
+    kernels = [
+        v
+        for n, v in tensors.items()
+        if ".resnets." in n and n.endswith(("conv1.weight", "conv2.weight"))
+    ]
+    assert kernels
+    for kernel in kernels:
+        assert kernel.shape[2:] == (3, 3)
+        assert kernel[:, :, 1, 1].any()
+        centre = torch.zeros(3, 3, dtype=torch.bool)
+        centre[1, 1] = True
+        assert not kernel[:, :, ~centre].any()
+
+
+def test_a_killed_run_continues_to_the_same_weights(tmp_path):
+    whole = training.train(tmp_path / "whole", OPTIONS)
+
+    class Killed(Exception):  # noqa: N818  stands for a signal
+        pass
+
+    def kill(line):
+        if line.stage == "denoiser":
+            raise Killed
+
+    with pytest.raises(Killed):
+        training.train(tmp_path / "cut", OPTIONS, report=kill)
+    resumed = []
+    again = training.train(tmp_path / "cut", OPTIONS, report=resumed.append)
+    assert [line.step for line in resumed if line.stage == "denoiser"] == [2]
+    first, second = weights(whole), weights(again)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    log = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2]
+
+
+def test_a_run_starts_from_a_finished_checkpoint_alone(tmp_path):
+    folder = training.train(tmp_path / "first", OPTIONS)
+    still = dataclasses.replace(OPTIONS, learning_rate=0.0)
+    again = training.train(tmp_path / "second", still, start_from=folder)
+    first, second = weights(folder), weights(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_interrupted_write_keeps_the_former_checkpoint_whole(tmp_path, monkeypatch):
+    folder = training.train(tmp_path / "run", OPTIONS)
+    before = weights(folder)
+
+    def break_off(*_, **__):
+        raise OSError("no space left")
+
+    from diffusers import AnimateDiffPipeline
+
+    monkeypatch.setattr(AnimateDiffPipeline, "save_pretrained", break_off)
+    more = dataclasses.replace(OPTIONS, steps=3)
+    with pytest.raises(OSError, match="no space left"):
+        training.train(tmp_path / "run", more)
+    after = weights(folder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_another_configuration_is_refused(tmp_path, monkeypatch):
+    training.train(tmp_path / "run", OPTIONS)
+    monkeypatch.setitem(components.UNET, "block_out_channels", (16, 16, 32))
+    with pytest.raises(kq.CheckpointError, match="must hold a run of this configuration"):
+        training.train(tmp_path / "run", dataclasses.replace(OPTIONS, steps=3))
+    with pytest.raises(kq.CheckpointError, match="must have the shapes of this configuration"):
+        training.train(tmp_path / "new", OPTIONS, start_from=tmp_path / "run" / "checkpoint")
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
+    wild = dataclasses.replace(OPTIONS, learning_rate=float("inf"), steps=4)
+    with pytest.raises(kq.TrainingError, match=r"denoiser must be finite, got nan at step \d"):
+        training.train(tmp_path / "run", wild)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(kq.OutputError, match="must be a folder that can be written"):
+        training.train(tmp_path / "file", OPTIONS)
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    options = training.TrainingOptions(steps=100, warmup_steps=10, decay_steps=20)
+    shares = [training.learning_rate_share(step, options) for step in range(100)]
+    assert shares[0] == pytest.approx(0.1)
+    assert shares[9:81] == [1.0] * 72
+    assert shares[-1] == pytest.approx(0.05)
+
+
+def test_velocity_is_a_rotation_of_sample_and_noise():
+    clean, noise = torch.randn(2, 4, 8, 4, 4), torch.randn(2, 4, 8, 4, 4)
+    shares = torch.linspace(0.99, 0.01, 10)
+    timesteps = torch.tensor([0, 9])
+    noised, velocity = training.velocity_pair(clean, noise, timesteps, shares)
+    signal = shares[timesteps].sqrt().view(-1, 1, 1, 1, 1)
+    spread = (1 - shares[timesteps]).sqrt().view(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(signal * noised - spread * velocity, clean)
+    torch.testing.assert_close(spread * noised + signal * velocity, noise)

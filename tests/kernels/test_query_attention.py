@@ -1,0 +1,216 @@
+"""Query attention against its formula in float64, and what must hold of it whatever the input."""
+
+import importlib
+
+import pytest
+import torch
+from closeness import assert_as_good_as
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kinetiq as kq
+from kinetiq.kernels import query_attention
+
+operator = importlib.import_module("kinetiq.kernels.query_attention")  # not the function
+
+SHAPES = [  # rows, frames, frames of the keys, tokens, keys, heads, d
+    pytest.param((1, 1, 1, 1, 1, 1, 1), id="smallest"),
+    pytest.param((3, 2, 2, 7, 5, 2, 3), id="odd"),
+    pytest.param((2, 3, 1, 6, 77, 2, 8), id="a prompt shared by the frames"),
+    pytest.param((2, 2, 2, 36, 36, 8, 40), id="head dim 40 of SD 1.5"),
+    pytest.param((2, 1, 1, 129, 131, 2, 40), id="one past the fused kernel's threshold"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# In float32 the project promises 1e-4 of the largest value. PyTorch's fused CPU kernel, whose exp
+# is a polynomial, errs up to four times as much as the plain products, which is 1e-6.
+SLACK = {torch.float32: 4.0, torch.float16: 2.0, torch.bfloat16: 2.0}
+
+
+def sample(shape, dtype, device, rng):
+    rows, frames, key_frames, tokens, keys, heads, d = shape
+    make = lambda *size: torch.randn(*size, heads * d, generator=rng, device=device).to(dtype)
+    query = make(rows, frames, tokens)
+    key, value = make(rows, key_frames, keys), make(rows, key_frames, keys)
+    return query, 2 * key, value  # logits with a standard deviation of two: far from uniform
+
+
+def plain(query, key, value, heads, row=None, blend=None):
+    """The formula, one row, frame and head at a time, in the type of the input."""
+    if row is not None:
+        share = torch.ones(len(row)) if blend is None else blend
+        share = share.to(query).reshape(share.shape + (1,) * (4 - share.ndim))
+        query = query + share * (query[row] - query)
+    out = torch.empty_like(query)
+    d = query.shape[-1] // heads
+    for r in range(query.shape[0]):
+        for f in range(query.shape[1]):
+            for h in range(heads):
+                part = slice(h * d, (h + 1) * d)
+                keys, values = (t[r, f % t.shape[1], :, part] for t in (key, value))
+                weights = (query[r, f, :, part] @ keys.T / d**0.5).softmax(-1)
+                out[r, f, :, part] = weights @ values
+    return out
+
+
+def controls(kind, shape, device, rng):
+    rows, frames, _, tokens, *_ = shape
+    if kind == "none":
+        return None, None
+    row = torch.arange(rows, device=device).roll(1)
+    sizes = {"row": None, "blend": (rows,), "blend of tokens": (rows, frames, tokens)}
+    size = sizes[kind]
+    return row, None if size is None else torch.rand(size, generator=rng, device=device)
+
+
+@pytest.mark.parametrize("kind", ["none", "row", "blend", "blend of tokens"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_agrees_with_float64(shape, dtype, kind, device, rng):
+    inputs, heads = sample(shape, dtype, device, rng), shape[-2]
+    row, blend = controls(kind, shape, device, rng)
+    wide = None if blend is None else blend.to(dtype).double()
+    exact = plain(*(t.double() for t in inputs), heads, row, wide)
+    naive = plain(*inputs, heads, row, blend)
+    got = query_attention(*inputs, heads=heads, query_row=row, query_blend=blend)
+    assert got.dtype == dtype
+    assert got.is_contiguous()
+    assert_as_good_as(got, naive, exact, slack=SLACK[dtype])
+    reference = operator.query_attention_reference(
+        *inputs, heads=heads, query_row=row, query_blend=blend
+    )
+    assert reference.dtype == dtype
+    assert_as_good_as(reference, naive, exact, name="reference")
+
+
+def test_reads_any_strides(device, rng):
+    shape = (2, 3, 3, 5, 5, 2, 4)
+    inputs = [t.transpose(0, 2).contiguous() for t in sample(shape, torch.float32, device, rng)]
+    strided = [torch.stack([t, t], -1)[..., 0].transpose(0, 2) for t in inputs]
+    assert not any(t.is_contiguous() for t in strided)
+    exact = plain(*(t.double() for t in strided), 2)
+    assert_as_good_as(query_attention(*strided, heads=2), plain(*strided, 2), exact)
+
+
+def test_a_blend_of_one_is_a_gather_and_of_zero_is_none_bit_for_bit(device, rng):
+    shape = (3, 2, 2, 4, 4, 2, 4)
+    inputs = sample(shape, torch.float32, device, rng)
+    row = torch.tensor([2, 0, 2], device=device)
+
+    def run(**options):
+        return query_attention(*inputs, heads=2, **options)
+
+    gathered, own = run(query_row=row), run()
+    assert not torch.equal(gathered[:2], own[:2])
+    assert torch.equal(gathered[2], own[2])  # reads itself
+    for size in ((3,), (3, 2, 4)):
+        one, zero = torch.ones(size, device=device), torch.zeros(size, device=device)
+        assert torch.equal(run(query_row=row, query_blend=one), gathered)
+        assert torch.equal(run(query_row=row, query_blend=zero), own)
+    assert torch.equal(run(query_row=torch.arange(3, device=device)), own)
+
+
+@pytest.mark.parametrize("keys", [3, 4])
+def test_gradient(device, rng, keys):
+    shape = (2, 2, 2 if keys == 3 else 1, 3, keys, 2, 2)
+    inputs = [t.requires_grad_() for t in sample(shape, torch.float64, device, rng)]
+    row = torch.tensor([1, 1], device=device)
+    blend = torch.rand(2, 2, 3, generator=rng, device=device, dtype=torch.float64)
+
+    def run(query, key, value, blend):
+        return query_attention(query, key, value, heads=2, query_row=row, query_blend=blend)
+
+    assert torch.autograd.gradcheck(run, (*inputs, blend.requires_grad_()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [9, 130])
+def test_gradient_in_every_type(dtype, tokens, device, rng):
+    inputs = sample((1, 1, 1, tokens, tokens, 1, 8), dtype, device, rng)
+    direction = torch.randn(inputs[0].shape, generator=rng, device=device).to(dtype)
+
+    def gradients(function, tensors):
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        (function(*leaves) * direction.to(leaves[0])).sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    formula = lambda q, k, v: (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v
+    got = gradients(lambda q, k, v: query_attention(q, k, v, heads=1), inputs)
+    naive = gradients(formula, inputs)
+    exact = gradients(formula, [t.double() for t in inputs])
+    for name, *three in zip("qkv", got, naive, exact, strict=True):
+        assert_as_good_as(*three, slack=SLACK[dtype], name=name)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(0, 2**31))
+def test_permutations_and_offsets(rows, frames, tokens, seed):
+    """Symmetries of attention, which need no reference."""
+    rng = torch.Generator().manual_seed(seed)
+    shape = (rows, frames, frames, tokens, tokens, 2, 3)
+    query, key, value = sample(shape, torch.float64, "cpu", rng)
+    row = torch.randint(rows, (rows,), generator=rng)
+    blend = torch.rand(rows, frames, tokens, generator=rng)
+    offset = torch.randn(rows, frames, 1, 6, generator=rng, dtype=torch.float64)
+
+    def run(q, k, v, r=row, b=blend):
+        return query_attention(q, k, v, heads=2, query_row=r, query_blend=b)
+
+    base = run(query, key, value)
+    place = torch.randperm(tokens, generator=rng)
+    close = torch.testing.assert_close
+    close(run(query[:, :, place], key, value, b=blend[:, :, place]), base[:, :, place])
+    close(run(query, key[:, :, place], value[:, :, place]), base)
+    order = torch.randperm(rows, generator=rng)
+    moved = (t[order] for t in (query, key, value))
+    close(run(*moved, r=order.argsort()[row[order]], b=blend[order]), base[order])
+    close(run(query, key + offset, value), base)  # softmax ignores what all keys share
+    close(run(query, key, value + offset), base + offset)  # the weights sum to one
+
+
+def test_the_leak_reduced_query_is_the_other_rows_motion_on_the_own_mean(device, rng):
+    query = torch.randn(3, 4, 2, 6, generator=rng, device=device, dtype=torch.float64)
+    row = torch.tensor([2, 2, 0], device=device)
+    reduced = torch.tensor([True, False, True], device=device)
+    got = operator.reduce_leak(query, row, reduced)
+    assert torch.equal(got[1], query[2])
+    for target, source in ((0, 2), (2, 0)):
+        torch.testing.assert_close(got[target].mean(0), query[target].mean(0))
+        torch.testing.assert_close(got[target].diff(dim=0), query[source].diff(dim=0))
+    static = torch.randn(1, 2, 6, generator=rng, device=device, dtype=torch.float64)
+    query[2] += static  # what the source shows all along does not reach a reduced row
+    torch.testing.assert_close(operator.reduce_leak(query, row, reduced)[0], got[0])
+
+
+ZEROS = torch.zeros(2, 3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(2, 4, 6)}, r"query must be .* with heads = 2, got \[2, 4, 6\]"),
+        ({"heads": 4}, r"with heads = 4, got \[2, 3, 4, 6\]"),
+        ({"heads": 0}, r"with heads = 0, got \[2, 3, 4, 6\]"),
+        (
+            {"key": ZEROS[:1]},
+            r"key must be \[rows = 2, frames or 1, keys, 6\] .* got \[1, 3, 4, 6\]",
+        ),
+        ({"value": ZEROS[..., :4]}, r"value must be .* got \[2, 3, 4, 4\]"),
+        ({"key": ZEROS[:, :2]}, "key must have 3 frames or 1, got 2"),
+        ({"key": ZEROS[:, :1]}, r"one shape, got \[2, 1, 4, 6\] and \[2, 3, 4, 6\]"),
+        (
+            {"key": ZEROS.half()},
+            "key must be torch.float32 on cpu like query, got torch.float16 on",
+        ),
+        ({"query_row": torch.zeros(3, dtype=torch.int64)}, r"int64 \[rows = 2\], got .* \[3\]"),
+        ({"query_row": torch.zeros(2)}, r"query_row must be int64 .* got torch.float32 \[2\]"),
+        (
+            {"query_row": torch.zeros(2, dtype=torch.int64), "query_blend": torch.ones(2, 3)},
+            r"query_blend must be \[rows\] or .* = \[2, 3, 4\], got \[2, 3\]",
+        ),
+        ({"query_blend": torch.ones(2)}, "query_blend needs query_row, got query_blend alone"),
+    ],
+)
+def test_says_what_is_wrong(change, message):
+    given_ = {"query": ZEROS, "key": ZEROS, "value": ZEROS, "heads": 2} | change
+    with pytest.raises(kq.ShapeError, match="^query_attention: .*" + message):
+        query_attention(**given_)
