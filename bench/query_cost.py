@@ -98,16 +98,16 @@ class Loop:
     def run_recorded(self, until: float = 0.4) -> None:
         """The usual way: a first pass records all queries by hooks, a second one injects them."""
         spatial = [s.name for s in self.denoiser.sites if s.kind is SiteKind.SPATIAL]
-        modules = [self.denoiser.network.get_submodule(f"{name}.to_q") for name in spatial]
-        cache: list[list[Tensor]] = []
+        modules = {n: self.denoiser.network.get_submodule(f"{n}.to_q") for n in spatial}
+        cache: list[dict[str, Tensor]] = []
         sample = self.clean
         injected = round(until * self.table.steps)
         with torch.inference_mode():
             for step in range(injected):
-                seen: list[Tensor] = []
+                seen: dict[str, Tensor] = {}
                 hooks = [
-                    module.register_forward_hook(functools.partial(_keep, seen))
-                    for module in modules
+                    module.register_forward_hook(functools.partial(_keep, seen, name))
+                    for name, module in modules.items()
                 ]
                 self._predict(sample[None], step)
                 for hook in hooks:
@@ -117,8 +117,8 @@ class Loop:
                 hooks = []
                 if step < injected:
                     hooks = [
-                        module.register_forward_hook(functools.partial(_inject, queries))
-                        for module, queries in zip(modules, cache[step], strict=True)
+                        module.register_forward_hook(functools.partial(_inject, cache[step][name]))
+                        for name, module in modules.items()
                     ]
                 output = self._predict(torch.stack([sample, sample]), step)
                 for hook in hooks:
@@ -229,8 +229,8 @@ def _run_recorded(loop: Loop) -> None:
     loop.run_recorded(until=0.5)
 
 
-def _keep(seen: list[Tensor], _: nn.Module, __: Any, output: Tensor) -> None:
-    seen.append(output.clone())
+def _keep(seen: dict[str, Tensor], name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+    seen[name] = output.clone()
 
 
 def _inject(queries: Tensor, _: nn.Module, __: Any, output: Tensor) -> Tensor:

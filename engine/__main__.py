@@ -311,11 +311,13 @@ def generate(
         "fps": made.fps,
         "seed": seed,
     }
+    if as_json:
+        click.echo(json.dumps(said))
+        return
+    count = "1 frame" if made.num_frames == 1 else f"{made.num_frames} frames"
     click.echo(
-        json.dumps(said)
-        if as_json
-        else f"{click.format_filename(out)}: {made.num_frames} frames of "
-        f"{said['width']}x{said['height']}, {made.fps:g} a second"
+        f"{click.format_filename(out)}: {count} of {said['width']}x{said['height']}, "
+        f"{made.fps:g} a second"
     )
 
 

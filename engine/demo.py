@@ -185,7 +185,7 @@ def _write(out: Path, reference: Clip, shown: Sequence[Shown], report: dict[str,
         each.clip.write(out / each.entry["file"], scale=scale)
     grid, across = _grid(reference, shown)
     side_by_side(grid, columns=across, scale=scale).write(out / "side-by-side.gif")
-    rows = [(f"Reference: {REFERENCE_TEXT}", reference)]
+    rows = [(f"reference: {REFERENCE_TEXT}", reference)]
     for each in shown:
         fidelity = f"motion fidelity {each.entry['motion_fidelity']:+.2f}"
         rows.append((f"{each.caption.text}, {each.way.title}: {fidelity}", each.clip))
@@ -198,7 +198,7 @@ def _grid(reference: Clip, shown: Sequence[Shown]) -> tuple[list[tuple[str, Clip
     """Cells of a grid and how many are in a row: for each prompt the reference, then every way."""
     cells: list[tuple[str, Clip]] = []
     for caption in CAPTIONS:
-        cells.append(("Reference", reference))
+        cells.append(("reference", reference))
         cells += [
             (f"{each.way.title}: {caption.text}", each.clip)
             for each in shown

@@ -135,6 +135,11 @@ def export_checkpoint(
     shutil.rmtree(fresh, ignore_errors=True)
     pipeline.to("cpu", torch.float16).save_pretrained(fresh, safe_serialization=True)
     _write_text(fresh / "kinetiq.json", json.dumps(components.DEFAULTS, indent=2) + "\n")
+    # transformers loads in the type that the configuration names, diffusers in float32: without
+    # this, a stock pipeline that is loaded without a type is half the one and half the other.
+    text_config = fresh / "text_encoder" / "config.json"
+    said = json.loads(text_config.read_text()) | {"dtype": "float32"}
+    _write_text(text_config, json.dumps(said, indent=2) + "\n")
     former = out / "checkpoint.former"
     shutil.rmtree(former, ignore_errors=True)
     if final.exists():

@@ -1,0 +1,241 @@
+"""The network with our attention in it equals the stock one, and can be had back."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from closeness import assert_as_good_as
+from stock import predict_stock
+from torch import nn
+
+import kinetiq as kq
+from kinetiq.attention import CrossProcessor, Signal, SpatialProcessor, TemporalTransformer
+from kinetiq.control_tensors import ControlTensors, DeviationControl, QueryControl, no_injection
+from kinetiq.denoiser import EagerDenoiser
+from kinetiq.families import SiteKind
+
+TINY = {"animatediff": tiny.tiny_animatediff, "unet3d": tiny.tiny_unet3d}
+TOLERANCE = 1e-4  # of the largest value: the project's word for "equal" in float32
+
+
+@pytest.fixture(params=TINY)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """One network a family; every test that attaches to it detaches again."""
+    return {family: build() for family, build in TINY.items()}
+
+
+@pytest.fixture
+def denoiser(networks, family):
+    made = EagerDenoiser(networks[family]).attach()
+    yield made
+    made.detach()
+
+
+def sample(rows=2, frames=3, height=8, width=8):
+    rng = torch.Generator().manual_seed(0)
+    latents = torch.randn(rows, 4, frames, height, width, generator=rng)
+    text = torch.randn(rows, 5, tiny.CROSS_WIDTH, generator=rng)
+    return latents, 999 * torch.rand(rows, generator=rng), text
+
+
+def assert_equal(got, wanted):
+    assert got.shape == wanted.shape
+    assert (got - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param((2, 3, 8, 8), id="square"),
+        pytest.param((1, 1, 4, 12), id="one row of one frame"),
+        pytest.param((3, 2, 7, 5), id="odd, so that levels round up"),
+        pytest.param((1, 32, 4, 4), id="all positions of the motion modules"),
+    ],
+)
+def test_equals_the_stock_network(networks, family, size):
+    network, given = networks[family], sample(*size)
+    wanted = predict_stock(network, family, *given)
+    denoiser = EagerDenoiser(network).attach()
+    got = denoiser.predict(*given)
+    denoiser.detach()
+    assert_equal(got, wanted)
+
+
+def test_in_bfloat16_errs_at_most_twice_as_much_as_stock(networks, family):
+    given = sample()
+    exact = predict_stock(networks[family], family, *given).double()
+    network = copy.deepcopy(networks[family]).bfloat16()
+    latents, timesteps, text = given
+    small = (latents.bfloat16(), timesteps, text.bfloat16())
+    naive = predict_stock(network, family, *small)
+    got = EagerDenoiser(network).attach().predict(*small)
+    assert got.dtype == torch.bfloat16
+    assert_as_good_as(got, naive, exact)
+
+
+def test_each_row_has_its_own_timestep(denoiser):
+    latents, _, text = sample(rows=3)
+    timesteps = torch.tensor([10.0, 500.0, 990.0])
+    together = denoiser.predict(latents, timesteps, text)
+    for row in range(3):
+        one = slice(row, row + 1)
+        assert_equal(together[one], denoiser.predict(latents[one], timesteps[one], text[one]))
+    same = denoiser.predict(latents, timesteps[:1].expand(3), text)
+    assert (same[1:] - together[1:]).abs().max() > 0.05  # time matters
+
+
+def snapshot(network):
+    modules = {name: id(module) for name, module in network.named_modules()}
+    return modules, {name: id(processor) for name, processor in network.attn_processors.items()}
+
+
+def test_detaching_gives_the_very_modules_back(networks, family):
+    network, given = networks[family], sample()
+    before, wanted = snapshot(network), predict_stock(network, family, *given)
+    denoiser = EagerDenoiser(network)
+    assert not denoiser.attached
+    for _ in range(2):
+        assert denoiser.attach() is denoiser
+        assert denoiser.attached
+        attached = snapshot(network)
+        assert denoiser.attach() is denoiser  # attaching twice is attaching once
+        assert snapshot(network) == attached
+        assert denoiser.detach() is network
+        assert denoiser.detach() is network
+        assert not denoiser.attached
+        assert snapshot(network) == before
+    assert torch.equal(predict_stock(network, family, *given), wanted)
+
+
+def test_every_site_is_ours_while_attached(denoiser):
+    network = denoiser.network
+    ours = {SiteKind.SPATIAL: SpatialProcessor, SiteKind.CROSS: CrossProcessor}
+    for site in denoiser.sites:
+        if site.kind is SiteKind.TEMPORAL:
+            owner = network.get_submodule(site.name.partition(".transformer_blocks")[0])
+            assert isinstance(owner, TemporalTransformer)
+        else:
+            assert isinstance(network.get_submodule(site.name).processor, ours[site.kind])
+
+
+def test_parameters_are_shared_and_keep_their_names(networks, family):
+    network = networks[family]
+    before = {name: value.data_ptr() for name, value in network.state_dict().items()}
+    parameters = {name: id(value) for name, value in network.named_parameters()}
+    denoiser = EagerDenoiser(network).attach()
+    assert {name: value.data_ptr() for name, value in network.state_dict().items()} == before
+    assert {name: id(value) for name, value in network.named_parameters()} == parameters
+    denoiser.detach()
+
+
+def test_gradients_reach_every_parameter_that_stock_reaches(networks, family):
+    network = copy.deepcopy(networks[family]).requires_grad_(True)
+    given = sample(rows=1, frames=2, height=4, width=4)
+
+    def gradients(out):
+        network.zero_grad()
+        out.square().sum().backward()
+        return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+    wanted = gradients(predict_stock(network, family, *given))
+    got = gradients(EagerDenoiser(network).attach().predict(*given))
+    assert got.keys() == wanted.keys()
+    largest = max(gradient.abs().max() for gradient in wanted.values())
+    for name, gradient in got.items():
+        assert (gradient - wanted[name]).abs().max() <= TOLERANCE * largest, name
+
+
+def masked_controls(sites, rows, mask):
+    row = no_injection(len(sites), rows)
+    row[:, 0] = rows - 1
+    blend = torch.ones(len(sites), rows)
+    return ControlTensors(
+        QueryControl(row, torch.ones(rows) if mask is None else mask),
+        DeviationControl(row, blend, torch.ones(rows, 3), mask),
+    )
+
+
+def test_a_region_fits_every_site_of_an_odd_size(denoiser):
+    given = sample(height=7, width=5)
+    mask = torch.ones(2, 3, 7, 5)
+    whole = denoiser.predict(*given, masked_controls(denoiser.sites, 2, None))
+    assert_equal(denoiser.predict(*given, masked_controls(denoiser.sites, 2, mask)), whole)
+    plain = denoiser.predict(*given)
+    assert_equal(denoiser.predict(*given, masked_controls(denoiser.sites, 2, 0 * mask)), plain)
+    assert (whole - plain)[0].abs().max() > 0.05 * plain.abs().max()
+    assert_equal(whole[1], plain[1])  # the row that is read stays what it was
+
+
+def test_a_prediction_that_fails_leaves_no_control_behind(denoiser):
+    latents, timesteps, text = sample()
+    plain = denoiser.predict(latents, timesteps, text)
+    controls = masked_controls(denoiser.sites, 2, None)
+    with pytest.raises(RuntimeError):
+        denoiser.predict(latents, timesteps, text[..., :-1], controls)
+    assert torch.equal(predict_attached(denoiser, latents, timesteps, text), plain)
+
+
+def predict_attached(denoiser, latents, timesteps, text):
+    """Calls the network itself, which then reads the controls that `predict` left behind."""
+    return denoiser.network(latents, timesteps, text).sample
+
+
+def test_another_network_is_refused():
+    with pytest.raises(kq.CheckpointError, match="got Linear$"):
+        EagerDenoiser(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("kind", SiteKind)
+@pytest.mark.parametrize(
+    ("feature", "value", "message"),
+    [
+        ("norm_q", nn.Identity(), "norm_q"),
+        ("group_norm", nn.Identity(), "group_norm"),
+        ("spatial_norm", nn.Identity(), "spatial_norm"),
+        ("residual_connection", True, "a residual connection"),
+    ],
+)
+def test_what_no_supported_network_uses_is_refused(denoiser, kind, feature, value, message):
+    site = next(site for site in denoiser.sites if site.kind is kind)
+    module = denoiser.network.get_submodule(site.name)
+    stock = getattr(module, feature)
+    setattr(module, feature, value)
+    try:
+        with pytest.raises(
+            kq.CheckpointError,
+            match=rf"^attention: the network must use plain attention modules, got {message}$",
+        ):
+            denoiser.predict(*sample())
+    finally:
+        setattr(module, feature, stock)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_mask": torch.ones(1)}, "plain attention modules, got an attention mask"),
+        ({"ip_adapter_masks": 1, "scale": 2}, "got options ip_adapter_masks, scale"),
+    ],
+)
+@pytest.mark.parametrize(
+    "make", [lambda: SpatialProcessor(0, Signal()), lambda: CrossProcessor(Signal())]
+)
+def test_what_a_processor_does_not_do_is_refused(networks, make, options, message):
+    network = networks["animatediff"]
+    module = network.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
+    with pytest.raises(kq.CheckpointError, match=message):
+        make()(module, torch.zeros(1, 4, 32), **options)
+
+
+def test_cross_attention_without_a_prompt_is_refused(networks):
+    module = networks["animatediff"].get_submodule(
+        "mid_block.attentions.0.transformer_blocks.0.attn2"
+    )
+    with pytest.raises(kq.CheckpointError, match="^cross-attention: .* a prompt, got none$"):
+        CrossProcessor(Signal())(module, torch.zeros(1, 4, 32))

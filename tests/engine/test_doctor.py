@@ -1,0 +1,101 @@
+"""What `kinetiq doctor` says of a machine where all is installed, and where nothing is."""
+
+import importlib.metadata
+import json
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kinetiq
+from kinetiq import doctor
+from kinetiq.engine import BACKENDS
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """A machine on which only the packages in the returned dict are installed."""
+    installed = {}
+
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    return installed
+
+
+def package(findings, name):
+    return next(entry for entry in findings["packages"] if entry["name"] == name)
+
+
+def test_says_what_is_here():
+    findings = doctor.examine()
+    assert json.loads(json.dumps(findings)) == findings
+    assert set(findings) == {
+        "kinetiq",
+        "python",
+        "system",
+        "devices",
+        "backends",
+        "models",
+        "packages",
+    }
+    assert findings["kinetiq"] == kinetiq.__version__
+    assert findings["backends"] == list(BACKENDS)
+    assert findings["devices"][0]["name"] == "cpu"
+    assert findings["models"] == ["sprites"]
+    assert package(findings, "torch") == {
+        "name": "torch",
+        "version": importlib.metadata.version("torch"),
+        "for": "everything",
+        "install": None,
+    }
+
+
+def test_every_missing_package_has_the_command_that_brings_it(bare):
+    findings = doctor.examine()
+    needs = {None: PROJECT["dependencies"]} | PROJECT["optional-dependencies"]
+    for entry in findings["packages"]:
+        assert entry["version"] is None
+        install = entry["install"]
+        extra = install.partition("[")[2].rstrip(']"') or None
+        assert install == (
+            "pip install kinetiq" if extra is None else f'pip install "kinetiq[{extra}]"'
+        )
+        brought = [need.split(">")[0].split("[")[0] for need in needs[extra]]
+        assert entry["name"] in brought or f"{entry['name']}-cu13" in brought
+
+
+def test_a_package_may_go_by_another_name(bare):
+    bare |= {"onnxruntime-gpu": "1.24", "tensorrt-cu13": "10.14"}
+    findings = doctor.examine()
+    assert package(findings, "onnxruntime")["version"] == "1.24"
+    assert package(findings, "tensorrt")["version"] == "10.14"
+    assert package(findings, "tensorrt-rtx")["version"] is None
+
+
+def test_renders_a_line_for_each(bare):
+    bare |= {"torch": "2.13.0"}
+    lines = doctor.render(doctor.examine()).splitlines()
+    assert lines[0].startswith(f"kinetiq {kinetiq.__version__}, Python 3.")
+    assert "  torch          2.13.0       for everything" in lines
+    assert '  onnx           missing    pip install "kinetiq[export]" for ONNX files' in lines
+    assert any(line.startswith("  cpu ") and line.endswith(" threads") for line in lines)
+    assert f"back ends  {', '.join(BACKENDS)}" in lines
+
+
+def test_names_each_gpu(monkeypatch):
+    properties = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    findings = doctor.examine()
+    assert findings["devices"][1:] == [
+        {"name": f"cuda:{index}", "description": "NVIDIA H100, 80 GiB, sm_90"} for index in (0, 1)
+    ]
+    assert "  cuda:1   NVIDIA H100, 80 GiB, sm_90" in doctor.render(findings).splitlines()

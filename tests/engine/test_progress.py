@@ -1,0 +1,70 @@
+import io
+import sys
+
+import pytest
+
+from kinetiq.progress import draw_bar, progress_bars
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    return screen
+
+
+def seen(text: str) -> str:
+    """What is left on a line after all carriage returns."""
+    line: list[str] = []
+    for part in text.split("\r"):
+        line[: len(part)] = part
+    return "".join(line)
+
+
+def test_draws_one_line_and_erases_it(terminal):
+    with progress_bars() as progress:
+        progress("denoising", 9, 10)
+        assert seen(terminal.getvalue()) == f"denoising [{'#' * 27}---] 9/10"
+        progress("load", 1, 2)
+        assert seen(terminal.getvalue()).rstrip() == f"load      [{'#' * 15}{'-' * 15}] 1/2"
+    assert seen(terminal.getvalue()).strip() == ""
+    assert terminal.getvalue().endswith("\r") and "\n" not in terminal.getvalue()
+
+
+def test_the_line_is_free_again_when_the_work_fails(terminal):
+    def fail() -> None:
+        with progress_bars() as progress:
+            progress("denoising", 1, 10)
+            raise ValueError
+
+    with pytest.raises(ValueError, match=r"^$"):
+        fail()
+    assert seen(terminal.getvalue()).strip() == ""
+
+
+def test_silent_where_standard_error_is_no_terminal(capsys):
+    with progress_bars() as progress:
+        progress("denoising", 1, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("columns", [1, 12, 19, 20, 40, 200])
+def test_fits_the_terminal(columns):
+    lines = [draw_bar("denoising", done, 1000, columns) for done in (0, 500, 1000)]
+    assert max(map(len, lines)) < max(columns, 1)
+    assert columns < 20 or all(line.startswith("denoising ") for line in lines)
+
+
+@pytest.mark.parametrize(("done", "full"), [(0, 0), (1, 0), (500, 15), (999, 29), (1000, 30)])
+def test_a_bar_is_full_only_at_the_end(done, full):
+    assert draw_bar("denoising", done, 1000, 80).count("#") == full
+
+
+def test_nothing_to_do_is_no_error():
+    assert draw_bar("decoding", 0, 0, 80) == f"decoding  [{'-' * 30}] 0/0"
