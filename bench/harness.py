@@ -115,6 +115,7 @@ BENCHES = Registry(
         "sprites": "kinetiq.bench.sprites",
         "query": "kinetiq.bench.query",
         "query_cost": "kinetiq.bench.query_cost",
+        "probe": "kinetiq.bench.probe",
     }
 )
 

@@ -402,6 +402,22 @@ def train_sprites(
 
 
 @main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="New folder for the converted model; SOURCE-safetensors by default.",
+)
+def convert(source: Path, out: Path | None) -> None:
+    """Copy a model folder with its pickled weights as safetensors, running no code of theirs."""
+    from kinetiq.convert import convert_folder
+
+    target = out or source.with_name(source.name + "-safetensors")
+    convert_folder(source, target, lambda name: click.echo(f"converting {name}", err=True))
+    click.echo(click.format_filename(target))
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
     """Say what is installed, and how to install the rest."""

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, overload
@@ -15,9 +16,15 @@ from kinetiq.checkpoint import Checkpoint, load_checkpoint
 from kinetiq.clip import Clip
 from kinetiq.controls import resolve_controls
 from kinetiq.denoiser import Denoiser, EagerDenoiser
-from kinetiq.errors import CheckpointError, KinetiqError, NonFiniteError, RequestError
+from kinetiq.errors import (
+    CheckpointError,
+    KinetiqError,
+    NonFiniteError,
+    RequestError,
+    WorkError,
+)
 from kinetiq.families import FAMILIES, Family
-from kinetiq.generation import Progress, denoise, in_order, no_progress
+from kinetiq.generation import Progress, denoise, in_order, is_out_of_memory, no_progress
 from kinetiq.profiling import span
 from kinetiq.request import Request, ResolvedRequest
 from kinetiq.sampler import build_sampler_table
@@ -283,7 +290,7 @@ class Engine:
         """Scaled latents of a clip, [channels, frames, h, w], float32; the posterior's mode."""
         vae = self.checkpoint.vae
         pixels = (clip.to_tensor() * 2 - 1).to(self.checkpoint.device, self.checkpoint.dtype)
-        with span("encode"):
+        with span("encode"), _room_for(f"encode: {min(len(pixels), _DECODED_FRAMES)} frames"):
             parts = [vae.encode(part).latent_dist.mode() for part in pixels.split(_DECODED_FRAMES)]
         latents: Tensor = torch.cat(parts).float().transpose(0, 1) * vae.config.scaling_factor
         return latents
@@ -294,13 +301,14 @@ class Engine:
 
         Raises:
             NonFiniteError: a pixel is not finite.
+            WorkError: memory ran out.
         """
         vae = self.checkpoint.vae
         frames = (latents / vae.config.scaling_factor).transpose(0, 1)
         parts = frames.to(self.checkpoint.dtype).split(_DECODED_FRAMES)
         pixels = []
         for number, part in enumerate(parts):
-            with span("decode"):
+            with span("decode"), _room_for(f"decode: {len(part)} frames"):
                 pixels.append(vae.decode(part).sample.float())
             progress("decoding", number + 1, len(parts))
         video = torch.cat(pixels) / 2 + 0.5
@@ -334,6 +342,17 @@ class Engine:
                 f"frames: must be at most {limit}, the positions that {self.checkpoint.name} "
                 f"knows, got {frames}"
             )
+
+
+@contextmanager
+def _room_for(what: str) -> Iterator[None]:
+    """Say it in words when memory runs out in the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise WorkError(f"{what} must fit in memory, and do not; ask for a smaller size") from error
 
 
 def read_defaults(checkpoint: Checkpoint, family: Family, vae_scale: int) -> Defaults:

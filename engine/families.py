@@ -4,6 +4,7 @@ A site is one attention module of the network, named by its module path. Sites a
 order of the network's modules, and controls address them by their index in that list.
 """
 
+import difflib
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -148,10 +149,11 @@ def select_sites(sites: tuple[Site, ...], wanted: str | tuple[str, ...]) -> tupl
             if eligible[index] and (site.name == name or site.name.startswith(name + "."))
         ]
         if not hits:
-            known = "\n  ".join(s.name for s, fit in zip(sites, eligible, strict=True) if fit)
+            known = [site.name for site, fit in zip(sites, eligible, strict=True) if fit]
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
             raise RequestError(
                 f"sites: must be 'spatial', 'temporal', 'both' or names of sites, got {name!r}; "
-                f"this network has\n  {known}"
+                f"this network has {len(known)}, such as {', '.join(near)}"
             )
         for index in hits:
             chosen[index] = True

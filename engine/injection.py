@@ -1,6 +1,7 @@
 """What query injection and motion injection share: the reference's row and where it is read."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import attrs
@@ -15,7 +16,7 @@ from kinetiq.source import Source
 
 def check_share(_: object, attribute: Any, value: object) -> None:
     """Require a number from 0 to 1; an attrs validator."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = isinstance(value, Real) and not isinstance(value, bool)
     if not fits or not 0.0 <= value <= 1.0:  # type: ignore[operator]
         raise RequestError(f"{attribute.name}: must be a number from 0 to 1, got {value!r}")
 
@@ -24,7 +25,7 @@ def freeze_sites(value: str | Sequence[str]) -> str | tuple[str, ...]:
     """Keep a word, freeze a list of site names; an attrs converter."""
     if isinstance(value, str):
         return value
-    fits = isinstance(value, Sequence) and len(value) > 0
+    fits = isinstance(value, Sequence) and len(value) > 0  # type: ignore[redundant-expr]
     if not fits or not all(isinstance(name, str) for name in value):
         raise RequestError(f"sites: must be a word or a list of site names, got {value!r}")
     return tuple(value)

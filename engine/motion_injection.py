@@ -5,8 +5,8 @@ become their own mean over frames plus the *source row's deviation from its mean
 
     x' = mean_F(x_clip) + b (x_source - mean_F(x_source)) + (1 - b) (x_clip - mean_F(x_clip))
 
-with b the blend. The mean carries what the clip shows, the deviation carries how it moves. It needs no training, no
-inversion and no gradient, and costs the same one source row as query injection.
+with b the blend. The mean carries what the clip shows, the deviation how it moves. It needs no
+training, no inversion and no gradient, and costs the same one source row as query injection.
 
 Source: this project's own; it joins the source row of query injection (arXiv:2412.07750, sec. 3)
 with the removal of the mean over frames of MOFT (arXiv:2405.14864, sec. 3.2).

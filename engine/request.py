@@ -7,6 +7,7 @@ checkpoint are filled in, controls are resolved to data, and every value is chec
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -27,7 +28,8 @@ def _whole(low: int, high: int) -> Any:
     def check(_: Any, attribute: Any, value: Any) -> None:
         if value is None and attribute.default is None:
             return
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not whole or not low <= value <= high:
             raise RequestError(
                 f"{attribute.name}: must be a whole number from {low} to {high}, got {value!r}"
             )
@@ -39,7 +41,7 @@ def _number(low: float, high: float) -> Any:
     def check(_: Any, attribute: Any, value: Any) -> None:
         if value is None and attribute.default is None:
             return
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = isinstance(value, Real) and not isinstance(value, bool)
         if not fits or not math.isfinite(value) or not low <= value <= high:
             raise RequestError(
                 f"{attribute.name}: must be a number from {low:g} to {high:g}, got {value!r}"

@@ -57,7 +57,8 @@ def test_every_file_is_there_and_nothing_else(made, engine):
         clip = Clip.read(out / name)
         assert (clip.num_frames, clip.height) == (engine.defaults.frames, 224)
         assert clip.fps == pytest.approx(engine.defaults.fps)
-    assert Image.open(out / "sheet.png").size[1] > 1000
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.size[1] > 1000
 
 
 def test_the_grid_has_a_row_a_prompt_and_loops(made, engine):

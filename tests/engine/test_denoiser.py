@@ -187,7 +187,7 @@ def predict_attached(denoiser, latents, timesteps, text):
 
 
 def test_another_network_is_refused():
-    with pytest.raises(kq.CheckpointError, match="got Linear$"):
+    with pytest.raises(kq.CheckpointError, match=r"got Linear$"):
         EagerDenoiser(nn.Linear(1, 1))
 
 
@@ -237,5 +237,5 @@ def test_cross_attention_without_a_prompt_is_refused(networks):
     module = networks["animatediff"].get_submodule(
         "mid_block.attentions.0.transformer_blocks.0.attn2"
     )
-    with pytest.raises(kq.CheckpointError, match="^cross-attention: .* a prompt, got none$"):
+    with pytest.raises(kq.CheckpointError, match=r"^cross-attention: .* a prompt, got none$"):
         CrossProcessor(Signal())(module, torch.zeros(1, 4, 32))

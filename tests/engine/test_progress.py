@@ -1,5 +1,5 @@
 import io
-import sys
+from contextlib import redirect_stderr
 
 import pytest
 
@@ -11,12 +11,9 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch):
+@pytest.fixture(autouse=True)
+def _width(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    return screen
 
 
 def seen(text: str) -> str:
@@ -27,25 +24,26 @@ def seen(text: str) -> str:
     return "".join(line)
 
 
-def test_draws_one_line_and_erases_it(terminal):
-    with progress_bars() as progress:
-        progress("denoising", 9, 10)
-        assert seen(terminal.getvalue()) == f"denoising [{'#' * 27}---] 9/10"
-        progress("load", 1, 2)
-        assert seen(terminal.getvalue()).rstrip() == f"load      [{'#' * 15}{'-' * 15}] 1/2"
-    assert seen(terminal.getvalue()).strip() == ""
-    assert terminal.getvalue().endswith("\r") and "\n" not in terminal.getvalue()
+def test_draws_one_line_and_erases_it():
+    with redirect_stderr(Terminal()) as terminal:
+        with progress_bars() as progress:
+            progress("denoising", 9, 10)
+            assert seen(terminal.getvalue()) == f"denoising [{'#' * 27}---] 9/10"
+            progress("load", 1, 2)
+            assert seen(terminal.getvalue()).rstrip() == f"load      [{'#' * 15}{'-' * 15}] 1/2"
+        assert seen(terminal.getvalue()).strip() == ""
+        assert terminal.getvalue().endswith("\r") and "\n" not in terminal.getvalue()
 
 
-def test_the_line_is_free_again_when_the_work_fails(terminal):
+def test_the_line_is_free_again_when_the_work_fails():
     def fail() -> None:
         with progress_bars() as progress:
             progress("denoising", 1, 10)
             raise ValueError
 
-    with pytest.raises(ValueError, match=r"^$"):
+    with redirect_stderr(Terminal()) as terminal, pytest.raises(ValueError, match=r"^$"):
         fail()
-    assert seen(terminal.getvalue()).strip() == ""
+    assert "denoising" in terminal.getvalue() and seen(terminal.getvalue()).strip() == ""
 
 
 def test_silent_where_standard_error_is_no_terminal(capsys):

@@ -1,0 +1,541 @@
+"""The command line, as a user meets it: in process where that will do, as a process where not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from kinetiq import __main__ as command_line
+from kinetiq import clip as clip_module
+from kinetiq.__main__ import main
+from kinetiq.checkpoint import embedded_folder
+from kinetiq.clip import Clip
+from kinetiq.engine import Engine
+from kinetiq.motion_injection import MotionInjection
+from kinetiq.query_injection import QueryInjection
+from kinetiq.sprites import training
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run a command in an empty folder; a traceback fails the test."""
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(*words):
+        result = CliRunner().invoke(main, words)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke
+
+
+@pytest.fixture
+def generate(run):
+    """Generate in one step; words that come again win."""
+    return lambda *words: run(
+        *("generate", "--prompt", "a red circle", "--out", "out.gif", "--steps", "1", *words)
+    )
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Loading a model fails the test."""
+
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(Engine, "load", load)
+
+
+def moving(frames: int = 8) -> Clip:
+    array = np.zeros((frames, 32, 32, 3), np.uint8)
+    for index in range(frames):
+        array[index, 8:16, 2 * index : 2 * index + 8] = 255
+    return Clip(array, 8)
+
+
+@pytest.fixture
+def references(tmp_path):
+    """Clips that can be read and files that cannot, in the folder where commands run."""
+    moving().write(tmp_path / "good.gif")
+    moving(1).write(tmp_path / "still.png")
+    moving().write(tmp_path / "cut.mp4")
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "cut.mp4").read_bytes()[:-400])
+    (tmp_path / "empty.mp4").touch()
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        sound = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
+        sound.sample_rate = 16000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
+    Image.new("L", (32, 32), 0).save(tmp_path / "black.png")
+    Image.new("L", (32, 32), 255).save(tmp_path / "white.png")
+
+
+def tree(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Check that a command ended with one line and `status`, and wrote nothing."""
+    before = tree(tmp_path)
+
+    def check(result, message, status=2):
+        assert (result.exit_code, result.stdout) == (status, "")
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert result.stderr.startswith("kinetiq") and ": error: " in result.stderr
+        assert message in result.stderr, result.stderr
+        assert tree(tmp_path) == before
+
+    return check
+
+
+class TestMain:
+    def test_nothing_asked_shows_help(self, run):
+        result = run()
+        assert (result.exit_code, result.stderr) == (0, "")
+        listed = [line.split()[0] for line in result.stdout.split("Commands:\n")[1].splitlines()]
+        assert listed == ["demo", "generate", "train", "doctor", "bench"]
+        assert "..." not in result.stdout.split("Commands:\n")[1]
+        assert run("--help").stdout == run("-h").stdout == result.stdout
+        assert "  sprites " in run("train").stdout
+
+    def test_version(self, run):
+        assert run("--version").stdout == f"kinetiq, version {command_line.kinetiq.__version__}\n"
+
+    def test_doctor(self, run):
+        assert "torch" in run("doctor").stdout
+        assert json.loads(run("doctor", "--json").stdout)["models"] == ["sprites"]
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--nope"], "kinetiq: error: No such option '--nope'. (see kinetiq --help)"),
+            (["generat"], "kinetiq: error: No such command 'generat'"),
+            (["generate", "--nope"], "kinetiq generate: error: No such option '--nope'"),
+            (["generate", "--out", "a.mp4"], "Missing option '--prompt'"),
+            (["demo", "--seed", "x"], "'x' is not a valid integer"),
+            (["train", "sprites", "--out", "x", "--steps", "0"], "0 is not in the range x>=1"),
+            (["bench", "--nope"], "kinetiq bench: error: No such option '--nope'"),
+        ],
+    )
+    def test_wrong_usage_is_one_line(self, run, refused, words, message):
+        refused(run(*words), message)
+
+    @pytest.mark.parametrize(
+        ("error", "message"),
+        [
+            (OSError(28, "No space left on device"), "the operating system refused: [Errno 28] No"),
+            (MemoryError("Unable to allocate 4 TiB"), "memory must suffice, and does not: Unable"),
+        ],
+    )
+    def test_what_the_machine_refuses(self, generate, refused, monkeypatch, error, message):
+        def load(*_, **__):
+            raise error
+
+        monkeypatch.setattr(Engine, "load", load)
+        refused(generate(), message, status=1)
+
+    @pytest.mark.usefixtures("unloaded")
+    def test_a_defect_of_ours_keeps_its_traceback(self, generate):
+        with pytest.raises(AssertionError, match="a model was loaded"):
+            generate()
+
+    def test_interrupt(self, generate, tmp_path, monkeypatch):
+        monkeypatch.setattr(Engine, "load", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        result = generate()
+        assert (result.exit_code, result.stdout) == (130, "")
+        assert result.stderr.strip() == "kinetiq: error: interrupted"
+        assert tree(tmp_path) == {}
+
+    def test_a_reader_that_has_gone_is_no_matter(self):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run(
+            [sys.executable, "-m", "kinetiq", "--help"],
+            check=False,
+            cwd="/",
+            stdout=write,
+            stderr=subprocess.PIPE,
+        )
+        os.close(write)
+        assert (done.returncode, done.stderr) == (1, b"")
+
+    def test_our_folders_answer_for_no_package(self):
+        """transformers and diffusers probe for a package `kernels`, which ours must not be."""
+        code = (
+            "import atexit, importlib.util, runpy, sys; sys.argv = ['kinetiq', '--version']; "
+            "atexit.register(lambda: print([importlib.util.find_spec(name) for name in "
+            "('kernels', 'bench', 'export', 'engine')])); "
+            "runpy.run_module('kinetiq', run_name='__main__')"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            check=False,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        version, found = done.stdout.splitlines()
+        assert version.startswith("kinetiq, version ")
+        assert str(ROOT) not in found
+
+
+class TestGenerate:
+    def test_says_what_was_made(self, generate, tmp_path):
+        result = generate("--scale", "2")
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout == "out.gif: 8 frames of 64x64, 8 a second\n"
+        assert Clip.read(tmp_path / "out.gif").frames.shape == (8, 64, 64, 3)
+        assert [path.name for path in tmp_path.iterdir()] == ["out.gif"]
+
+    @pytest.mark.usefixtures("references")
+    def test_json_is_one_object(self, generate, tmp_path):
+        words = ("--reference", "good.gif", "--control", "both", "--size", "16x24", "--frames", "4")
+        result = generate("--json", *words, "--fps", "5", "--seed", "9", "--out", "out.webp")
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout.count("\n") == 1
+        said = json.loads(result.stdout)
+        assert said.pop("out") == "out.webp"
+        assert said == {"frames": 4, "height": 16, "width": 24, "fps": 5.0, "seed": 9}
+        assert Clip.read(tmp_path / "out.webp").frames.shape == (4, 16, 24, 3)
+
+    @pytest.mark.usefixtures("references")
+    def test_options_reach_the_request_and_the_control(self, generate, monkeypatch):
+        seen = {}
+
+        def fake(self, prompt, control, *, progress, **options):
+            seen.update(options, prompt=prompt, control=control)
+            return moving()
+
+        monkeypatch.setattr(Engine, "generate", fake)
+        result = generate(
+            *("--reference", "good.gif", "--control", "both", "--until", "0.25", "--fit", "fit"),
+            *("--sites", "down_blocks.1, mid_block", "--reduce-leak", "--parts", "qk"),
+            *("--halves", "cond", "--region", "white.png", "--size", "16x24"),
+            *("--guidance", "2.5", "--sampler", "euler", "--negative-prompt", "a ring"),
+            *("--eta", "0", "--frames", "8", "--fps", "12", "--seed", "4", "--steps", "3"),
+        )
+        assert result.exit_code == 0, result.stderr
+        query, motion = seen.pop("control")
+        words = {"prompt": "a red circle", "negative_prompt": "a ring", "sampler": "euler"}
+        numbers = {"seed": 4, "steps": 3, "guidance_scale": 2.5, "eta": 0.0, "fps": 12.0}
+        assert seen == words | numbers | {"frames": 8, "height": 16, "width": 24}
+        assert isinstance(query, QueryInjection) and isinstance(motion, MotionInjection)
+        assert query.sites == ("down_blocks.1", "mid_block") and query.reduce_leak
+        assert motion.sites == "temporal" and motion.parts == "qk"
+        for control in (query, motion):
+            assert control.until == 0.25 and control.halves == "cond"
+            assert control.reference == moving().resize(16, 24, "fit")
+            assert control.region.shape == (32, 32) and (control.region == 1).all()
+
+    @pytest.mark.usefixtures("references")
+    @pytest.mark.parametrize(
+        ("words", "kinds"),
+        [
+            ((), []),
+            (("--reference", "good.gif"), [MotionInjection]),
+            (("--reference", "good.gif", "--control", "query"), [QueryInjection]),
+            (("--reference", "good.gif", "--control", "none"), []),
+        ],
+    )
+    def test_which_control(self, generate, monkeypatch, words, kinds):
+        seen = []
+
+        def fake(self, prompt, control, **_):
+            seen.extend(control)
+            return moving()
+
+        monkeypatch.setattr(Engine, "generate", fake)
+        assert generate(*words).exit_code == 0
+        assert [type(control) for control in seen] == kinds
+        assert all(control == type(control)(control.reference) for control in seen)  # its defaults
+
+    @pytest.mark.usefixtures("references")
+    def test_a_moving_region(self, generate, monkeypatch):
+        regions = []
+
+        def fake(self, prompt, control, **_):
+            regions.append(control[0].region)
+            return moving()
+
+        monkeypatch.setattr(Engine, "generate", fake)
+        assert generate("--reference", "good.gif", "--region", "good.gif").exit_code == 0
+        assert regions[0].shape == (8, 32, 32) and regions[0].max() == 1
+
+    def test_a_prompt_that_is_too_long_is_cut_with_a_word(self, generate, tmp_path):
+        result = generate("--prompt", "a red circle on a blue background " * 4, "--frames", "1")
+        assert result.exit_code == 0 and (tmp_path / "out.gif").exists()
+        assert result.stderr.count("\n") == 1
+        assert result.stderr.startswith("kinetiq: warning: encode_prompts: prompt 'a red circle")
+        assert "the end was cut off: 'red circle on a blue background'" in result.stderr
+        again = generate("--prompt", "a red circle on a blue background " * 4, "--frames", "1")
+        assert again.stderr == result.stderr  # said every time, not once a process
+
+
+@pytest.mark.usefixtures("references", "unloaded")
+class TestBeforeAModelLoads:
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("absent.mp4", "Clip.read: absent.mp4 does not exist; check the path"),
+            ("empty.mp4", "empty.mp4 must be a video or a picture, got an empty file"),
+            ("cut.mp4", "cut.mp4"),
+            ("sound.mp4", "must hold a video stream, got audio only"),
+            ("still.png", "reference: must have at least 2 frames to hold motion, got 1"),
+        ],
+    )
+    def test_reference(self, generate, refused, name, message):
+        refused(generate("--reference", name), message)
+
+    def test_a_reference_that_may_not_be_read(self, generate, refused, monkeypatch):
+        def refuse(path, *_):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "open", refuse)  # root may read everything, so act it
+        refused(generate("--reference", "good.gif"), "must be readable (Permission denied); check")
+
+    @pytest.mark.parametrize(
+        ("out", "message"),
+        [
+            ("absent/out.mp4", "the folder absent must exist to hold 'out.mp4'; create it"),
+            ("out.xyz", "must end in one of .mp4, .webm, .gif, .webp, .png, or in nothing"),
+            (".", "must name a file or a folder"),
+            ("good.gif/out.mp4", "the folder good.gif must exist"),
+        ],
+    )
+    def test_target(self, generate, refused, out, message):
+        refused(generate("--out", out), message)
+
+    def test_a_target_that_may_not_be_written(self, generate, refused, monkeypatch):
+        monkeypatch.setattr(clip_module.os, "access", lambda *_: False)
+        refused(generate(), "out.gif cannot be written (Permission denied); check the permission")
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--frames", "0"], "frames: must be a whole number from 1 to 1024, got 0"),
+            (["--steps", "0"], "steps: must be a whole number from 1 to 1000, got 0"),
+            (["--steps", "1001"], "steps: must be a whole number from 1 to 1000, got 1001"),
+            (["--guidance", "0.5"], "guidance_scale: must be a number from 1 to 100, got 0.5"),
+            (["--guidance", "nan"], "guidance_scale: must be a number from 1 to 100, got nan"),
+            (["--fps", "0"], "fps: must be a number from 0.1 to 240, got 0.0"),
+            (["--fps", "240"], "out.gif can show at most 50 frames a second, got 240"),
+            (["--seed", "-1"], "seed: must be a whole number from 0 to"),
+            (["--seed", str(2**63)], "seed: must be a whole number from 0 to"),
+            (["--eta", "2"], "eta: must be a number from 0 to 1, got 2.0"),
+            (["--size", "0x32"], "height: must be a whole number from 8 to 4096, got 0"),
+            (["--size", "32x5000"], "width: must be a whole number from 8 to 4096, got 5000"),
+            (["--size", "32"], "--size must be HEIGHTxWIDTH such as 320x512, got '32'"),
+            (["--size", "²x²"], "--size must be HEIGHTxWIDTH"),
+            (["--scale", "0"], "0 is not in the range 1<=x<=64"),
+            (["--prompt", " "], "prompt: must hold at least one word, got an empty one"),
+            (["--control", "query"], "generate: --control query needs --reference, got none"),
+            (["--control", "dance"], "'dance' is not one of 'motion', 'query', 'both', 'none'"),
+            (["--until", "0.5"], "--until acts with a --reference and --control motion, query"),
+            (["--fit", "crop"], "generate: --fit needs --reference, got none"),
+        ],
+    )
+    def test_options(self, generate, refused, words, message):
+        refused(generate(*words), message)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--until", "1.5"], "until: must be a number from 0 to 1, got 1.5"),
+            (["--until", "-0.1"], "until: must be a number from 0 to 1, got -0.1"),
+            (["--until", "nan"], "until: must be a number from 0 to 1, got nan"),
+            (["--parts", "qz"], "parts: must be letters among q, k and v, got 'qz'"),
+            (["--parts", ""], "parts: must be letters among q, k and v, got ''"),
+            (["--halves", "none"], "'none' is not one of 'both', 'cond'"),
+            (["--sites", "spatial"], "--sites acts with a --reference and --control query or"),
+            (["--reduce-leak"], "--reduce-leak acts with a --reference and --control query or"),
+            (["--control", "query", "--parts", "q"], "--parts acts with a --reference and --con"),
+            (["--control", "none", "--until", "1"], "or both, got --control none"),
+            (["--region", "absent.png"], "absent.png does not exist"),
+            (["--region", "empty.mp4"], "got an empty file"),
+            (["--region", "black.png"], "must be white where the motion is wanted, and black.png"),
+        ],
+    )
+    def test_controls(self, generate, refused, words, message):
+        refused(generate("--reference", "good.gif", *words), message)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--out", "good.gif"], "good.gif must be a folder that can be written, and is none"),
+            (["--steps", "x"], "'x' is not a valid integer"),
+        ],
+    )
+    def test_demo(self, run, refused, words, message):
+        refused(run("demo", *words), message)
+
+
+@pytest.mark.usefixtures("references")
+class TestWithAModel:
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--size", "33x32"], "height: must be a multiple of 2 for sprites, got 33"),
+            (["--frames", "33"], "frames: must be at most 32, the positions that sprites knows"),
+            (["--sampler", "nope"], "sampler: must be one of ddim, ddpm, euler, dpm++2m, lcm"),
+            (["--out", "out.png"], "out.png can hold one frame, got 8"),
+            (["--reference", "good.gif", "--frames", "1"], "frames: must be at least 2 where a"),
+            (
+                ["--reference", "good.gif", "--control", "query", "--sites", "nowhere"],
+                "or names of sites, got 'nowhere'; this network has down_blocks.0",
+            ),
+            (
+                ["--reference", "good.gif", "--frames", "4", "--region", "good.gif"],
+                "region: must be [height, width] or [frames = 4, height, width], got [8, 32, 32]",
+            ),
+            (["--model", "nope"], "load: model must be 'sprites', a folder that exists or a hub"),
+            (["--motion-adapter", "nope"], "motion_adapter must be left out for sprites"),
+            (
+                ["--device", "tpu"],
+                "load: device must be 'cpu', 'cuda' or 'cuda:<index>', got 'tpu'",
+            ),
+            (["--dtype", "int8"], "load: dtype must be one of float64, float32"),
+            (["--backend", "nope"], "load: backend must be one of eager"),
+        ],
+    )
+    def test_options(self, generate, refused, words, message):
+        refused(generate(*words), message)
+
+    @NO_GPU
+    def test_no_gpu(self, generate, refused):
+        refused(generate("--device", "cuda"), "load: device 'cuda' needs an NVIDIA GPU", status=1)
+
+    def test_demo(self, run, refused):
+        result = run("demo", "--until", "2", "--out", "new")
+        refused(result, "until: must be a number from 0 to 1, got 2.0")
+
+
+@pytest.fixture
+def model(tiny_folder, tmp_path_factory):
+    """A folder of a whole model that the test may damage."""
+    path = tmp_path_factory.mktemp("model") / "model"
+    shutil.copytree(tiny_folder(), path)
+    return path
+
+
+class TestBrokenModels:
+    def test_a_whole_one_generates(self, generate, model):
+        result = generate("--model", str(model), "--frames", "2", "--size", "16x16")
+        assert result.exit_code == 0, result.stderr
+
+    @pytest.mark.parametrize(
+        ("gone", "message"),
+        [
+            ("vae", "load: vae must be a folder at"),
+            ("tokenizer", "tokenizer"),
+            ("model_index.json", "model_index.json"),
+            ("scheduler/scheduler_config.json", "scheduler"),
+            ("unet/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"),
+        ],
+    )
+    def test_a_component_is_missing(self, generate, refused, model, gone, message):
+        if (model / gone).is_dir():
+            shutil.rmtree(model / gone)
+        else:
+            (model / gone).unlink()
+        refused(generate("--model", str(model)), message)
+
+    def test_pickled_weights(self, generate, refused, model):
+        weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(weights), weights.with_suffix(".bin"))
+        weights.unlink()
+        refused(generate("--model", str(model)), "any code; convert it with")
+
+    def test_weights_that_are_no_numbers(self, generate, refused, model):
+        weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(weights)
+        next(iter(tensors.values())).view(-1)[0] = torch.nan
+        save_file(tensors, weights)
+        refused(generate("--model", str(model)), "must have finite weights, got NaN or infinity")
+
+    def test_an_image_model(self, generate, refused, tmp_path_factory):
+        import tiny
+
+        base, _ = tiny.write_tiny_base_and_adapter(tmp_path_factory.mktemp("image"))
+        refused(generate("--model", str(base)), "adapter")
+
+
+class TestTrain:
+    @pytest.fixture
+    def trained(self, monkeypatch):
+        """What `training.train` was asked, instead of training."""
+        asked = {}
+
+        def train(out, options, *, start_from, report):
+            asked.update(out=out, options=options, start_from=start_from)
+            asked["threads"] = torch.get_num_threads()
+            report(training.TrainingStep("denoiser", 7, 0.5, 3.2))
+            return out / "checkpoint"
+
+        monkeypatch.setattr(training, "train", train)
+        return asked
+
+    def test_options_reach_the_training(self, run, trained):
+        threads = torch.get_num_threads()
+        result = run(
+            *("train", "sprites", "--out", "run", "--steps", "30", "--decay-steps", "5"),
+            *("--vae-steps", "6", "--batch", "2", "--learning-rate", "0.001", "--seed", "4"),
+            *("--save-every", "9", "--threads", str(threads + 1), "--start-from", "sprites"),
+        )
+        assert (result.exit_code, result.stdout) == (0, "run/checkpoint\n")
+        assert result.stderr == "denoiser 7: loss 0.5000, 3 s\n"
+        assert trained.pop("options") == training.TrainingOptions(
+            steps=30,
+            decay_steps=5,
+            vae_steps=6,
+            batch=2,
+            learning_rate=0.001,
+            seed=4,
+            save_every=9,
+            device="cpu",
+        )
+        assert trained == {
+            "out": Path("run"),
+            "start_from": embedded_folder(),
+            "threads": threads + 1,
+        }
+        assert torch.get_num_threads() == threads
+
+    def test_left_out_is_the_default(self, run, trained):
+        assert run("train", "sprites", "--out", "run").exit_code == 0
+        assert trained["options"] == training.TrainingOptions()
+        assert trained["start_from"] is None
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--learning-rate", "nan"], "--learning-rate must be above 0 and at most 1, got nan"),
+            (["--learning-rate", "0"], "--learning-rate must be above 0 and at most 1, got 0"),
+            (["--start-from", "absent"], "--start-from must be 'sprites' or the folder of a"),
+            (["--device", "tpu"], "device must be 'cpu', 'cuda' or 'cuda:<index>', got 'tpu'"),
+        ],
+    )
+    def test_says_what_is_wrong(self, run, refused, trained, words, message):
+        refused(run("train", "sprites", "--out", "run", *words), message)
+        assert trained == {}
