@@ -1,8 +1,8 @@
 """The denoiser: a network with our attention at its sites, and what it is given each step.
 
-`attach` puts processors and temporal modules into a loaded diffusers network; `detach` puts the
-stock ones back, so that the network is bit for bit what it was. diffusers' own forward methods
-are never patched.
+`attach` puts processors, temporal modules and centre-tap convolutions into a loaded diffusers
+network; `detach` puts the stock ones back, so that the network is bit for bit what it was.
+diffusers' own forward methods are never patched.
 """
 
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kinetiq.attention import CrossProcessor, Signal, SpatialProcessor, TemporalTransformer
 from kinetiq.control_tensors import ControlTensors
+from kinetiq.convolution import CentreTapConvolution, find_centre_taps
 from kinetiq.families import (
     Family,
     Site,
@@ -52,12 +53,12 @@ class EagerDenoiser:
         self.network = network
         self._signal = Signal()
         self._processors: dict[str, Any] = {}
-        self._transformers: dict[str, nn.Module] = {}
+        self._replaced: dict[str, nn.Module] = {}
 
     @property
     def attached(self) -> bool:
         """Whether our modules are in the network."""
-        return bool(self._transformers)
+        return bool(self._replaced)
 
     def attach(self) -> "EagerDenoiser":
         """Put our attention into the network; attaching twice is attaching once."""
@@ -84,19 +85,24 @@ class EagerDenoiser:
                 ]
                 for number in range(len(replaced.transformer_blocks))
             ]
-            self._transformers[name] = replaced
-            _set_submodule(self.network, name, TemporalTransformer(replaced, sites, self._signal))
+            self._replace(name, TemporalTransformer(replaced, sites, self._signal))
+        for name, convolution in find_centre_taps(self.network).items():
+            self._replace(name, CentreTapConvolution(convolution))
         return self
 
     def detach(self) -> Any:
         """Put the stock modules back and return the network."""
-        for name, module in self._transformers.items():
+        for name, module in self._replaced.items():
             _set_submodule(self.network, name, module)
         for name, processor in self._processors.items():
             self.network.get_submodule(name).processor = processor
-        self._transformers.clear()
+        self._replaced.clear()
         self._processors.clear()
         return self.network
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        self._replaced[name] = self.network.get_submodule(name)
+        _set_submodule(self.network, name, module)
 
     def predict(
         self,

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from kinetiq.sprites.world import COLOURS, MOTION_PHRASES, SHAPES, TEXTURES
 
+DRAWING_BLOCK = "up_blocks.2.resnets.1"  # the last one: it draws what attention has decided
 SIZE = 32  # pixels
 FRAMES = 8
 MAX_TOKENS = 24
 TEXT_WIDTH = 96
+_RESNET = re.compile(r"resnets\.\d+$")
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 UNET = {
@@ -139,14 +140,23 @@ def build_vae() -> Any:
 
 
 def build_unet() -> Any:
-    """The denoiser with random weights, off-centre taps of its ResNet kernels at zero."""
+    """The denoiser with random weights, off-centre taps of its ResNet kernels at zero.
+
+    The network leaves spatial mixing to attention, so that attention has work to do. Only
+    `DRAWING_BLOCK` has ordinary kernels. Training keeps the zeros, since the denoiser runs such
+    kernels by their centres (`kinetiq.convolution`), which alone have gradients then.
+    """
     from diffusers import UNetMotionModel
 
-    unet = narrow_resnet_kernels(UNetMotionModel(**UNET))
+    unet = UNetMotionModel(**UNET)
     with torch.no_grad():
-        for block, name in _resnet_convolutions(unet):
-            getattr(block, name).weight.mul_(3.0)  # a ninth of the fan-in, the same variance
-    return widen_resnet_kernels(unet)
+        for name, block in unet.named_modules():
+            if _RESNET.search(name) and name != DRAWING_BLOCK:
+                for convolution in (block.conv1, block.conv2):
+                    centre = convolution.weight[:, :, 1, 1] * 3.0  # a ninth of the fan-in
+                    convolution.weight.zero_()
+                    convolution.weight[:, :, 1, 1] = centre
+    return unet
 
 
 def build_scheduler() -> Any:
@@ -154,45 +164,6 @@ def build_scheduler() -> Any:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(**SCHEDULER)
-
-
-def narrow_resnet_kernels(unet: nn.Module) -> nn.Module:
-    """Replace the 3x3 kernels of the ResNet blocks by their centre taps, in place.
-
-    The embedded network leaves spatial mixing to attention, so that attention has work to do:
-    the off-centre taps are zero. As 1x1 kernels they cost a ninth in training.
-    """
-    for block, name in _resnet_convolutions(unet):
-        wide = getattr(block, name)
-        if wide.kernel_size == (3, 3):
-            narrow = nn.Conv2d(wide.in_channels, wide.out_channels, 1)
-            with torch.no_grad():
-                narrow.weight.copy_(wide.weight[:, :, 1:2, 1:2])
-                if wide.bias is not None and narrow.bias is not None:
-                    narrow.bias.copy_(wide.bias)
-            setattr(block, name, narrow.to(wide.weight))
-    return unet
-
-
-def widen_resnet_kernels(unet: nn.Module) -> nn.Module:
-    """Undo `narrow_resnet_kernels`: 3x3 kernels whose off-centre taps are zero, in place."""
-    for block, name in _resnet_convolutions(unet):
-        narrow = getattr(block, name)
-        if narrow.kernel_size == (1, 1):
-            wide = nn.Conv2d(narrow.in_channels, narrow.out_channels, 3, padding=1)
-            with torch.no_grad():
-                wide.weight.zero_()
-                wide.weight[:, :, 1:2, 1:2] = narrow.weight
-                if wide.bias is not None and narrow.bias is not None:
-                    wide.bias.copy_(narrow.bias)
-            setattr(block, name, wide.to(narrow.weight))
-    return unet
-
-
-def _resnet_convolutions(unet: nn.Module) -> list[tuple[nn.Module, str]]:
-    pattern = re.compile(r"resnets\.\d+$")
-    blocks = [block for name, block in unet.named_modules() if pattern.search(name)]
-    return [(block, name) for block in blocks for name in ("conv1", "conv2")]
 
 
 def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:

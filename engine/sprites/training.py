@@ -103,7 +103,6 @@ def train(
     if start_from is not None:
         _load_finished(start_from / "text_encoder", text_encoder)
         _load_finished(start_from / "unet", unet)
-    components.narrow_resnet_kernels(unet)
     learner = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(options.device)
     average = _train_denoiser(out, learner, vae, scaling_factor, tokenizer, options, report)
     return export_checkpoint(out, average, learner, vae, scaling_factor, tokenizer)
@@ -121,7 +120,6 @@ def export_checkpoint(
     from diffusers import AnimateDiffPipeline
 
     learner.load_state_dict(average)
-    components.widen_resnet_kernels(learner["unet"])
     vae.register_to_config(scaling_factor=scaling_factor)
     pipeline = AnimateDiffPipeline(
         vae=vae,

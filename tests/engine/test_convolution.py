@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch import nn
+
+from kinetiq.convolution import CentreTapConvolution, find_centre_taps
+from kinetiq.denoiser import EagerDenoiser
+
+
+def centred(**options):
+    module = nn.Conv2d(3, 5, **({"kernel_size": 3, "padding": 1} | options))
+    with torch.no_grad():
+        keep = module.weight[:, :, 1, 1].clone()
+        module.weight.zero_()
+        module.weight[:, :, 1, 1] = keep
+    return module
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_computes_what_the_whole_kernel_does_with_its_parameters(bias):
+    torch.manual_seed(0)
+    whole = centred(bias=bias).double()
+    centre = CentreTapConvolution(whole)
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    torch.testing.assert_close(centre(x), whole(x), rtol=1e-12, atol=1e-12)
+    assert centre.weight is whole.weight
+    assert centre.bias is whole.bias
+    assert centre.state_dict().keys() == whole.state_dict().keys()
+
+
+def test_finds_those_alone_whose_other_taps_are_zero():
+    almost = centred()
+    with torch.no_grad():
+        almost.weight[4, 2, 0, 2] = 1e-30
+    network = nn.ModuleDict(
+        {
+            "centred": centred(),
+            "almost": almost,
+            "random": nn.Conv2d(3, 5, 3, padding=1),
+            "strided": centred(stride=2),
+            "unpadded": centred(padding=0),
+            "dilated": centred(dilation=2),
+            "reflecting": centred(padding_mode="reflect"),
+            "pointwise": nn.Conv2d(3, 5, 1),
+        }
+    )
+    assert list(find_centre_taps(network)) == ["centred"]
+
+
+def test_the_other_taps_have_no_gradient():
+    whole = centred()
+    CentreTapConvolution(whole)(torch.randn(1, 3, 4, 4)).square().sum().backward()
+    outside = torch.ones(3, 3, dtype=torch.bool)
+    outside[1, 1] = False
+    assert whole.weight.grad[:, :, 1, 1].any()
+    assert not whole.weight.grad[:, :, outside].any()
+
+
+def test_comes_off_again():
+    from kinetiq.sprites import components
+
+    network = components.build_unet()
+    stock = dict(network.named_modules())
+    denoiser = EagerDenoiser(network).attach()
+    swapped = [m for m in network.modules() if isinstance(m, CentreTapConvolution)]
+    assert len(swapped) == 20  # two of every ResNet block but the last one
+    denoiser.detach()
+    assert dict(network.named_modules()) == stock
