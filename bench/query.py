@@ -15,8 +15,10 @@ from typing import Any
 from kinetiq.bench.figures import Figure
 from kinetiq.bench.harness import Bench, BenchOptions, Progress
 from kinetiq.bench.sprites import figure
-from kinetiq.clip import Clip, replacing
+from kinetiq.clip import Clip
 from kinetiq.engine import Engine
+from kinetiq.errors import MissingDependencyError, OutputError
+from kinetiq.files import check_target, replacing
 from kinetiq.motion_injection import MotionInjection
 from kinetiq.query_injection import QueryInjection
 from kinetiq.sprites.cases import (
@@ -48,6 +50,10 @@ def _motion(reference: Clip, until: float, **options: Any) -> list[Any]:
     return [MotionInjection(reference, until=until, **options)]
 
 
+def _parts(parts: str) -> Callable[[Clip, float], list[Any]]:
+    return functools.partial(_motion, parts=parts)
+
+
 def _motion_and_queries(reference: Clip, until: float) -> list[Any]:
     return _motion(reference, until) + _query(reference, until, sites="spatial")
 
@@ -64,8 +70,10 @@ CURVES = (
     Variant("injection.qkv", "motion injection", _motion),
 )
 PARTS = (
-    Variant("injection.qk", "motion injection, q and k", functools.partial(_motion, parts="qk")),
-    Variant("injection.v", "motion injection, v", functools.partial(_motion, parts="v")),
+    *(
+        Variant(f"injection.{parts}", f"motion injection, {parts}", _parts(parts))
+        for parts in ("q", "k", "v", "qk")
+    ),
     Variant("injection.half", "motion injection, blend 0.5", functools.partial(_motion, blend=0.5)),
     Variant("injection.with_queries", "motion injection and spatial queries", _motion_and_queries),
 )
@@ -73,6 +81,7 @@ PARTS = (
 
 def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
     """Measure the headline settings, the curves over `until`, and motion injection's parts."""
+    picture = None if options.out is None else _prepare_picture(options.out)
     pairs = transfer_pairs(8 if options.quick else 64, seed=options.seed)
     tenths = (4, 10) if options.quick else tuple(range(1, 11))
     curves = {f"{v.name}.until_{tenth:02d}": _at(v, tenth) for v in CURVES for tenth in tenths}
@@ -100,9 +109,28 @@ def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
             name: score(controls, chosen, None)
             for name, (controls, chosen) in progress.track(headline.items(), "headline", 4)
         }
-    if options.out is not None:
-        draw(scores, tenths, options.out / "query.png")
-    return _figures(scores, heads)
+    if picture is not None:
+        draw(scores, tenths, picture)
+    figures = _figures(scores, heads)
+    figures[f"{best}.headline_fidelity"] = figures["query.motion_fidelity"]  # says which it was
+    return figures
+
+
+def _prepare_picture(folder: Path) -> Path:
+    """Where the picture goes; what would keep it from being drawn is said before the work."""
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise MissingDependencyError(
+            'bench query: --out draws with matplotlib; install it with pip install ".[plots]"'
+        ) from error
+    mpl.use("Agg")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"bench query: {folder} must be a folder: {error}") from error
+    check_target(folder / "query.png")
+    return folder / "query.png"
 
 
 def best_query(scores: Mapping[str, TransferScores]) -> str:
@@ -116,9 +144,6 @@ def best_query(scores: Mapping[str, TransferScores]) -> str:
 
 def draw(scores: Mapping[str, TransferScores], tenths: Sequence[int], path: Path) -> None:
     """Draw identity leak against motion fidelity, a line for each variant, a point each tenth."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     figure_, axes = plt.subplots(figsize=(7, 5))
@@ -142,7 +167,6 @@ def draw(scores: Mapping[str, TransferScores], tenths: Sequence[int], path: Path
     axes.grid(alpha=0.3)
     axes.legend()
     figure_.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, "bench query") as temporary:
         figure_.savefig(temporary, dpi=120, format="png")
     plt.close(figure_)

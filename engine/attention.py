@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kinetiq.control_tensors import ControlTensors, at_site
+from kinetiq.control_tensors import ControlTensors, DeviationControl, at_site
 from kinetiq.errors import CheckpointError
 from kinetiq.kernels import frame_attention, query_attention
+from kinetiq.kernels.frame_attention import move_deviations
 from kinetiq.kernels.query_attention import reduce_leak
 from kinetiq.profiling import span
 
@@ -149,25 +150,39 @@ class TemporalTransformer(nn.Module):
         query, key, value = (
             project(normed) for project in (attention.to_q, attention.to_k, attention.to_v)
         )
+        controls = self._signal.controls
+        moves = _deviation_of(controls.deviation, site, normed.shape[2])
+        if moves and controls.query is not None and controls.query.reduced is not None:
+            # The operator moves deviations before it chooses queries. Leak-reduced queries are
+            # chosen here, so for the same order the deviations are moved here too.
+            query, key, value = move_deviations((query, key, value), **moves)
+            moves = {}
         query, row, blend = _controlled_query(query, site, self._signal)
-        deviation = self._signal.controls.deviation
-        share = None
-        if deviation is not None:
-            share = deviation.blend[site]
-            if deviation.region is not None:
-                share = share[:, None, None] * at_site(deviation.region, normed.shape[2])
-        out = frame_attention(
-            query,
-            key,
-            value,
-            heads=attention.heads,
-            query_row=row,
-            query_blend=blend,
-            deviation_row=None if deviation is None else deviation.row[site],
-            deviation_blend=share,
-            deviation_parts=None if deviation is None else deviation.parts,
-        )
+        with span("temporal attention"):
+            out = frame_attention(
+                query,
+                key,
+                value,
+                heads=attention.heads,
+                query_row=row,
+                query_blend=blend,
+                **moves,
+            )
         return _project_out(attention, out)
+
+
+def _deviation_of(control: DeviationControl | None, site: int, tokens: int) -> dict[str, Tensor]:
+    """What `frame_attention` is told of deviations at a site."""
+    if control is None:
+        return {}
+    share = control.blend[site]
+    if control.region is not None:
+        share = share[:, None, None] * at_site(control.region, tokens)
+    return {
+        "deviation_row": control.row[site],
+        "deviation_blend": share,
+        "deviation_parts": control.parts,
+    }
 
 
 def _controlled_query(

@@ -2,18 +2,14 @@
 
 `Clip.read` takes what people have: videos of any container that FFmpeg opens, animated pictures,
 folders of images. What comes back is plain: upright, square pixels, opaque, one constant rate.
-Writing never leaves a half-written file under the final name (`replacing`).
+Writing never leaves a half-written file under the final name.
 """
 
-import contextlib
-import errno
 import hashlib
 import itertools
 import math
 import os
 import re
-import secrets
-import shutil
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kinetiq.errors import ClipError, OutputError, RequestError
+from kinetiq.files import as_target, check_target, replacing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,6 +39,7 @@ _FPS_RANGE = (0.01, 1000.0)
 _LEAST_MILLISECONDS = {".gif": 20, ".webp": 11}
 _LOSSLESS_PIXELS = 2**23  # an animated .webp of more pixels than this is compressed with loss
 _PALETTE_SAMPLE = 2**19  # pixels that a palette is fitted to
+_WRITE = "Clip.write"  # what its errors begin with
 _MATROSKA_SEGMENT = b"\x18\x53\x80\x67"
 
 
@@ -94,6 +92,9 @@ class Clip:
         *,
         fps: float | None = None,
         max_frames: int = MAX_FRAMES,
+        height: int | None = None,
+        width: int | None = None,
+        fit: str = "crop",
     ) -> "Clip":
         """Read a video, an animated or still picture, or a folder of images.
 
@@ -104,39 +105,40 @@ class Clip:
         end costs no frame. A folder is read in natural order (2 before 10); files in it that are
         not .png, .jpg, .jpeg, .webp or .bmp are left alone.
 
+        With `height` and `width` every frame is brought to that size as soon as it is decoded: the
+        result is that of `resize`, and the memory that of the small clip. A clip of large frames
+        that does not fit into memory is read that way.
+
         Args:
             path: the file or folder.
             fps: the rate of a folder or a still picture, which state none; 8 by default.
             max_frames: read no clip longer than this.
+            height: pixels that frames are brought to; with `width` or not at all.
+            width: like `height`.
+            fit: how they are brought to that size; see `resize`.
 
         Raises:
             ClipError: the path is missing, empty, damaged, cut short, without pictures, too long,
-                or its images differ in size.
-            RequestError: `max_frames` is below 1, or `fps` is given for a file with its own rate.
+                too large, or its images differ in size.
+            RequestError: `max_frames` or a size is below 1, one of `height` and `width` is missing,
+                `fit` is unknown, or `fps` is given for a file with its own rate.
         """
         check_count("Clip.read: max_frames", max_frames)
         if fps is not None:
             _checked_fps("Clip.read", fps)
-        try:
-            source = Path(path)
-            is_folder, size = source.is_dir(), source.stat().st_size
-        except FileNotFoundError as error:
-            raise ClipError(f"Clip.read: {path} does not exist; check the path") from error
-        except (OSError, TypeError, ValueError) as error:
-            raise ClipError(f"Clip.read: {path!r} must be a readable path ({error})") from error
-        if not is_folder and size == 0:
-            raise ClipError(f"Clip.read: {source} must be a video or a picture, got an empty file")
-        budget = _Budget(str(source), max_frames)
-        try:
-            if is_folder:
-                return _read_folder(source, fps, budget)
-            with source.open("rb") as file:
-                return _read_file(file, fps, budget)
-        except OSError as error:
-            raise ClipError(
-                f"Clip.read: {error.filename or source} must be readable ({_reason(error)}); check "
-                "its permission"
-            ) from error
+        if fit not in FITS:
+            raise RequestError(f"Clip.read: fit must be one of {', '.join(FITS)}, got {fit!r}")
+        if (height is None) != (width is None):
+            raise RequestError(
+                "Clip.read: height and width must be given together, got "
+                f"height={height!r} and width={width!r}"
+            )
+        size = None
+        if height is not None and width is not None:
+            check_count("Clip.read: height", height)
+            check_count("Clip.read: width", width)
+            size = _Size(height, width, fit)
+        return _read(path, fps, _Budget(str(path), max_frames, size=size))
 
     @classmethod
     def from_array(cls, array: np.ndarray | Tensor, fps: float = DEFAULT_FPS) -> "Clip":
@@ -239,30 +241,12 @@ class Clip:
         Raises:
             RequestError: a size is below 1, or `fit` is unknown.
         """
-        from PIL import Image
-
         check_count("Clip.resize: height", height)
         check_count("Clip.resize: width", width)
         if fit not in FITS:
             raise RequestError(f"Clip.resize: fit must be one of {', '.join(FITS)}, got {fit!r}")
-        across, down = width / self.width, height / self.height
-        box = (0.0, 0.0, float(self.width), float(self.height))
-        inner_height, inner_width = height, width
-        if fit == "crop":
-            cut_x = (self.width - width / max(across, down)) / 2
-            cut_y = (self.height - height / max(across, down)) / 2
-            box = (cut_x, cut_y, self.width - cut_x, self.height - cut_y)
-        elif fit == "fit":
-            inner_height = max(round(self.height * min(across, down)), 1)
-            inner_width = max(round(self.width * min(across, down)), 1)
-        top, left = (height - inner_height) // 2, (width - inner_width) // 2
-        frames = np.zeros((self.num_frames, height, width, 3), np.uint8)
-        inner = frames[:, top : top + inner_height, left : left + inner_width]
-        for index, frame in enumerate(self.frames):
-            image = Image.fromarray(frame)
-            size = (inner_width, inner_height)
-            inner[index] = np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=box))
-        return Clip(_sealed(frames), self.fps)
+        size = _Size(height, width, fit)
+        return Clip(_sealed(np.stack([size.bring(frame) for frame in self.frames])), self.fps)
 
     def mirror(self) -> "Clip":
         """Left and right exchanged."""
@@ -300,13 +284,13 @@ class Clip:
         """
         check_count("Clip.write: scale", scale)
         rate = self.fps if fps is None else _checked_fps("Clip.write", fps, RequestError)
-        target = as_target(path, "Clip.write")
+        target = as_target(path, _WRITE)
         suffix = _write_suffix(target)
-        _require_room(target, self.num_frames, rate)
+        check_format(target, frames=self.num_frames, fps=rate)
         frames = self.frames
         if scale > 1:
             frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-        with replacing(target, "Clip.write", folder=not suffix) as temporary:
+        with replacing(target, _WRITE, folder=not suffix) as temporary:
             if suffix in (".mp4", ".webm"):
                 _write_video(temporary, suffix, frames, rate)
             elif suffix in (".gif", ".webp"):
@@ -319,44 +303,7 @@ class Clip:
                     _write_png(temporary / f"{index:05d}.png", frame)
 
 
-@contextlib.contextmanager
-def replacing(
-    path: str | os.PathLike[str], where: str = "write", *, folder: bool = False
-) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; at the end of the block it takes that name.
-
-    The block creates the temporary file, or folder. If it fails, what it wrote is removed and
-    `path` is as it was. Errors of the operating system and of FFmpeg become an `OutputError`.
-
-    Args:
-        path: the final name.
-        where: what the messages of errors begin with.
-        folder: whether a folder is written. It must be new or empty: a file is replaced, a
-            folder with something in it never is.
-
-    Raises:
-        OutputError: the name cannot be written.
-    """
-    from av import FFmpegError
-
-    target = as_target(path, where)
-    try:
-        _require_free(target, where, folder=folder)
-        temporary = target.parent / f".kinetiq-{secrets.token_hex(8)}.tmp"
-        try:
-            yield temporary
-            temporary.replace(target)
-        except BaseException:
-            if temporary.is_dir():
-                shutil.rmtree(temporary, ignore_errors=True)
-            else:
-                temporary.unlink(missing_ok=True)
-            raise
-    except (OSError, FFmpegError) as error:
-        raise _unwritable(target, where, getattr(error, "strerror", None) or error) from error
-
-
-def check_target(
+def check_write(
     path: str | os.PathLike[str], *, frames: int | None = None, fps: float | None = None
 ) -> None:
     """Raise what `Clip.write` would raise for this path, and leave what is there alone.
@@ -372,71 +319,22 @@ def check_target(
         OutputError: unknown suffix, the folder is missing or cannot be written, the name is taken
             by what is never replaced, or the format cannot hold such a clip.
     """
-    where = "Clip.write"
-    target = as_target(path, where)
-    suffix = _write_suffix(target)
-    try:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            target.stat()  # says of a name that it is too long
-        _require_free(target, where, folder=not suffix)
-    except OSError as error:
-        raise _unwritable(target, where, error.strerror) from error
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise _unwritable(target, where, os.strerror(errno.EACCES))
-    _require_room(target, frames, fps)
+    target = as_target(path, _WRITE)
+    check_target(target, _WRITE, folder=not _write_suffix(target))
+    check_format(target, frames=frames, fps=fps)
 
 
-def spread(available: int, wanted: int) -> np.ndarray:
-    """Indices of `wanted` frames evenly spaced over `available`, first and last included."""
-    return np.floor(np.linspace(0.0, available - 1.0, wanted) + 0.5).astype(np.int64)
+def check_format(target: Path, *, frames: int | None = None, fps: float | None = None) -> None:
+    """Raise unless the format that the suffix says can hold so many frames at such a rate.
 
+    Args:
+        target: where a clip will be written; it is not looked at.
+        frames: of that clip, where known.
+        fps: of that clip, where known.
 
-def check_count(what: str, value: object) -> None:
-    """Raise a `RequestError` that begins with `what` unless `value` is a whole number >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise RequestError(f"{what} must be a whole number of at least 1, got {value!r}")
-
-
-def as_target(path: str | os.PathLike[str], where: str) -> Path:
-    """The path to write to, or an `OutputError` that begins with `where` if it is none."""
-    try:
-        target = Path(path)
-        os.fsencode(target)
-    except (TypeError, ValueError) as error:
-        raise OutputError(f"{where}: {path!r} must be a path ({error})") from error
-    if "\0" in str(target) or not target.name:
-        raise OutputError(f"{where}: {str(path)!r} must name a file or a folder")
-    return target
-
-
-def _write_suffix(target: Path) -> str:
-    """The suffix that says the format, "" for a folder."""
-    suffix = target.suffix.lower()
-    if suffix not in ("", *WRITE_SUFFIXES):
-        raise OutputError(
-            f"Clip.write: {target} must end in one of {', '.join(WRITE_SUFFIXES)}, or in "
-            f"nothing for a folder of images, got {suffix!r}"
-        )
-    return suffix
-
-
-def _require_free(target: Path, where: str, *, folder: bool) -> None:
-    """Raise unless a file, or a folder, may take this name."""
-    if not target.parent.is_dir():
-        raise OutputError(
-            f"{where}: the folder {target.parent} must exist to hold {target.name!r}; create it"
-        )
-    if folder and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise OutputError(
-            f"{where}: {target} must be a new name or an empty folder, and exists; remove it, "
-            f"or choose another name (a file needs a suffix: {', '.join(WRITE_SUFFIXES)})"
-        )
-    if not folder and target.is_dir():
-        raise OutputError(f"{where}: {target} must be a file, and is a folder; rename it")
-
-
-def _require_room(target: Path, frames: int | None, fps: float | None) -> None:
-    """Raise unless the format can hold so many frames at such a rate; None is not known yet."""
+    Raises:
+        OutputError: it cannot.
+    """
     suffix = target.suffix.lower()
     if suffix == ".png" and frames is not None and frames > 1:
         raise OutputError(
@@ -451,11 +349,45 @@ def _require_room(target: Path, frames: int | None, fps: float | None) -> None:
         )
 
 
-def _unwritable(target: Path, where: str, reason: object) -> OutputError:
-    return OutputError(
-        f"{where}: {target} cannot be written ({reason}); check the permission, the name and "
-        "the free space"
-    )
+def peek(path: str | os.PathLike[str], frames: int = 2) -> Clip:
+    """The first frames of what `Clip.read` would read, without reading what follows.
+
+    For the start of long work: a file that is missing, empty, cut short or no clip is said at
+    once, and a still picture is told from a video. Damage further on is not seen, and the rate is
+    that of the few frames.
+
+    Args:
+        path: the file or folder.
+        frames: how many; a shorter clip comes whole.
+
+    Raises:
+        ClipError: as `Clip.read`.
+        RequestError: `frames` is below 1.
+    """
+    check_count("peek: frames", frames)
+    return _read(path, None, _Budget(str(path), MAX_FRAMES, only=frames))
+
+
+def spread(available: int, wanted: int) -> np.ndarray:
+    """Indices of `wanted` frames evenly spaced over `available`, first and last included."""
+    return np.floor(np.linspace(0.0, available - 1.0, wanted) + 0.5).astype(np.int64)
+
+
+def check_count(what: str, value: object) -> None:
+    """Raise a `RequestError` that begins with `what` unless `value` is a whole number >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise RequestError(f"{what} must be a whole number of at least 1, got {value!r}")
+
+
+def _write_suffix(target: Path) -> str:
+    """The suffix that says the format, "" for a folder."""
+    suffix = target.suffix.lower()
+    if suffix not in ("", *WRITE_SUFFIXES):
+        raise OutputError(
+            f"Clip.write: {target} must end in one of {', '.join(WRITE_SUFFIXES)}, or in "
+            f"nothing for a folder of images, got {suffix!r}"
+        )
+    return suffix
 
 
 def _sealed(frames: np.ndarray) -> np.ndarray:
@@ -481,14 +413,55 @@ def _checked_fps(
     return float(fps)  # type: ignore[arg-type] # a number by now
 
 
-class _Budget:
-    """Counts the frames that are kept, and stops a clip that would not fit in memory."""
+@dataclass(frozen=True)
+class _Size:
+    """A size that frames are brought to, and how; see `Clip.resize`."""
 
-    def __init__(self, name: str, max_frames: int) -> None:
+    height: int
+    width: int
+    fit: str
+
+    def bring(self, frame: np.ndarray) -> np.ndarray:
+        """A frame uint8 [height, width, 3] at this size."""
+        from PIL import Image
+
+        height, width = frame.shape[:2]
+        across, down = self.width / width, self.height / height
+        box = (0.0, 0.0, float(width), float(height))
+        inner_height, inner_width = self.height, self.width
+        if self.fit == "crop":
+            cut_x = (width - self.width / max(across, down)) / 2
+            cut_y = (height - self.height / max(across, down)) / 2
+            box = (cut_x, cut_y, width - cut_x, height - cut_y)
+        elif self.fit == "fit":
+            inner_height = max(round(height * min(across, down)), 1)
+            inner_width = max(round(width * min(across, down)), 1)
+        top, left = (self.height - inner_height) // 2, (self.width - inner_width) // 2
+        image = Image.fromarray(frame)
+        inner = image.resize((inner_width, inner_height), Image.Resampling.LANCZOS, box=box)
+        brought = np.zeros((self.height, self.width, 3), np.uint8)
+        brought[top : top + inner_height, left : left + inner_width] = np.asarray(inner)
+        return brought
+
+
+class _Budget:
+    """What is kept of a clip that is read, and the end of one that would not fit in memory.
+
+    Args:
+        name: of the file or folder, in errors.
+        max_frames: a longer clip is refused.
+        size: what frames are brought to; None leaves them as they are.
+        only: read the first frames only, so many; None reads all.
+    """
+
+    def __init__(
+        self, name: str, max_frames: int, *, size: _Size | None = None, only: int | None = None
+    ) -> None:
         self.name = name
         self.max_frames = max_frames
-        self.bytes = 0
-        self.shape: tuple[int, ...] | None = None
+        self.size = size
+        self.only = only
+        self.shape: tuple[int, ...] | None = None  # of the first frame, as it was decoded
 
     def check_count(self, count: int) -> None:
         if count > self.max_frames:
@@ -497,23 +470,56 @@ class _Budget:
                 "cut it, or raise max_frames"
             )
 
+    def check_bytes(self, count: int, frame: np.ndarray) -> None:
+        """Raise unless so many frames like this one fit."""
+        if count * frame.nbytes > MAX_BYTES:
+            raise ClipError(
+                f"Clip.read: {self.name} must fit into {MAX_BYTES / 2**30:g} GiB of frames, and "
+                f"{count} of {_in_pixels(frame.shape)} exceed them; read it at a smaller size "
+                "(height= and width=), or cut it"
+            )
+
     def add(self, frames: list[np.ndarray], frame: np.ndarray, name: str) -> None:
         """Append `frame`, called `name` in errors, to `frames`."""
         self.check_count(len(frames) + 1)
-        self.bytes += frame.nbytes
-        if self.bytes > MAX_BYTES:
+        if self.shape is None:
+            self.shape = frame.shape
+        if frame.shape != self.shape:
             raise ClipError(
-                f"Clip.read: {self.name} must fit into {MAX_BYTES / 2**30:g} GiB of frames, and "
-                f"frame {len(frames)} of {frame.shape[1]}x{frame.shape[0]} pixels exceeds them; "
-                "cut it or make it smaller"
+                f"Clip.read: all frames of {self.name} must have one size, and {name} is of "
+                f"{_in_pixels(frame.shape)} where the first is of {_in_pixels(self.shape)}; make "
+                "them equal"
             )
-        if frames and frame.shape != frames[0].shape:
-            raise ClipError(
-                f"Clip.read: all frames of {self.name} must have one size, and {name} is "
-                f"{frame.shape[1]}x{frame.shape[0]} where the first is "
-                f"{frames[0].shape[1]}x{frames[0].shape[0]}; make them equal"
-            )
+        if self.size is not None:
+            frame = self.size.bring(frame)
+        self.check_bytes(len(frames) + 1, frame)
         frames.append(frame)
+
+
+def _in_pixels(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]}x{shape[1]} pixels (height x width)"
+
+
+def _read(path: str | os.PathLike[str], fps: float | None, budget: _Budget) -> Clip:
+    try:
+        source = Path(path)
+        is_folder, size = source.is_dir(), source.stat().st_size
+    except FileNotFoundError as error:
+        raise ClipError(f"Clip.read: {path} does not exist; check the path") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise ClipError(f"Clip.read: {path!r} must be a readable path ({error})") from error
+    if not is_folder and size == 0:
+        raise ClipError(f"Clip.read: {source} must be a video or a picture, got an empty file")
+    try:
+        if is_folder:
+            return _read_folder(source, fps, budget)
+        with source.open("rb") as file:
+            return _read_file(file, fps, budget)
+    except OSError as error:
+        raise ClipError(
+            f"Clip.read: {error.filename or source} must be readable ({_reason(error)}); check "
+            "its permission"
+        ) from error
 
 
 def _at_constant_rate(
@@ -524,8 +530,11 @@ def _at_constant_rate(
     Sampling in the middle of each turn takes every frame exactly once when the rate is constant,
     however roughly the container rounds its times.
     """
+    if budget.only is not None:  # the frames themselves are wanted, however they are timed
+        return Clip(_sealed(np.stack(frames)), DEFAULT_FPS)
     count = max(round(seconds * fps), 1)
     budget.check_count(count)
+    budget.check_bytes(count, frames[0])
     middles = (np.arange(count) + 0.5) / fps
     chosen = np.searchsorted(starts, middles, side="right") - 1
     return Clip(_sealed(np.stack([frames[index] for index in chosen])), fps)
@@ -541,7 +550,7 @@ def _read_folder(folder: Path, fps: float | None, budget: _Budget) -> Clip:
         )
     budget.check_count(len(images))
     frames: list[np.ndarray] = []
-    for path in sorted(images, key=_natural_key):
+    for path in sorted(images, key=_natural_key)[: budget.only]:
         with path.open("rb") as file:
             pictures, _ = _read_picture(file, _Budget(str(path), budget.max_frames))
         if len(pictures) > 1:
@@ -656,7 +665,7 @@ def _read_picture(file: BinaryIO, budget: _Budget) -> tuple[list[np.ndarray], li
     durations: list[float] = []
     try:
         with Image.open(file) as image:
-            for picture in ImageSequence.Iterator(image):
+            for picture in itertools.islice(ImageSequence.Iterator(image), budget.only):
                 budget.add(
                     frames, _flatten(ImageOps.exif_transpose(picture)), f"frame {len(frames)}"
                 )
@@ -744,7 +753,7 @@ def _read_video(file: BinaryIO, budget: _Budget) -> Clip:
         frames: list[np.ndarray] = []
         times: list[float | None] = []
         try:
-            for frame in _decode(container, stream, budget):
+            for frame in itertools.islice(_decode(container, stream, budget), budget.only):
                 if frame.is_corrupt:
                     raise ClipError(_damaged(budget, len(frames), "its data is incomplete"))
                 pixels = _upright(frame, stream.sample_aspect_ratio, budget)
@@ -851,6 +860,15 @@ def _write_png(path: Path, frame: np.ndarray) -> None:
 
 
 def _write_video(path: Path, suffix: str, frames: np.ndarray, fps: float) -> None:
+    import av
+
+    try:
+        _encode_video(path, suffix, frames, fps)
+    except av.FFmpegError as error:  # not every one is an error of the operating system
+        raise OSError(error.errno, error.strerror) from error
+
+
+def _encode_video(path: Path, suffix: str, frames: np.ndarray, fps: float) -> None:
     import av
     from av.video.reformatter import ColorRange, Colorspace
 

@@ -4,9 +4,13 @@ A 3x3 kernel with zero off-centre taps is a 1x1 kernel at nine times the work. T
 network is built of such kernels; any other network keeps its own.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor, nn
+
+from kinetiq.errors import CheckpointError
 
 
 class CentreTapConvolution(nn.Conv2d):
@@ -17,10 +21,20 @@ class CentreTapConvolution(nn.Conv2d):
             super().__init__(replaced.in_channels, replaced.out_channels, 3, padding=1, bias=False)
         self.weight = replaced.weight
         self.bias = replaced.bias
+        self.register_load_state_dict_pre_hook(_refuse_other_taps)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve [n, channels, h, w] to the same height and width."""
         return F.conv2d(x, self.weight[:, :, 1:2, 1:2], self.bias)
+
+
+def _refuse_other_taps(module: nn.Module, weights: dict[str, Any], prefix: str, *_: Any) -> None:
+    weight = weights.get(prefix + "weight")
+    if weight is not None and _reads_outside(weight):
+        raise CheckpointError(
+            f"load: {prefix}weight must be zero but for its centre while the denoiser is attached; "
+            "detach it, load, and attach it again"
+        )
 
 
 def find_centre_taps(network: nn.Module) -> dict[str, nn.Conv2d]:
@@ -42,10 +56,11 @@ def _reads_centre_alone(module: nn.Conv2d) -> bool:
     )
     if not plain or module.weight.is_meta:
         return False
-    weight = module.weight.detach()
-    corner = weight[:1, :1].flatten()
-    if bool(corner[[0, 1, 2, 3, 5, 6, 7, 8]].any()):  # nearly every kernel is told apart here
-        return False
+    return not _reads_outside(module.weight.detach())
+
+
+def _reads_outside(weight: Tensor) -> bool:
     outside = torch.ones(3, 3, dtype=torch.bool, device=weight.device)
     outside[1, 1] = False
-    return not bool(weight[:, :, outside].any())
+    first = weight[:1, :1]  # nearly every kernel is told apart here
+    return bool(first[:, :, outside].any()) or bool(weight[:, :, outside].any())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kinetiq.attention import CrossProcessor, Signal, SpatialProcessor, TemporalTransformer
 from kinetiq.control_tensors import ControlTensors
 from kinetiq.convolution import CentreTapConvolution, find_centre_taps
+from kinetiq.errors import RequestError
 from kinetiq.families import (
     Family,
     Site,
@@ -45,12 +46,19 @@ class Denoiser(Protocol):
 
 
 class EagerDenoiser:
-    """A diffusers network run by PyTorch as it is."""
+    """A diffusers network run by PyTorch as it is.
 
-    def __init__(self, network: Any) -> None:
+    Args:
+        network: of a supported family.
+        keep_zero_taps: whether kernels that are zero but for their centres stay so in training;
+            without it they run by their centres only where nothing trains them.
+    """
+
+    def __init__(self, network: Any, *, keep_zero_taps: bool = False) -> None:
         self.family = detect_family(network)
         self.sites = list_sites(network, self.family)
         self.network = network
+        self._keep_zero_taps = keep_zero_taps
         self._signal = Signal()
         self._processors: dict[str, Any] = {}
         self._replaced: dict[str, nn.Module] = {}
@@ -61,7 +69,10 @@ class EagerDenoiser:
         return bool(self._replaced)
 
     def attach(self) -> "EagerDenoiser":
-        """Put our attention into the network; attaching twice is attaching once."""
+        """Put our modules into the network; attaching twice is attaching once.
+
+        Weights are not to be replaced until `detach`: what runs was chosen by what they are.
+        """
         if self.attached:
             return self
         index = {site.name: number for number, site in enumerate(self.sites)}
@@ -87,6 +98,8 @@ class EagerDenoiser:
             ]
             self._replace(name, TemporalTransformer(replaced, sites, self._signal))
         for name, convolution in find_centre_taps(self.network).items():
+            if convolution.weight.requires_grad and not self._keep_zero_taps:
+                continue
             self._replace(name, CentreTapConvolution(convolution))
         return self
 
@@ -111,7 +124,13 @@ class EagerDenoiser:
         text: Tensor,
         controls: ControlTensors = NO_CONTROLS,
     ) -> Tensor:
-        """Return the network's output; see `Denoiser.predict`."""
+        """Return the network's output; see `Denoiser.predict`.
+
+        Raises:
+            RequestError: our modules are not in the network, so it would ignore all controls.
+        """
+        if not self.attached:
+            raise RequestError("predict: the denoiser must be attached, and was detached or closed")
         self._signal.frames, self._signal.controls = latents.shape[2], controls
         try:
             out: Tensor = self.network(latents, timesteps, text, return_dict=False)[0]

@@ -209,7 +209,7 @@ class Engine:
 
         @functools.lru_cache(maxsize=_KEPT_PROMPTS)
         def encode_text(prompt: str) -> Tensor:
-            with span("text"):
+            with span("text"), _room_for("encode: a prompt"):
                 return encode_prompts(self.checkpoint, [prompt])[0]
 
         encode_reference = self._reference_encoder()
@@ -287,12 +287,22 @@ class Engine:
 
     @torch.inference_mode()
     def encode(self, clip: Clip) -> Tensor:
-        """Scaled latents of a clip, [channels, frames, h, w], float32; the posterior's mode."""
+        """Scaled latents of a clip, [channels, frames, h, w], float32; the posterior's mode.
+
+        Raises:
+            NonFiniteError: a latent is not finite.
+            WorkError: memory ran out.
+        """
         vae = self.checkpoint.vae
         pixels = (clip.to_tensor() * 2 - 1).to(self.checkpoint.device, self.checkpoint.dtype)
         with span("encode"), _room_for(f"encode: {min(len(pixels), _DECODED_FRAMES)} frames"):
             parts = [vae.encode(part).latent_dist.mode() for part in pixels.split(_DECODED_FRAMES)]
         latents: Tensor = torch.cat(parts).float().transpose(0, 1) * vae.config.scaling_factor
+        if not bool(latents.isfinite().all()):
+            raise NonFiniteError(
+                f"encode: latents of {clip!r} must be finite, got NaN or infinity from the VAE; "
+                "try dtype float32 or bfloat16"
+            )
         return latents
 
     @torch.inference_mode()

@@ -101,11 +101,12 @@ def denoise(
             upcoming = next(waiting, None)
         if not running:
             continue
+        done_steps -= sum(run.step for run in running)
         with span(f"step of {len(running)} clips"), torch.inference_mode():
             failed, max_clips = _step_or_split(
                 running, denoiser, encode_text, device, dtype, max_clips
             )
-        done_steps += len(running)
+        done_steps += sum(run.step for run in running)
         progress("denoising", done_steps, known_steps)
         for run in [run for run in running if run.done or run.index in failed]:
             running.remove(run)

@@ -50,6 +50,18 @@ def check_text(_: object, attribute: Any, value: object) -> None:
         raise RequestError(f"{attribute.name}: must be valid Unicode, got {value!r}") from error
 
 
+def _freeze_region(value: Any) -> Any:
+    """Copy a mask, so that what was asked cannot change; an attrs converter."""
+    if value is None:
+        return None
+    try:
+        mask = np.array(value, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"region: must be an array of numbers from 0 to 1: {error}") from error
+    mask.flags.writeable = False
+    return mask
+
+
 def _check_seed(_: object, attribute: Any, value: object) -> None:
     fits = isinstance(value, int) and not isinstance(value, bool)
     if value is not None and (not fits or not 0 <= value < 2**63):  # type: ignore[operator]
@@ -85,7 +97,12 @@ class Injection:
     reference: Clip = attrs.field(kw_only=False, validator=_check_reference)
     until: float = attrs.field(default=1.0, validator=check_share)
     halves: str = attrs.field(default="both", validator=_one_of("both", "cond"))
-    region: Any = attrs.field(default=None, eq=False)
+    region: Any = attrs.field(
+        default=None,
+        converter=_freeze_region,
+        eq=attrs.cmp_using(eq=np.array_equal),
+        hash=False,  # an array has none; equal controls still have equal hashes
+    )
     source_prompt: str = attrs.field(default="", validator=check_text)
     source_noise: str = attrs.field(default="shared", validator=_one_of("shared", "fresh"))
     source_seed: int | None = attrs.field(default=None, validator=_check_seed)
@@ -111,12 +128,7 @@ def resolve_region(region: Any, shape: Sequence[int]) -> Tensor | None:
     """
     if region is None:
         return None
-    try:
-        mask = torch.as_tensor(np.asarray(region), dtype=torch.float32)
-    except (TypeError, ValueError) as error:
-        raise RequestError(
-            f"region: must be an array of numbers, got {type(region).__name__}: {error}"
-        ) from error
+    mask = torch.tensor(region)
     frames, height, width = shape
     if mask.ndim == 2:
         mask = mask.expand(frames, *mask.shape)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from kinetiq.engine import Engine
 
 FPS = 8.0
-_TARGETS_OF_A_REFERENCE = 4  # prompts that one reference steers
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,10 @@ def render_clip(scene: Scene, frames: int = components.FRAMES, size: int = compo
 
 
 def transfer_pairs(count: int, seed: int = 0) -> list[TransferPair]:
-    """References of every motion in turn, each with four conflicting prompts."""
+    """References of every motion in turn, each with a conflicting prompt; all independent."""
     rng = np.random.default_rng([seed, 1])
     pairs: list[TransferPair] = []
-    while len(pairs) < count:
-        number = len(pairs) // _TARGETS_OF_A_REFERENCE
+    for number in range(count):
         sprite = world.sample_sprite(
             rng,
             hue=world.sample_named_hue(rng, _choice(rng, world.COLOURS)),
@@ -72,15 +70,14 @@ def transfer_pairs(count: int, seed: int = 0) -> list[TransferPair]:
         )
         ground = _choice(rng, world.COLOURS)
         scene = Scene((sprite,), background_hue=world.COLOURS[ground])
-        for _ in range(_TARGETS_OF_A_REFERENCE):
-            mention = Mention(
-                shape=_choice(rng, set(world.SHAPES) - {sprite.shape}),
-                colour=_choice(rng, set(world.COLOURS) - {world.colour_name(sprite.hue)}),
-                texture=_choice(rng, set(world.TEXTURES) - {sprite.texture}),
-            )
-            caption = Caption((mention,), _choice(rng, set(world.COLOURS) - {ground}))
-            pairs.append(TransferPair(scene, caption, seed=len(pairs)))
-    return pairs[:count]
+        mention = Mention(
+            shape=_choice(rng, set(world.SHAPES) - {sprite.shape}),
+            colour=_choice(rng, set(world.COLOURS) - {world.colour_name(sprite.hue)}),
+            texture=_choice(rng, set(world.TEXTURES) - {sprite.texture}),
+        )
+        caption = Caption((mention,), _choice(rng, set(world.COLOURS) - {ground}))
+        pairs.append(TransferPair(scene, caption, seed=number))
+    return pairs
 
 
 def prompt_captions(count: int, *, held_out: bool, seed: int = 0) -> list[Caption]:
@@ -113,9 +110,8 @@ def transfer(
         progress: told of steps.
         options: of `Request`, such as `steps`.
     """
-    references = {id(pair.scene): pair.reference() for pair in pairs}
     requests = [
-        Request(pair.caption.text, control(references[id(pair.scene)]), seed=pair.seed, **options)
+        Request(pair.caption.text, control(pair.reference()), seed=pair.seed, **options)
         for pair in pairs
     ]
     clips = engine.generate_many(requests, progress=progress)
@@ -125,7 +121,7 @@ def transfer(
 def score_transfer(
     readings: Sequence[ClipReading], pairs: Sequence[TransferPair]
 ) -> TransferScores:
-    """The metrics of design: motion like the reference, identity like the prompt."""
+    """How the clips move like their references and look like their prompts."""
     captions = [pair.caption for pair in pairs]
     frames = readings[0].frames
     fidelity = metrics.motion_fidelity(

@@ -30,6 +30,8 @@ from kinetiq.sprites import components, world
 _STATE = "state.safetensors"
 _PROGRESS = "state.json"
 _LOG = "log.jsonl"
+_OPTIONS = "options.json"
+_MAY_CHANGE = ("steps", "decay_steps", "save_every", "device")  # when a run is continued
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,11 @@ def train(
         CheckpointError: `out` or `start_from` holds another configuration.
         TrainingError: the loss is not finite.
     """
+    said = {**asdict(options), "start_from": None if start_from is None else str(start_from)}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write_text(out / "options.json", json.dumps(asdict(options), indent=2) + "\n")
+        _require_same_run(out / _OPTIONS, said)
+        _write_text(out / _OPTIONS, json.dumps(said, indent=2) + "\n")
     except OSError as error:
         raise OutputError(f"train: {out} must be a folder that can be written: {error}") from error
     torch.manual_seed(options.seed)
@@ -133,6 +137,9 @@ def export_checkpoint(
     shutil.rmtree(fresh, ignore_errors=True)
     pipeline.to("cpu", torch.float16).save_pretrained(fresh, safe_serialization=True)
     _write_text(fresh / "kinetiq.json", json.dumps(components.DEFAULTS, indent=2) + "\n")
+    for config in fresh.rglob("config.json"):  # diffusers notes where a part was loaded from
+        kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+        _write_text(config, json.dumps(kept, indent=2) + "\n")
     # transformers loads in the type that the configuration names, diffusers in float32: without
     # this, a stock pipeline that is loaded without a type is half the one and half the other.
     text_config = fresh / "text_encoder" / "config.json"
@@ -163,6 +170,23 @@ def learning_rate_share(step: int, options: TrainingOptions) -> float:
     return max(0.0, min(1.0, rising, falling))
 
 
+def _require_same_run(path: Path, said: dict[str, Any]) -> None:
+    """Refuse to continue a run under options that would make it another one."""
+    if not path.exists():
+        return
+    before = json.loads(path.read_text())
+    changed = [
+        f"{name} {before.get(name)!r} instead of {value!r}"
+        for name, value in said.items()
+        if name not in _MAY_CHANGE and before.get(name) != value
+    ]
+    if changed:
+        raise CheckpointError(
+            f"train: {path.parent} holds a run with {', '.join(changed)}; continue it with its own "
+            "options, or train into another folder"
+        )
+
+
 def _train_vae(
     folder: Path,
     options: TrainingOptions,
@@ -174,9 +198,12 @@ def _train_vae(
 
     device = torch.device(options.device)
     vae = components.build_vae().to(device)
-    if not (folder / "config.json").exists() and start_from is not None:
-        shutil.copytree(start_from / "vae", folder)
-    if (folder / "config.json").exists():
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if not folder.exists() and start_from is not None:
+        shutil.copytree(start_from / "vae", partial)
+        partial.rename(folder)
+    if folder.exists():
         vae = AutoencoderKL.from_pretrained(folder).float().to(device)
         return vae.requires_grad_(False).eval(), float(vae.config.scaling_factor)
     rng = np.random.default_rng(options.seed)
@@ -203,8 +230,6 @@ def _train_vae(
         latents = vae.encode(_single_frames(rng, 512).to(device)).latent_dist.mode()
     scaling_factor = round(1.0 / latents.std().item(), 4)
     vae.register_to_config(scaling_factor=scaling_factor)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     vae.save_pretrained(partial)
     partial.rename(folder)
     return vae, scaling_factor
@@ -227,7 +252,7 @@ def _train_denoiser(
     first, spent = _load_state(out, learner, optimizer, average)
     device = torch.device(options.device)
     alphas_cumprod = components.build_scheduler().alphas_cumprod.to(device)
-    denoiser = EagerDenoiser(learner["unet"]).attach()
+    denoiser = EagerDenoiser(learner["unet"], keep_zero_taps=True).attach()
     began = time.monotonic()
     losses: list[float] = []
     for step in range(first, options.steps):

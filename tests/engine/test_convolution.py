@@ -4,6 +4,7 @@ from torch import nn
 
 from kinetiq.convolution import CentreTapConvolution, find_centre_taps
 from kinetiq.denoiser import EagerDenoiser
+from kinetiq.errors import CheckpointError
 
 
 def centred(**options):
@@ -58,10 +59,27 @@ def test_the_other_taps_have_no_gradient():
 def test_comes_off_again():
     from kinetiq.sprites import components
 
-    network = components.build_unet()
+    network = components.build_unet().requires_grad_(False)
     stock = dict(network.named_modules())
     denoiser = EagerDenoiser(network).attach()
     swapped = [m for m in network.modules() if isinstance(m, CentreTapConvolution)]
     assert len(swapped) == 20  # two of every ResNet block but the last one
     denoiser.detach()
     assert dict(network.named_modules()) == stock
+
+
+def test_other_weights_are_not_loaded_into_a_centre():
+    network = nn.ModuleDict({"inner": CentreTapConvolution(centred())})
+    with pytest.raises(CheckpointError, match=r"inner\.weight must be zero but for its centre"):
+        network.load_state_dict(nn.ModuleDict({"inner": nn.Conv2d(3, 5, 3)}).state_dict())
+    network.load_state_dict(nn.ModuleDict({"inner": centred()}).state_dict())
+
+
+def test_a_kernel_that_is_trained_keeps_its_taps_unless_asked_not_to():
+    from kinetiq.sprites import components
+
+    for keep, count in ((False, 0), (True, 20)):
+        network = components.build_unet()
+        EagerDenoiser(network, keep_zero_taps=keep).attach()
+        found = [m for m in network.modules() if isinstance(m, CentreTapConvolution)]
+        assert len(found) == count

@@ -21,9 +21,9 @@ def assert_equal(got, wanted):
     assert (got - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
 
 
-@pytest.fixture
-def engine(tiny_folder):
-    with kq.Engine.load(tiny_folder()) as loaded:
+@pytest.fixture(params=["animatediff", "unet3d"])
+def engine(tiny_folder, request):
+    with kq.Engine.load(tiny_folder(request.param)) as loaded:
         yield loaded
 
 
@@ -94,6 +94,36 @@ def test_rows_at_different_steps_equal_the_rows_run_alone(engine, reference):
         assert_equal(got, next(engine.generate_latents([request])))
 
 
+def test_neighbours_with_other_switches_do_not_change_a_result(engine, reference):
+    """Every kind of control beside every other, with sources of its own."""
+    other = reference.mirror()
+    left = np.zeros((16, 16))
+    left[:, :8] = 1
+    controls = [
+        [kq.QueryInjection(reference, sites="both"), kq.MotionInjection(other)],
+        [kq.QueryInjection(other, sites="both", reduce_leak=True, until=1.0)],
+        [kq.QueryInjection(other, sites="temporal", alpha=0.5), kq.MotionInjection(reference)],
+        [kq.QueryInjection(reference, reduce_leak=True), kq.MotionInjection(other, region=left)],
+        [kq.QueryInjection(other, region=left, halves="cond")],
+        [kq.MotionInjection(reference, parts="v", blend=0.3, source_prompt="a ring")],
+        [],
+    ]
+    requests = [
+        kq.Request("a ring", control, seed=seed, frames=4, steps=3)
+        for seed, control in enumerate(controls)
+    ]
+    together = list(engine.generate_latents(requests, max_clips=len(requests)))
+    for request, got in zip(requests, together, strict=True):
+        assert_equal(got, next(engine.generate_latents([request])))
+
+
+def test_a_closed_engine_refuses_to_ignore_controls(tiny_folder, reference):
+    engine = kq.Engine.load(tiny_folder())
+    engine.close()
+    with pytest.raises(kq.RequestError, match="the denoiser must be attached"):
+        engine.generate("a ring", kq.MotionInjection(reference), frames=4, steps=1)
+
+
 def test_the_same_request_in_the_same_plan_gives_the_same_bits(engine, reference):
     request = kq.Request("a ring", kq.MotionInjection(reference), seed=3, frames=4, steps=3)
     first, second = (next(engine.generate_latents([request])) for _ in range(2))
@@ -157,11 +187,22 @@ def test_running_out_of_memory_splits_the_batch(engine, reference):
     assert max(fragile.seen[1:]) <= 5
 
 
-def test_a_clip_too_large_for_the_memory_says_so(engine):
+def test_a_clip_too_large_for_the_memory_says_so_and_the_rest_goes_on(engine):
     engine.denoiser, kept = Fragile(engine.denoiser, rows=1), engine.denoiser
-    with pytest.raises(kq.WorkError, match="one clip of 3 frames of 8x8 latents must fit"):
-        engine.generate("a ring", frames=3, steps=2)
+    requests = [
+        kq.Request("a ring", frames=3, steps=2),
+        kq.Request("a ring", frames=3, steps=2, guidance_scale=1.0),
+    ]
+    seen = []
+    results = list(
+        engine.generate_many(
+            requests, on_error="return", progress=lambda *event: seen.append(event)
+        )
+    )
     engine.denoiser = kept
+    assert "one clip of 3 frames of 8x8 latents must fit" in str(results[0])
+    assert isinstance(results[1], kq.Clip)
+    assert all(done <= total for stage, done, total in seen)
 
 
 def test_what_is_not_finite_is_named_with_its_step(engine):
@@ -205,7 +246,9 @@ def test_progress_counts_every_step(engine):
     seen = []
     requests = [kq.Request("a ring", frames=3, steps=s) for s in (2, 3)]
     list(engine.generate_many(requests, progress=lambda *event: seen.append(event)))
-    assert [event for event in seen if event[0] == "denoising"][-1] == ("denoising", 5, 5)
+    steps = [event[1:] for event in seen if event[0] == "denoising"]
+    assert steps[-1] == (5, 5)
+    assert steps == sorted(steps)
     assert ("decoding", 1, 1) in seen
 
 

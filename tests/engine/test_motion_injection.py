@@ -6,6 +6,7 @@ import torch
 from stock import load_stock, predict_stock, record_projections, replaced_projections
 
 import kinetiq as kq
+from kinetiq import attention
 from kinetiq.families import SiteKind
 from kinetiq.text import encode_prompts
 
@@ -103,13 +104,31 @@ def test_composes_with_query_injection_on_one_source_row(engine, reference):
     assert not torch.equal(got, latents_of(engine, both[1]))
 
 
-def test_a_region_acts_where_it_is_and_a_full_one_is_none(engine, reference):
+def test_a_region_acts_where_it_is_and_nowhere_else(engine, reference, monkeypatch):
+    """At the last temporal site, whose input holds what all before it did: by its own tensors."""
+    seen = []
+    move = attention.frame_attention
+
+    def spy(query, key, value, **options):
+        seen.append((query, options["deviation_blend"]))
+        return move(query, key, value, **options)
+
+    monkeypatch.setattr(attention, "frame_attention", spy)
+    corner = np.zeros((16, 16))
+    corner[:8, 8:] = 1
+    latents_of(engine, kq.MotionInjection(reference, blend=0.5, region=corner), steps=1)
+    inside = torch.zeros(8, 8)
+    inside[:4, 4:] = 0.5
+    _, share = next(pair for pair in seen if pair[0].shape[2] == 64)
+    assert torch.equal(share[0], inside.flatten().expand(4, -1))
+    assert torch.equal(share[1], share[0])
+    assert not share[2].any()  # the source keeps its own
+
+
+def test_a_full_region_is_no_region(engine, reference):
     whole = latents_of(engine, kq.MotionInjection(reference, region=np.ones((8, 8))))
     without = latents_of(engine, kq.MotionInjection(reference))
     assert (whole - without).abs().max() <= TOLERANCE * without.abs().max()
-    left = np.zeros((4, 16, 16))
-    left[:, :, :8] = 1
-    assert not torch.equal(latents_of(engine, kq.MotionInjection(reference, region=left)), without)
 
 
 def test_a_block_names_its_temporal_sites(engine, reference):

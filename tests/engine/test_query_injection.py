@@ -150,23 +150,56 @@ def test_the_attention_sees_the_queries_of_the_source(engine, reference, monkeyp
         assert not torch.equal(other, third)
 
 
-def test_halves_cond_leaves_the_unconditional_queries(engine, reference):
-    resolved = engine.resolve(
-        kq.Request("a ring", kq.QueryInjection(reference, halves="cond"), frames=4)
-    )
-    assert resolved.controls.query.conditional_only
-    both = latents_of(engine, kq.QueryInjection(reference))
-    cond = latents_of(engine, kq.QueryInjection(reference, halves="cond"))
-    assert (both - cond).abs().max() > 0.01 * both.abs().max()
+def queries_at_the_first_site(engine, monkeypatch, control):
+    """The queries that the first spatial site attends with, [rows, frames, tokens, channels].
+
+    What comes before that site is the same with and without a control.
+    """
+    seen = []
+    attend = operator._attend
+    monkeypatch.setattr(operator, "_attend", lambda q, k, v: (seen.append(q), attend(q, k, v))[1])
+    rows = 2 if control is None else 3
+    latents_of(engine, control, steps=1)
+    monkeypatch.undo()
+    first = next(q for q in seen if q.shape[0] == rows * 4)  # [rows * frames, heads, tokens, d]
+    return first.transpose(1, 2).flatten(2).unflatten(0, (rows, 4))
 
 
-def test_a_full_region_is_no_region_and_an_empty_corner_keeps_its_own(engine, reference):
+def test_halves_cond_leaves_the_unconditional_queries(engine, reference, monkeypatch):
+    cond, uncond = queries_at_the_first_site(engine, monkeypatch, None)
+    control = kq.QueryInjection(reference, until=1.0, halves="cond")
+    injected, kept, source = queries_at_the_first_site(engine, monkeypatch, control)
+    assert torch.equal(injected, source)
+    assert not torch.equal(injected, cond)
+    torch.testing.assert_close(kept, uncond, rtol=1e-4, atol=1e-5)
+
+
+def test_a_region_is_injected_where_it_is_and_nowhere_else(engine, reference, monkeypatch):
+    own, _ = queries_at_the_first_site(engine, monkeypatch, None)
+    corner = np.zeros((16, 16))
+    corner[:8, 8:] = 1  # of the upper right: a transposed or mirrored mask would be seen
+    control = kq.QueryInjection(reference, until=1.0, region=corner)
+    injected, _, source = queries_at_the_first_site(engine, monkeypatch, control)
+    inside = torch.zeros(8, 8, dtype=torch.bool)  # latents, at the first site's resolution
+    inside[:4, 4:] = True
+    inside = inside.flatten()
+    torch.testing.assert_close(injected[:, inside], source[:, inside], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(injected[:, ~inside], own[:, ~inside], rtol=1e-4, atol=1e-5)
+
+
+def test_a_full_region_is_no_region(engine, reference):
     whole = latents_of(engine, kq.QueryInjection(reference, region=np.ones((16, 16))))
     assert torch.equal(whole, latents_of(engine, kq.QueryInjection(reference)))
-    left = np.zeros((16, 16))
-    left[:, :8] = 1
-    part = latents_of(engine, kq.QueryInjection(reference, region=left))
-    assert not torch.equal(part, whole)
+
+
+def test_controls_with_different_regions_differ(reference):
+    one, same, other = (
+        kq.QueryInjection(reference, region=np.full((4, 4), value)) for value in (1.0, 1.0, 0.5)
+    )
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != other
+    assert one != kq.QueryInjection(reference)
 
 
 def test_the_leak_reduced_queries_keep_the_clips_own_mean(engine, reference, monkeypatch):

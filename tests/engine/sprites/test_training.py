@@ -79,7 +79,7 @@ def test_a_killed_run_continues_to_the_same_weights(tmp_path):
 
 def test_a_run_starts_from_a_finished_checkpoint_alone(tmp_path):
     folder = training.train(tmp_path / "first", OPTIONS)
-    still = dataclasses.replace(OPTIONS, learning_rate=0.0)
+    still = dataclasses.replace(OPTIONS, learning_rate=0.0)  # what is trained stays as it was
     again = training.train(tmp_path / "second", still, start_from=folder)
     first, second = weights(folder), weights(again)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -109,6 +109,26 @@ def test_another_configuration_is_refused(tmp_path, monkeypatch):
         training.train(tmp_path / "run", dataclasses.replace(OPTIONS, steps=3))
     with pytest.raises(kq.CheckpointError, match="must have the shapes of this configuration"):
         training.train(tmp_path / "new", OPTIONS, start_from=tmp_path / "run" / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 9}, {"batch": 3}, {"learning_rate": 0.5}, {"caption_dropout": 0.2}]
+)
+def test_a_run_is_continued_with_its_own_options_alone(tmp_path, change):
+    training.train(tmp_path / "run", OPTIONS)
+    before = (tmp_path / "run" / "options.json").read_text()
+    with pytest.raises(kq.CheckpointError, match=f"holds a run with {next(iter(change))} "):
+        training.train(tmp_path / "run", dataclasses.replace(OPTIONS, **change))
+    with pytest.raises(kq.CheckpointError, match="holds a run with start_from None"):
+        training.train(tmp_path / "run", OPTIONS, start_from=tmp_path)
+    assert (tmp_path / "run" / "options.json").read_text() == before
+
+
+def test_a_checkpoint_names_no_path(tmp_path):
+    folder = training.train(tmp_path / "run", dataclasses.replace(OPTIONS, vae_steps=1))
+    training.train(tmp_path / "run", dataclasses.replace(OPTIONS, vae_steps=1, steps=3))
+    for path in folder.rglob("*.json"):
+        assert str(tmp_path) not in path.read_text(), path
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):

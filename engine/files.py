@@ -1,0 +1,122 @@
+"""Writing files and folders so that no half-written one ever carries its final name."""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from kinetiq.errors import OutputError
+
+
+@contextlib.contextmanager
+def replacing(
+    path: str | os.PathLike[str], where: str = "write", *, folder: bool = False
+) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; at the end of the block it takes that name.
+
+    The block creates the temporary file, or folder. If it fails, what it wrote is removed and
+    `path` is as it was. Errors of the operating system become an `OutputError`.
+
+    Args:
+        path: the final name.
+        where: what the messages of errors begin with.
+        folder: whether a folder is written. It must be new or empty: a file is replaced, a
+            folder with something in it never is.
+
+    Raises:
+        OutputError: the name cannot be written.
+    """
+    target = as_target(path, where)
+    try:
+        _require_free(target, where, folder=folder)
+        temporary = target.parent / f".kinetiq-{secrets.token_hex(8)}.tmp"
+        try:
+            yield temporary
+            temporary.replace(target)
+        except BaseException:
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise _unwritable(target, where, error.strerror or error) from error
+
+
+def write_text(path: str | os.PathLike[str], text: str, where: str = "write") -> None:
+    """Write `text` as UTF-8, its line ends as they are; an existing file is replaced when whole.
+
+    Args:
+        path: the file.
+        text: all that it will hold.
+        where: what the messages of errors begin with.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with replacing(path, where) as temporary:
+        temporary.write_bytes(text.encode())
+
+
+def check_target(
+    path: str | os.PathLike[str], where: str = "write", *, folder: bool = False
+) -> None:
+    """Raise what `replacing` would raise for this path, and leave what is there alone.
+
+    For the start of long work, whose result would be lost if it could not be written.
+
+    Args:
+        path: the final name.
+        where: what the messages of errors begin with.
+        folder: whether a folder is written.
+
+    Raises:
+        OutputError: the folder that it is in is missing or cannot be written, or the name is
+            taken by what is never replaced.
+    """
+    target = as_target(path, where)
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            target.stat()  # says of a name that it is too long
+        _require_free(target, where, folder=folder)
+    except OSError as error:
+        raise _unwritable(target, where, error.strerror) from error
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise _unwritable(target, where, os.strerror(errno.EACCES))
+
+
+def as_target(path: str | os.PathLike[str], where: str) -> Path:
+    """The path to write to, or an `OutputError` that begins with `where` if it is none."""
+    try:
+        target = Path(path)
+        os.fsencode(target)
+    except (TypeError, ValueError) as error:
+        raise OutputError(f"{where}: {path!r} must be a path ({error})") from error
+    if "\0" in str(target) or not target.name:
+        raise OutputError(f"{where}: {str(path)!r} must name a file or a folder")
+    return target
+
+
+def _require_free(target: Path, where: str, *, folder: bool) -> None:
+    """Raise unless a file, or a folder, may take this name."""
+    if not target.parent.is_dir():
+        raise OutputError(
+            f"{where}: the folder {target.parent} must exist to hold {target.name!r}; create it"
+        )
+    if folder and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise OutputError(
+            f"{where}: {target} must be a new name or an empty folder, and exists; remove it, or "
+            "choose another name"
+        )
+    if not folder and target.is_dir():
+        raise OutputError(f"{where}: {target} must be a file, and is a folder; rename it")
+
+
+def _unwritable(target: Path, where: str, reason: object) -> OutputError:
+    return OutputError(
+        f"{where}: {target} cannot be written ({reason}); check the permission, the name and "
+        "the free space"
+    )

@@ -1,0 +1,69 @@
+"""The embedded model itself: what a reference does to its clips, as a mean over seeds."""
+
+import numpy as np
+import pytest
+
+import kinetiq as kq
+from kinetiq.sprites import cases, metrics, world
+from kinetiq.sprites.reading import read_clips
+
+SEEDS = 4
+PROMPT = "a red circle on a dark blue background"
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with kq.Engine.load("sprites") as loaded:
+        yield loaded
+
+
+def mean_path(engine, reference):
+    """Mean over seeds of the path of clips that are steered by this reference."""
+    requests = [
+        kq.Request(PROMPT, kq.MotionInjection(reference), seed=seed, steps=8)
+        for seed in range(SEEDS)
+    ]
+    clips = engine.generate_many(requests)
+    paths = [metrics.first_path(r) for r in read_clips(np.stack([c.frames for c in clips]))]
+    return np.mean([path for path in paths if path is not None], axis=0)
+
+
+def test_a_mirrored_reference_mirrors_the_path_and_a_reversed_one_reverses_it(engine):
+    path = world.Path("left", travel=0.5)
+    scene = world.Scene((world.Sprite("square", 135.0, path),), background_hue=300.0)
+    reference = cases.render_clip(scene)
+    plain = mean_path(engine, reference)
+    mirrored, reversed_ = (
+        mean_path(engine, clip) for clip in (reference.mirror(), reference.reverse())
+    )
+    assert metrics.path_fidelity(plain, path.points(8)) > 0.25  # there is an effect
+    assert metrics.path_fidelity(mirrored, metrics.mirror_path(plain)) > 0.5
+    assert metrics.path_fidelity(reversed_, metrics.reverse_path(plain)) > 0.5
+    assert metrics.path_fidelity(mirrored, plain) < 0
+
+
+def test_the_stock_pipeline_generates_from_the_embedded_folder(engine):
+    from diffusers import AnimateDiffPipeline
+
+    pipeline = AnimateDiffPipeline.from_pretrained(engine.checkpoint.path)
+    pipeline.set_progress_bar_config(disable=True)
+    import torch
+
+    frames = pipeline(
+        PROMPT,
+        num_frames=8,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(5),
+        output_type="np",
+    ).frames[0]
+    clip = engine.generate(PROMPT, seed=5, steps=2, guidance_scale=3.0)
+    assert np.abs(clip.frames - frames * 255).max() <= 1.0  # rounding to whole levels
+
+
+def test_the_checkpoint_is_small_and_names_no_path(engine):
+    files = [path for path in engine.checkpoint.path.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 25e6
+    for path in files:
+        if path.suffix == ".json":
+            assert "_name_or_path" not in path.read_text(), path
