@@ -23,20 +23,22 @@ from kinetiq.bench.harness import (
     BenchOptions,
     Progress,
     Registry,
-    resolve_device,
+    choose_device,
     run_bench,
     unmet_needs,
 )
 from kinetiq.bench.records import Record, append_record, read_folder, read_records
 from kinetiq.bench.report import align, compare, render_comparison, render_readme, render_result
-from kinetiq.errors import InputError, KinetiqError, OutputError, RequestError, WorkError
+from kinetiq.command_line import PlainGroup, say_error
+from kinetiq.errors import InputError, OutputError, RequestError, WorkError
+from kinetiq.files import write_text
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-class BenchGroup(click.Group):
+class BenchGroup(PlainGroup):
     """A group whose commands are its own and one for each bench of a registry."""
 
     def __init__(self, registry: Registry, **settings: Any) -> None:
@@ -61,16 +63,8 @@ class BenchGroup(click.Group):
         name = args[0]
         known = self.list_commands(ctx)
         if name not in known and not name.startswith("-") and not ctx.resilient_parsing:
-            ctx.fail(f'bench: must be one of {", ".join(known)}, got "{name}"')
+            ctx.fail(f'NAME must be one of {", ".join(known)}, got "{name}"')
         return super().resolve_command(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """As click does; our errors become one line and an exit status."""
-        try:
-            return super().invoke(ctx)
-        except KinetiqError as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(2 if isinstance(error, InputError) else 1)
 
 
 def make_group(registry: Registry) -> BenchGroup:
@@ -129,7 +123,7 @@ def _bench_command(registry: Registry, name: str) -> click.Command:
         out: Path | None,
     ) -> None:
         bench = registry.load(name)
-        options = BenchOptions(quick, seed, resolve_device(device), out)
+        options = BenchOptions(quick, seed, choose_device(device), out)
         folder = _results_folder(results, record=record)
         targets = load_targets()
         measured = _measure(bench, options, targets, device)
@@ -156,7 +150,7 @@ def _all_command(registry: Registry) -> click.Command:
         out: Path | None,
     ) -> None:
         """Run every bench that this machine can."""
-        options = BenchOptions(quick, seed, resolve_device(device), out)
+        options = BenchOptions(quick, seed, choose_device(device), out)
         folder = _results_folder(results, record=record)
         targets = load_targets()
         measured: dict[str, Any] = {}
@@ -176,7 +170,7 @@ def _all_command(registry: Registry) -> click.Command:
                 _keep(outcome, folder)
             except (WorkError, OutputError) as error:
                 failed[name] = str(error)
-                click.echo(f"Error: {error}", err=True)
+                say_error(str(error))
         if as_json:
             click.echo(_json({"benches": measured, "skipped": skipped, "failed": failed}))
         if failed or not measured:
@@ -240,7 +234,7 @@ def _readme(check: bool, results: Path | None, path: Path | None) -> None:
         raise WorkError(
             f"{path}: must agree with the records, but differs; run `kinetiq bench readme`"
         )
-    _replace_text(path, drawn)
+    write_text(path, drawn, "bench readme")
     click.echo(f"{path} drawn from {results}")
 
 
@@ -307,16 +301,6 @@ def _results_folder(asked: Path | None, *, record: bool | None) -> Path | None:
 def _keep(record: Record, folder: Path | None) -> None:
     if folder is not None:
         click.echo(f"recorded in {append_record(record, folder)}", err=True)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Write a file under another name first, so that a killed run leaves the old one whole."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(text.encode())
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: must be writable, got: {error}") from error
 
 
 def _json(entries: Mapping[str, object]) -> str:

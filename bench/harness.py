@@ -30,6 +30,7 @@ import torch
 from kinetiq.bench.environment import describe_environment
 from kinetiq.bench.figures import Figure, Target, check_name, missed_targets
 from kinetiq.bench.records import Record
+from kinetiq.checkpoint import resolve_device
 from kinetiq.errors import MissingDependencyError, NonFiniteError, RequestError, WorkError
 
 _Item = TypeVar("_Item")
@@ -120,25 +121,16 @@ BENCHES = Registry(
 )
 
 
-def resolve_device(asked: str | None) -> str:
+def choose_device(asked: str | None) -> str:
     """The device to measure on: what was asked for, else a GPU where there is one.
 
     Raises:
-        RequestError: `asked` is not "cpu", "cuda" or "cuda:N".
+        RequestError: `asked` is neither a CPU nor a CUDA device.
         MissingDependencyError: that GPU is not there.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked is None:
-        return "cuda" if count else "cpu"
-    try:
-        device = torch.device(asked)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda") or asked.startswith("cpu:"):
-        raise RequestError(f'device: must be cpu, cuda or cuda:N, got "{asked}"')
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise MissingDependencyError(f"device: {asked} must exist, found {count} NVIDIA GPUs")
-    return asked
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(resolve_device(asked))
 
 
 def unmet_needs(bench: Bench, device: str) -> list[str]:

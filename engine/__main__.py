@@ -1,21 +1,18 @@
-"""The command line: `kinetiq demo | generate | train | doctor | bench`.
-
-Exit status 0: done; 1: the work failed; 2: bad input.
-"""
+"""The command line: `kinetiq demo | generate | train | convert | doctor | bench`."""
 
 import json
 import re
 import sys
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 import kinetiq.kernels
-from kinetiq.errors import CheckpointError, InputError, KinetiqError, RequestError
+from kinetiq.command_line import PlainGroup
+from kinetiq.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,35 +35,12 @@ _SWITCHES = {  # of each kind of control: the options that it takes
     "query": (*_SHARED, "sites", "reduce_leak"),
 }
 _SITE_WORDS = ("spatial", "temporal", "both")
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 
 
-class MainGroup(click.Group):
-    """The command line as a whole: whatever goes wrong is one line and an exit status."""
-
-    def main(self, *args: Any, **settings: Any) -> NoReturn:
-        """As click does, with one line for errors, and 130 for an interrupt."""
-        settings["standalone_mode"] = False
-        try:
-            with _plain_warnings():
-                status = super().main(*args, **settings) or 0
-        except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.format_message())
-            status = 0
-        except click.UsageError as error:
-            where = "kinetiq" if error.ctx is None else error.ctx.command_path
-            status = _fail(where, f"{error.format_message()} (see {where} --help)", 2)
-        except click.Abort:
-            status = _fail("kinetiq", "interrupted", _INTERRUPTED)
-        except KinetiqError as error:
-            status = _fail("kinetiq", str(error), 2 if isinstance(error, InputError) else 1)
-        except MemoryError as error:
-            status = _fail("kinetiq", f"memory must suffice, and does not: {error}", 1)
-        except OSError as error:
-            status = _fail("kinetiq", f"the operating system refused: {error}", 1)
-        sys.exit(status)
+class MainGroup(PlainGroup):
+    """The command line as a whole."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
         """The commands in the order in which a new user wants them."""
@@ -110,6 +84,9 @@ def _device_options(function: _Function) -> _Function:
 @click.option("--steps", type=int, help="Sampler steps.")
 @click.option("--guidance", type=float, help="Guidance scale; 1 is none.")
 @click.option("--until", type=float, help="Share of the steps that are steered, 0 to 1.")
+@click.option("--frames", type=int, help="Frames of each clip.")
+@click.option("--size", help="HEIGHTxWIDTH in pixels, a square such as 48x48.")
+@click.option("--fps", type=float, help="Frames a second.")
 @click.option("--json", "as_json", is_flag=True, help="Print what report.json says.")
 @_device_options
 def demo(
@@ -118,29 +95,36 @@ def demo(
     steps: int | None,
     guidance: float | None,
     until: float | None,
+    frames: int | None,
+    size: str | None,
+    fps: float | None,
     as_json: bool,
     device: str,
     dtype: str | None,
     backend: str,
 ) -> None:
     """Move three subjects like one reference, and measure how well."""
-    from kinetiq.demo import check_folder, describe, run_demo
+    from kinetiq.demo import DemoOptions, check_folder, describe, run_demo
     from kinetiq.engine import Engine
     from kinetiq.progress import progress_bars
 
+    height, width = _parse_size("demo", size)
+    if height != width:
+        raise RequestError(f"demo: --size must be a square such as 48x48, got {size!r}")
+    options = DemoOptions(
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance,
+        until=until,
+        frames=frames,
+        size=height,
+        fps=fps,
+    )
     check_folder(out)
     with progress_bars() as progress:
         progress("loading", 0, 1)
         with Engine.load("sprites", device=device, dtype=dtype, backend=backend) as engine:
-            report = run_demo(
-                engine,
-                out,
-                seed=seed,
-                steps=steps,
-                guidance_scale=guidance,
-                until=until,
-                progress=progress,
-            )
+            report = run_demo(engine, out, options, progress=progress)
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
@@ -255,13 +239,13 @@ def generate(
     """Generate one clip, moving like a reference if one is given."""
     import attrs
 
-    from kinetiq.clip import Clip, check_target
+    from kinetiq.clip import Clip, check_write, peek
     from kinetiq.engine import Engine
     from kinetiq.progress import progress_bars
     from kinetiq.request import Request
 
     # All that can be wrong with the options is said before a model loads.
-    height, width = _parse_size(size)
+    height, width = _parse_size("generate", size)
     options: dict[str, Any] = {
         "seed": seed,
         "negative_prompt": negative_prompt,
@@ -275,10 +259,11 @@ def generate(
         "fps": fps,
     }
     Request.from_options(prompt, options)
-    check_target(out, frames=frames, fps=fps)
+    check_write(out, frames=frames, fps=fps)
     if reference is None and fit is not None:
         raise RequestError("generate: --fit needs --reference, got none")
-    clip = None if reference is None else Clip.read(reference)
+    # The whole reference is read once the size is known that it is needed at, which the model says.
+    start = None if reference is None else peek(reference)
     switches = {
         "until": until,
         "sites": sites,
@@ -288,19 +273,23 @@ def generate(
         "region": region,
     }
     given = {name: value for name, value in switches.items() if value is not None}
-    controls = _build_controls(clip, control, given)
+    controls = _build_controls(start, control, given)
     with progress_bars() as progress:
         progress("loading", 0, 1)
         with Engine.load(
             model, motion_adapter=motion_adapter, device=device, dtype=dtype, backend=backend
         ) as engine:
             defaults = engine.defaults
-            check_target(out, frames=frames or defaults.frames, fps=fps or defaults.fps)
-            if clip is not None:
-                fitted = clip.resize(
-                    height or defaults.height, width or defaults.width, fit or "crop"
+            check_write(out, frames=frames or defaults.frames, fps=fps or defaults.fps)
+            if reference is not None and controls:
+                progress("reading", 0, 1)
+                clip = Clip.read(
+                    reference,
+                    height=height or defaults.height,
+                    width=width or defaults.width,
+                    fit=fit or "crop",
                 )
-                controls = [attrs.evolve(control, reference=fitted) for control in controls]
+                controls = [attrs.evolve(control, reference=clip) for control in controls]
             made = engine.generate(prompt, controls, progress=progress, **options)
     made.write(out, scale=scale)
     said = {
@@ -316,8 +305,8 @@ def generate(
         return
     count = "1 frame" if made.num_frames == 1 else f"{made.num_frames} frames"
     click.echo(
-        f"{click.format_filename(out)}: {count} of {said['width']}x{said['height']}, "
-        f"{made.fps:g} a second"
+        f"{click.format_filename(out)}: {count} of {said['height']}x{said['width']} "
+        f"(height x width), {made.fps:g} a second"
     )
 
 
@@ -409,10 +398,13 @@ def train_sprites(
     help="New folder for the converted model; SOURCE-safetensors by default.",
 )
 def convert(source: Path, out: Path | None) -> None:
-    """Copy a model folder with its pickled weights as safetensors, running no code of theirs."""
-    from kinetiq.convert import convert_folder
+    """Copy a model folder, its pickled weights as safetensors.
 
-    target = out or source.with_name(source.name + "-safetensors")
+    They are read as plain tensors: no code that a pickle may hold is run.
+    """
+    from kinetiq.convert import convert_folder, default_target
+
+    target = out or default_target(source)
     convert_folder(source, target, lambda name: click.echo(f"converting {name}", err=True))
     click.echo(click.format_filename(target))
 
@@ -477,40 +469,13 @@ def _read_region(path: Path) -> "np.ndarray":
     return mask[0] if clip.is_still_image else mask
 
 
-def _parse_size(size: str | None) -> tuple[int | None, int | None]:
+def _parse_size(where: str, size: str | None) -> tuple[int | None, int | None]:
     if size is None:
         return None, None
     found = re.fullmatch(r"([0-9]{1,6})[xX]([0-9]{1,6})", size)
     if found is None:
-        raise RequestError(f"generate: --size must be HEIGHTxWIDTH such as 320x512, got {size!r}")
+        raise RequestError(f"{where}: --size must be HEIGHTxWIDTH such as 320x512, got {size!r}")
     return int(found[1]), int(found[2])
-
-
-def _fail(where: str, message: str, status: int) -> int:
-    """Say what went wrong in one line, whatever breaks the message holds; return `status`."""
-    click.echo(f"{where}: error: {' '.join(message.split())}", err=True)
-    return status
-
-
-@contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Say our own warnings in one line; those of other packages only where they were asked for."""
-    from kinetiq.text import PromptWarning
-
-    with warnings.catch_warnings():
-        others = warnings.showwarning
-        if not sys.warnoptions:
-            warnings.simplefilter("ignore")
-        warnings.simplefilter("always", PromptWarning)
-
-        def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-            if issubclass(category, PromptWarning):
-                click.echo(f"kinetiq: warning: {' '.join(str(message).split())}", err=True)
-            else:
-                others(message, category, *rest)
-
-        warnings.showwarning = show  # type: ignore[assignment]  # `rest` stands for the others
-        yield
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kinetiq.convert import converted_name, single_file_advice
 from kinetiq.errors import CheckpointError, MissingDependencyError, RequestError, WorkError
 from kinetiq.families import FAMILIES
 
@@ -143,13 +144,14 @@ def load_checkpoint(
             "its motion modules"
         )
     parts = [
-        _Part("unet", folder / "unet", unet_class, variant),
-        _Part("vae", folder / "vae", _require_class(index, "vae", folder), variant),
+        _Part("unet", folder / "unet", unet_class, variant, folder),
+        _Part("vae", folder / "vae", _require_class(index, "vae", folder), variant, folder),
         _Part(
             "text_encoder",
             folder / "text_encoder",
             _require_class(index, "text_encoder", folder),
             variant,
+            folder,
         ),
     ]
     if unet_class == _BASE_UNET:
@@ -218,22 +220,20 @@ def resolve_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise RequestError(
-            f"load: device must be 'cpu', 'cuda' or 'cuda:<index>', got {device!r}"
+            f"device: must be 'cpu', 'cuda' or 'cuda:<index>', got {device!r}"
         ) from error
     if found.type not in ("cpu", "cuda"):
-        raise RequestError(
-            f"load: device must be 'cpu', 'cuda' or 'cuda:<index>', got {str(found)!r}"
-        )
+        raise RequestError(f"device: must be 'cpu', 'cuda' or 'cuda:<index>', got {str(found)!r}")
     if found.type == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise MissingDependencyError(
-            f"load: device {str(found)!r} needs an NVIDIA GPU and a PyTorch built for CUDA, and "
+            f"device: {str(found)!r} needs an NVIDIA GPU and a PyTorch built for CUDA, and "
             "torch.cuda.is_available() is False; pass device='cpu'"
         )
     if (found.index or 0) >= torch.cuda.device_count():
         raise MissingDependencyError(
-            f"load: device must be one of the {torch.cuda.device_count()} GPUs of this machine, "
+            f"device: must be one of the {torch.cuda.device_count()} GPUs of this machine, "
             f"counted from 0, got {str(found)!r}"
         )
     return found
@@ -287,6 +287,7 @@ class _Part:
     folder: Path
     class_name: str
     variant: str | None
+    given: Path  # the folder that the user named, or that was downloaded: the model's or its own
 
     def load(self, dtype: torch.dtype) -> Any:
         """The module on the CPU, every weight of the configuration read and finite."""
@@ -340,8 +341,7 @@ class _Part:
 
     def _weights(self) -> list[Path]:
         """The safetensors files that the stock class will read."""
-        library = _LIBRARIES[self.class_name]
-        stem = "model" if library == "transformers" else "diffusion_pytorch_model"
+        stem = self._stem()
         dotted = "" if self.variant is None else f".{self.variant}"
         single = self.folder / f"{stem}{dotted}.safetensors"
         shards = self.folder / f"{stem}.safetensors.index{dotted}.json"
@@ -363,6 +363,11 @@ class _Part:
                 )
         return files
 
+    def _stem(self) -> str:
+        """What the names of the weights files begin with."""
+        library = _LIBRARIES[self.class_name]
+        return "model" if library == "transformers" else "diffusion_pytorch_model"
+
     def _missing_weights(self, wanted: Path) -> str:
         here = sorted(self.folder.iterdir())
         others = [file.name for file in here if file.suffix == ".safetensors"]
@@ -373,13 +378,20 @@ class _Part:
             choose = "rename one" if self.name == "motion_adapter" else "choose with variant="
             return f"{message}got {', '.join(others)}; {choose}"
         if pickles:
-            return (
+            refusal = (
                 f"{message}got {', '.join(pickles)}, a pickle, which is refused because opening it "
-                f"can run any code; convert it with `kinetiq convert {self.folder.parent}`"
+                "can run any code; "
+            )
+            if any((converted_name(name) or "").startswith(self._stem()) for name in pickles):
+                return f"{refusal}convert it with `kinetiq convert {self.given}`"
+            return (
+                f"{refusal}it has not the name of a {self.class_name}'s weights and cannot be "
+                "converted here: load it with the code that wrote it, and save it with "
+                "save_pretrained(folder)"
             )
         return (
-            f"{message}and no weights are there; a repository that has them as a pickle only must "
-            "be downloaded by hand and converted with `kinetiq convert <folder>`"
+            f"{message}and no weights are there; a repository that has them as .bin only must be "
+            "downloaded by hand and converted with `kinetiq convert <folder>`"
         )
 
     def _require_known_keys(self, config: Mapping[str, Any], stock: Any) -> None:
@@ -443,7 +455,7 @@ def _locate(
     if exists:
         raise CheckpointError(
             f"load: {what} must be a folder in the layout of diffusers, got the file {folder}; "
-            f"convert it with `kinetiq convert {folder}`"
+            f"{single_file_advice(what)}"
         )
     if isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
         return _download(source, what, variant, revision, local_files_only), source
@@ -537,10 +549,10 @@ def _locate_adapter(
                 "pass a MotionAdapter with --motion-adapter (motion_adapter=)"
             )
         _require_class(index, "motion_adapter", folder)
-        return _Part("motion_adapter", folder / "motion_adapter", "MotionAdapter", variant)
+        return _Part("motion_adapter", folder / "motion_adapter", "MotionAdapter", variant, folder)
     # Variant and revision were asked of the image model.
     where, _ = _locate(motion_adapter, "motion adapter", None, None, local_files_only)
-    return _Part("motion_adapter", where, "MotionAdapter", None)
+    return _Part("motion_adapter", where, "MotionAdapter", None, where)
 
 
 def _class_of(index: Mapping[str, Any], component: str, folder: Path) -> str:

@@ -5,7 +5,7 @@ read once, by PyTorch's reader of plain tensors (`weights_only=True`), which run
 """
 
 import json
-import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinetiq.clip import replacing
-from kinetiq.errors import CheckpointError
+from kinetiq.errors import CheckpointError, RequestError
+from kinetiq.files import replacing
 
-_NAMES = {"diffusion_pytorch_model": "diffusion_pytorch_model", "pytorch_model": "model"}
+# as diffusers and transformers name them: stem, variant, shard, and the older place of a variant
+_PICKLED = re.compile(
+    r"(diffusion_pytorch_model|pytorch_model)((?:\.\w+)?(?:-\d{5}-of-\d{5})?(?:\.\w+)?)\.bin"
+)
+_INDEX = re.compile(r"(.+\.bin)(\.index(?:\.\w+)?\.json)")
+_STEMS = {"diffusion_pytorch_model": "diffusion_pytorch_model", "pytorch_model": "model"}
 _KEPT = (".json", ".txt", ".safetensors", ".model")
 
 
@@ -35,13 +40,17 @@ def convert_folder(
         The weights files that were written, relative to `out`.
 
     Raises:
-        CheckpointError: `source` is not such a folder, holds no pickled weights, or a file holds
-            anything but tensors.
+        CheckpointError: `source` is not such a folder, holds no pickled weights, a file holds
+            anything but tensors, or the map of shards is damaged.
         OutputError: `out` cannot be written.
     """
+    if source.is_file():
+        raise CheckpointError(
+            f"convert: {source} must be a folder of a model, got a file; {single_file_advice()}"
+        )
     if not source.is_dir():
         raise CheckpointError(f"convert: {source} must be a folder of a model, and is not there")
-    pickles = sorted(path for path in source.rglob("*.bin") if _new_name(path) is not None)
+    pickles = sorted(path for path in source.rglob("*.bin") if converted_name(path.name))
     if not pickles:
         raise CheckpointError(
             f"convert: {source} must hold weights such as diffusion_pytorch_model.bin or "
@@ -55,30 +64,62 @@ def convert_folder(
                 target.mkdir(parents=True, exist_ok=True)
             elif path in pickles:
                 report(str(path.relative_to(source)))
-                target = target.with_name(str(_new_name(path)))
+                target = target.with_name(converted_name(path.name) or path.name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _save(_read_tensors(path), target)
                 written.append(target.relative_to(temporary))
-            elif path.name.endswith(".bin.index.json"):
-                _convert_index(path, target)
+            elif index_name := _converted_index_name(path.name):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.with_name(index_name).write_text(_convert_index(path), encoding="utf-8")
             elif path.suffix in _KEPT:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
     return written
 
 
-def _new_name(path: Path) -> str | None:
-    """The name of the safetensors file; None where the file is not a model's weights."""
-    for old, new in _NAMES.items():
-        if path.name.startswith(old) and path.suffix == ".bin":
-            return new + path.name.removeprefix(old).removesuffix(".bin") + ".safetensors"
-    return None
+def default_target(source: Path) -> Path:
+    """Where `source` is converted to unless it is said: beside it, "-safetensors" at the end.
+
+    Raises:
+        RequestError: `source` has no name to add to.
+    """
+    named = source.resolve() if source.name in ("", "..") else source
+    if not named.name:
+        raise RequestError(f"convert: --out must be given for {source}, which has no name")
+    return named.with_name(named.name + "-safetensors")
+
+
+def converted_name(name: str) -> str | None:
+    """The name that a pickled weights file has as safetensors; None where loaders read no such."""
+    found = _PICKLED.fullmatch(name)
+    return None if found is None else f"{_STEMS[found[1]]}{found[2]}.safetensors"
+
+
+def single_file_advice(what: str = "model") -> str:
+    """What to do with a "model", or a "motion adapter", that is a single file."""
+    if what == "motion adapter":
+        return (
+            "turn it into a diffusers folder with "
+            "diffusers.MotionAdapter.from_single_file(file).save_pretrained(folder)"
+        )
+    return (
+        "turn a single-file checkpoint into a diffusers folder with diffusers' "
+        "scripts/convert_original_stable_diffusion_to_diffusers.py, or with "
+        "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
+    )
+
+
+def _converted_index_name(name: str) -> str | None:
+    """The new name of the map of a sharded model; None where the file is none."""
+    found = _INDEX.fullmatch(name)
+    stem = None if found is None else converted_name(found[1])
+    return None if found is None or stem is None else stem + found[2]
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+    except Exception as error:  # what a reader of foreign bytes may raise has no end
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"convert: {path} must be a pickle of plain tensors, which can be read without running "
@@ -96,11 +137,16 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({n: t.clone().contiguous() for n, t in tensors.items()}, path, {"format": "pt"})
 
 
-def _convert_index(path: Path, target: Path) -> None:
+def _convert_index(path: Path) -> str:
     """The map of a sharded model's weights to its files, with the files' new names."""
-    index = json.loads(path.read_text())
-    index["weight_map"] = {
-        name: _new_name(Path(file)) or file for name, file in index["weight_map"].items()
-    }
-    name = str(_new_name(Path(path.name.removesuffix(".index.json")))) + ".index.json"
-    target.with_name(name).write_text(json.dumps(index, indent=2) + "\n")
+    try:
+        index: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"convert: {path} must be readable JSON: {error}") from error
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise CheckpointError(
+            f"convert: {path} must have a weight_map of weights to file names, and has none"
+        )
+    index["weight_map"] = {name: converted_name(file) or file for name, file in names.items()}
+    return json.dumps(index, indent=2) + "\n"

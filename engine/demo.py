@@ -10,18 +10,20 @@ from typing import Any
 import attrs
 import numpy as np
 
-from kinetiq.clip import Clip, as_target, replacing
+from kinetiq.clip import Clip, check_format
 from kinetiq.controls import Control
 from kinetiq.engine import Engine
-from kinetiq.errors import OutputError
+from kinetiq.errors import OutputError, RequestError
+from kinetiq.files import as_target, write_text
 from kinetiq.generation import Progress, no_progress
+from kinetiq.injection import check_share
 from kinetiq.motion_injection import MotionInjection
 from kinetiq.query_injection import QueryInjection
 from kinetiq.request import Request
 from kinetiq.sheet import contact_sheet, side_by_side, write_image
 from kinetiq.sprites import metrics, world
 from kinetiq.sprites.cases import render_clip
-from kinetiq.sprites.reading import ClipReading, read_clips
+from kinetiq.sprites.reading import LARGEST, MOST_FRAMES, SMALLEST, ClipReading, read_clips
 from kinetiq.sprites.world import COLOURS, Caption, Mention, Scene, Sprite
 
 REFERENCE = Scene(
@@ -35,6 +37,63 @@ CAPTIONS = (
     Caption((Mention("cross", "pink", "striped"),), "cyan"),
 )
 _SHOWN_SIDE = 224  # pixels of a clip in what is written, at least
+_OPTIONAL_SHARE: Any = attrs.validators.optional(check_share)
+_GRID, _REPORT = "side-by-side.gif", "report.json"
+
+
+@attrs.frozen(kw_only=True)
+class DemoOptions:
+    """What a demo is asked for. What is None is the checkpoint's default, or each control's own.
+
+    Args:
+        seed: of every clip.
+        steps: sampler steps.
+        guidance_scale: 1 is none.
+        until: share of the steps that are steered.
+        frames: frames of each clip, from 2 on, so that there is motion to measure.
+        size: height and width in pixels, among those at which clips can be read back.
+        fps: frames a second.
+
+    Raises:
+        OutputError: `fps` is more than a gif can show.
+        RequestError: an option is out of range.
+    """
+
+    seed: int = 0
+    steps: int | None = None
+    guidance_scale: float | None = None
+    until: float | None = attrs.field(default=None, validator=_OPTIONAL_SHARE)
+    frames: int | None = None
+    size: int | None = None
+    fps: float | None = None
+
+    def __attrs_post_init__(self) -> None:
+        self.request("any", None)
+        if self.frames is not None and not 2 <= self.frames <= MOST_FRAMES:
+            raise RequestError(
+                f"demo: frames must be 2 to {MOST_FRAMES}, whose motion can be read back, "
+                f"got {self.frames}"
+            )
+        if self.size is not None and not SMALLEST <= self.size <= LARGEST:
+            raise RequestError(
+                f"demo: size must be {SMALLEST} to {LARGEST} pixels, at which clips can be read "
+                f"back, got {self.size}"
+            )
+        check_format(Path(_GRID), fps=self.fps)
+
+    def request(self, prompt: str, control: Control | None) -> Request:
+        """One clip of the demo."""
+        return Request(
+            prompt,
+            control,
+            seed=self.seed,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            frames=self.frames,
+            height=self.size,
+            width=self.size,
+            fps=self.fps,
+        )
 
 
 @attrs.frozen
@@ -82,22 +141,16 @@ def check_folder(out: Path) -> None:
 def run_demo(
     engine: Engine,
     out: Path,
+    options: DemoOptions,
     *,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    until: float | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Generate, measure, and write clips, pictures and report.json to `out`.
 
     Args:
         engine: with the embedded model, or one of its world: others cannot be measured.
-        out: a folder; made if need be, once all clips are there.
-        seed: of every clip.
-        steps: sampler steps.
-        guidance_scale: 1 is none.
-        until: share of the steps that are steered, where it should differ from each control's own.
+        out: a folder; made if need be, once all clips are there. A former demo in it is replaced.
+        options: what is asked for.
         progress: told of steps.
 
     Returns:
@@ -105,21 +158,29 @@ def run_demo(
 
     Raises:
         OutputError: `out` cannot be written.
-        RequestError: an option is out of range.
+        RequestError: an option is out of range for this model.
     """
     check_folder(out)
-    reference = render_clip(REFERENCE, engine.defaults.frames, engine.defaults.height)
-    given: dict[str, Any] = {} if until is None else {"until": until}
+    defaults = engine.defaults
+    frames, size = options.frames or defaults.frames, options.size or defaults.height
+    fps = options.fps or defaults.fps
+    asked = attrs.evolve(  # checks what the checkpoint says as well
+        options,
+        steps=options.steps or defaults.steps,
+        guidance_scale=options.guidance_scale or defaults.guidance_scale,
+        frames=frames,
+        size=size,
+        fps=fps,
+    )
+    reference = Clip(render_clip(REFERENCE, frames, size).frames, fps)
+    given: dict[str, Any] = {} if asked.until is None else {"until": asked.until}
     ways = (
         Way("plain", "no control", None),
         Way("motion", "motion injection", MotionInjection(reference, **given)),
         Way("query", "query injection", QueryInjection(reference, **given)),
     )
     jobs = [(way, caption) for caption in CAPTIONS for way in ways]
-    requests = [
-        Request(caption.text, way.control, seed=seed, steps=steps, guidance_scale=guidance_scale)
-        for way, caption in jobs
-    ]
+    requests = [asked.request(caption.text, way.control) for way, caption in jobs]
     clips = list(engine.generate_many(requests, max_clips=len(requests), progress=progress))
     readings = read_clips(np.stack([clip.frames for clip in clips]))
     shown = [
@@ -128,9 +189,13 @@ def run_demo(
     ]
     report = {
         "model": engine.checkpoint.name,
-        "seed": seed,
-        "steps": steps or engine.defaults.steps,
-        "guidance_scale": guidance_scale or engine.defaults.guidance_scale,
+        "seed": asked.seed,
+        "steps": asked.steps,
+        "guidance_scale": asked.guidance_scale,
+        "frames": asked.frames,
+        "height": asked.size,
+        "width": asked.size,
+        "fps": asked.fps,
         "reference": REFERENCE_TEXT,
         "clips": [each.entry for each in shown],
     }
@@ -178,20 +243,23 @@ def _measure(way: Way, caption: Caption, reading: ClipReading) -> dict[str, Any]
 
 
 def _write(out: Path, reference: Clip, shown: Sequence[Shown], report: dict[str, Any]) -> None:
-    """Everything, report.json last: where it is, the rest is complete."""
+    """Everything, report.json last and a former one first: where it is, the rest belongs to it."""
+    try:
+        (out / _REPORT).unlink(missing_ok=True)
+    except OSError as error:
+        raise _no_folder(out, f"{_REPORT} cannot be replaced: {error.strerror}") from error
     scale = max(-(-_SHOWN_SIDE // reference.height), 1)
     reference.write(out / "reference.mp4", scale=scale)
     for each in shown:
         each.clip.write(out / each.entry["file"], scale=scale)
     grid, across = _grid(reference, shown)
-    side_by_side(grid, columns=across, scale=scale).write(out / "side-by-side.gif")
+    side_by_side(grid, columns=across, scale=scale).write(out / _GRID)
     rows = [(f"reference: {REFERENCE_TEXT}", reference)]
     for each in shown:
         fidelity = f"motion fidelity {each.entry['motion_fidelity']:+.2f}"
         rows.append((f"{each.caption.text}, {each.way.title}: {fidelity}", each.clip))
     write_image(contact_sheet(rows), out / "sheet.png")
-    with replacing(out / "report.json", "demo") as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    write_text(out / _REPORT, json.dumps(report, indent=2) + "\n", "demo")
 
 
 def _grid(reference: Clip, shown: Sequence[Shown]) -> tuple[list[tuple[str, Clip]], int]:

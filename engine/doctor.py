@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and the command that installs it."""
+"""What this machine has, what is missing, and the command that installs it in a checkout."""
 
 import importlib.metadata
 import platform
@@ -14,17 +14,23 @@ _PACKAGES: dict[str, tuple[str | None, str]] = {
     "diffusers": (None, "the networks"),
     "transformers": (None, "the text encoders"),
     "safetensors": (None, "weights"),
+    "huggingface_hub": (None, "models of the hub"),
+    "numpy": (None, "frames"),
     "av": (None, "video files"),
+    "pillow": (None, "pictures"),
+    "click": (None, "the command line"),
+    "attrs": (None, "requests and controls"),
     "nvtx": (None, "ranges in NVIDIA's profilers"),
-    "onnx": ("export", "ONNX files"),
-    "onnxscript": ("export", "ONNX files"),
-    "onnxruntime": ("export", "the onnxruntime back end"),
-    "openvino": ("export", "the openvino back end"),
-    "tensorrt": ("tensorrt", "the tensorrt back end"),
-    "tensorrt-rtx": ("rtx", "the tensorrt-rtx back end"),
+    "onnx": ("export", "export"),
+    "onnxscript": ("export", "export"),
+    "onnxruntime": ("export", "export"),
+    "openvino": ("export", "export"),
+    "tensorrt": ("tensorrt", "export"),
+    "tensorrt-rtx": ("rtx", "export"),
     "matplotlib": ("plots", "plots of the benches"),
-    "ray": ("ray", "batches over many machines"),
+    "ray": ("ray", "many machines"),
     "fastapi": ("serve", "serving"),
+    "uvicorn": ("serve", "serving"),
 }
 
 
@@ -38,7 +44,7 @@ def examine() -> dict[str, Any]:
         found = _version(name)
         install = None
         if found is None:
-            install = "pip install kinetiq" if extra is None else f'pip install "kinetiq[{extra}]"'
+            install = "pip install ." if extra is None else f'pip install ".[{extra}]"'
         packages.append({"name": name, "version": found, "for": purpose, "install": install})
     return {
         "kinetiq": __version__,

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kinetiq.clip import Clip, as_target, check_count, replacing, spread
+from kinetiq.clip import Clip, check_count, spread
 from kinetiq.errors import ClipError, OutputError, RequestError
+from kinetiq.files import as_target, replacing
 
 if TYPE_CHECKING:
     from PIL import ImageFont

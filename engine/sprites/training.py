@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from kinetiq.denoiser import EagerDenoiser
 from kinetiq.errors import CheckpointError, OutputError, TrainingError
+from kinetiq.files import write_text
 from kinetiq.sprites import components, world
 
 _STATE = "state.safetensors"
@@ -96,7 +97,7 @@ def train(
     try:
         out.mkdir(parents=True, exist_ok=True)
         _require_same_run(out / _OPTIONS, said)
-        _write_text(out / _OPTIONS, json.dumps(said, indent=2) + "\n")
+        write_text(out / _OPTIONS, json.dumps(said, indent=2) + "\n", "train")
     except OSError as error:
         raise OutputError(f"train: {out} must be a folder that can be written: {error}") from error
     torch.manual_seed(options.seed)
@@ -136,15 +137,15 @@ def export_checkpoint(
     fresh, final = out / "checkpoint.partial", out / "checkpoint"
     shutil.rmtree(fresh, ignore_errors=True)
     pipeline.to("cpu", torch.float16).save_pretrained(fresh, safe_serialization=True)
-    _write_text(fresh / "kinetiq.json", json.dumps(components.DEFAULTS, indent=2) + "\n")
+    (fresh / "kinetiq.json").write_text(json.dumps(components.DEFAULTS, indent=2) + "\n")
     for config in fresh.rglob("config.json"):  # diffusers notes where a part was loaded from
         kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
-        _write_text(config, json.dumps(kept, indent=2) + "\n")
+        config.write_text(json.dumps(kept, indent=2) + "\n")
     # transformers loads in the type that the configuration names, diffusers in float32: without
     # this, a stock pipeline that is loaded without a type is half the one and half the other.
     text_config = fresh / "text_encoder" / "config.json"
     said = json.loads(text_config.read_text()) | {"dtype": "float32"}
-    _write_text(text_config, json.dumps(said, indent=2) + "\n")
+    text_config.write_text(json.dumps(said, indent=2) + "\n")
     former = out / "checkpoint.former"
     shutil.rmtree(former, ignore_errors=True)
     if final.exists():
@@ -395,12 +396,6 @@ def _load_finished(folder: Path, module: nn.Module) -> None:
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 @contextlib.contextmanager

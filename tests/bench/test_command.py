@@ -120,10 +120,13 @@ def test_without_a_folder_the_run_says_that_it_is_not_recorded(invoke):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nope"], 'bench: must be one of good, broken, needy, all, .*list.*, got "nope"'),
+        (
+            ["nope"],
+            'bench: error: NAME must be one of good, broken, needy, all, .*list.*, got "nope"',
+        ),
         (["good", "--nope"], "No such option"),
         (["good", "--seed", "-1"], "-1 is not in the range"),
-        (["good", "--device", "tpu"], 'device: must be cpu, cuda or cuda:N, got "tpu"'),
+        (["good", "--device", "tpu"], "device: must be 'cpu', 'cuda' or 'cuda:<index>', got 'tpu'"),
         (["good", "--record"], "records need a checkout or a folder, found none"),
         (["good", "--no-record", "--results", "x"], "--results must come without --no-record"),
         (["good", "--results", "file/x"], "file/x: must be a folder, got: "),
@@ -142,9 +145,12 @@ def test_bad_input_ends_with_2_and_words(invoke, tmp_path, words, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("broken", "Error: bench broken: must finish, got RuntimeError"),
-        ("needy", "Error: bench needy: needs an NVIDIA GPU (the device is cpu)"),
-        ("absent", 'Error: bench absent: fake_absent must expose BENCH with name="absent"'),
+        ("broken", "kinetiq: error: bench broken: must finish, got RuntimeError"),
+        ("needy", "kinetiq: error: bench needy: needs an NVIDIA GPU (the device is cpu)"),
+        (
+            "absent",
+            'kinetiq: error: bench absent: fake_absent must expose BENCH with name="absent"',
+        ),
     ],
 )
 def test_what_cannot_be_measured_ends_with_1(invoke, tmp_path, name, message):
@@ -264,6 +270,6 @@ def test_errors_of_ours_end_in_one_line(invoke, monkeypatch, error, status):
     def fail(name):
         raise error("somewhere: something")
 
-    monkeypatch.setattr(command, "resolve_device", fail)
+    monkeypatch.setattr(command, "choose_device", fail)
     result = invoke("good")
-    assert (result.exit_code, result.stderr) == (status, "Error: somewhere: something\n")
+    assert (result.exit_code, result.stderr) == (status, "kinetiq: error: somewhere: something\n")

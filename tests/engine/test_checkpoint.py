@@ -147,6 +147,26 @@ def test_reads_a_pipeline_saved_with_its_adapter_beside(
     )
 
 
+def test_a_pickled_adapter_is_converted_where_it_lies(
+    base_and_adapter: tuple[Path, Path], tmp_path: Path
+):
+    base, adapter = base_and_adapter
+    whole = shutil.copytree(base, tmp_path / "whole")
+    edit_json(whole / "model_index.json", motion_adapter=["diffusers", "MotionAdapter"])
+    for path in (tmp_path / "adapter", whole / "motion_adapter"):
+        shutil.copytree(adapter, path)
+        (path / "diffusion_pytorch_model.safetensors").rename(path / "diffusion_pytorch_model.bin")
+    for source, named, told in [
+        (base, tmp_path / "adapter", tmp_path / "adapter"),
+        (whole, None, whole),
+    ]:
+        with pytest.raises(CheckpointError, match=f"convert it with `kinetiq convert {told}`$"):
+            load_checkpoint(source, motion_adapter=named)
+    (tmp_path / "mm.ckpt").touch()
+    with pytest.raises(CheckpointError, match=r"motion adapter must be .*MotionAdapter\.from_sing"):
+        load_checkpoint(base, motion_adapter=tmp_path / "mm.ckpt")
+
+
 def test_uses_the_adapter_that_lies_in_the_folder_unless_another_is_named(
     base_and_adapter: tuple[Path, Path], tmp_path: Path
 ):
@@ -283,7 +303,7 @@ def test_says_which_options_have_no_meaning(pristine: Path, monkeypatch: pytest.
         resolve_dtype(torch.int32)
     for device in ("tpu", "mps", "cuda:x", "meta", 1.5):
         with pytest.raises(
-            RequestError, match=r"device must be 'cpu', 'cuda' or 'cuda:<index>', got"
+            RequestError, match=r"device: must be 'cpu', 'cuda' or 'cuda:<index>', got"
         ):
             load_checkpoint(pristine, device=device)  # type: ignore[arg-type]
     with pytest.raises(
@@ -298,14 +318,14 @@ def test_says_which_options_have_no_meaning(pristine: Path, monkeypatch: pytest.
     with pytest.raises(RequestError, match=r"model must be a name, a folder or a hub id, got None"):
         load_checkpoint(None)  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(MissingDependencyError, match=r"device 'cuda:0' needs an NVIDIA GPU"):
+    with pytest.raises(MissingDependencyError, match=r"device: 'cuda:0' needs an NVIDIA GPU"):
         load_checkpoint(pristine, device="cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(
         MissingDependencyError,
-        match=r"one of the 2 GPUs of this machine, counted from 0, got 'cuda:2'",
+        match=r"device: must be one of the 2 GPUs of this machine, counted from 0, got 'cuda:2'",
     ):
         resolve_device("cuda:2")
 
@@ -335,7 +355,8 @@ def test_says_what_a_source_must_be(pristine: Path, tmp_path: Path):
         load_checkpoint("x" * 5000)
     with pytest.raises(
         CheckpointError,
-        match=r"got the file .*model\.safetensors; convert it with `kinetiq convert",
+        match=r"got the file .*model\.safetensors; turn a single-file checkpoint into a diffusers "
+        r"folder with diffusers' scripts/convert_original_stable_diffusion_to_diffusers\.py, or",
     ):
         load_checkpoint(pristine / TEXT_WEIGHTS)
     with pytest.raises(
@@ -527,8 +548,17 @@ def test_says_what_is_missing_of_tokenizer_and_scheduler(folder: Path):
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.ckpt", "weights.pt"])
-def test_refuses_a_pickle_without_opening_it(folder: Path, name: str):
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("diffusion_pytorch_model.bin", r"convert it with `kinetiq convert {folder}`$"),
+        ("diffusion_pytorch_model.fp16.bin", r"convert it with `kinetiq convert {folder}`$"),
+        ("pytorch_model.bin", "it has not the name of a UNetMotionModel's weights"),
+        ("model.ckpt", "it has not the name of a UNetMotionModel's weights and cannot be conver"),
+        ("weights.pt", r"save it with save_pretrained\(folder\)$"),
+    ],
+)
+def test_refuses_a_pickle_without_opening_it(folder: Path, name: str, advice: str):
     class Bomb:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(folder / "exploded"),)
@@ -537,7 +567,7 @@ def test_refuses_a_pickle_without_opening_it(folder: Path, name: str):
     (folder / "unet" / name).write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(
         CheckpointError,
-        match=rf"got {name}, a pickle, which is refused .*`kinetiq convert {folder}`",
+        match=rf"got {name}, a pickle, which is refused .*{advice.format(folder=folder)}",
     ):
         load_checkpoint(folder)
     assert not (folder / "exploded").exists()

@@ -1,11 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import kinetiq as kq
-from kinetiq.convert import convert_folder
+from kinetiq.convert import convert_folder, converted_name, default_target
 
 
 @pytest.fixture
@@ -51,6 +52,68 @@ def test_shards_keep_their_map(tmp_path):
         assert torch.equal(load_file(tmp_path / "out" / file)[name], torch.ones(2) * int(name[1]))
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "must be readable JSON"),
+        ("[]", "must have a weight_map of weights to file names, and has none"),
+        ('{"weight_map": {"w": 3}}', "must have a weight_map of weights to file names"),
+        ("\xff", "must be readable JSON"),
+    ],
+)
+def test_a_damaged_map_of_shards(tmp_path, content, words):
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    torch.save({"w": torch.ones(2)}, folder / "diffusion_pytorch_model-00001-of-00001.bin")
+    path = folder / "diffusion_pytorch_model.bin.index.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(kq.CheckpointError, match=f"convert: {path} {words}"):
+        convert_folder(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_variant_keeps_its_place(tmp_path):
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    name = "diffusion_pytorch_model.fp16-00001-of-00001.bin"
+    torch.save({"w": torch.ones(2)}, folder / name)
+    (folder / "diffusion_pytorch_model.bin.index.fp16.json").write_text(
+        json.dumps({"weight_map": {"w": name}})
+    )
+    convert_folder(folder, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "diffusion_pytorch_model.fp16-00001-of-00001.safetensors",
+        "diffusion_pytorch_model.safetensors.index.fp16.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "new"),
+    [
+        ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"),
+        ("pytorch_model.fp16.bin", "model.fp16.safetensors"),
+        ("pytorch_model-00001-of-00002.fp16.bin", "model-00001-of-00002.fp16.safetensors"),
+        ("diffusion_pytorch_model.ckpt", None),
+        ("diffusion_pytorch_model_old.bin", None),
+        ("model.bin", None),
+        ("optimizer.bin", None),
+        ("pytorch_model.bin.index.json", None),
+    ],
+)
+def test_only_what_loaders_read_is_converted(name, new):
+    assert converted_name(name) == new
+
+
+def test_where_a_model_is_converted_to(tmp_path, monkeypatch):
+    assert default_target(Path("a/model")) == Path("a/model-safetensors")
+    (tmp_path / "model" / "unet").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "model")
+    assert default_target(Path()) == tmp_path / "model-safetensors"
+    assert default_target(Path("unet/..")) == tmp_path / "model-safetensors"
+    with pytest.raises(kq.RequestError, match="--out must be given for /"):
+        default_target(Path("/"))
+
+
 class Malicious:
     def __reduce__(self):
         return (print, ("code of a pickle ran",))
@@ -81,6 +144,9 @@ def test_other_content_is_refused(tmp_path, content, message):
 def test_says_what_is_wrong(tmp_path):
     with pytest.raises(kq.CheckpointError, match="must be a folder of a model"):
         convert_folder(tmp_path / "missing", tmp_path / "out")
+    (tmp_path / "one.ckpt").touch()
+    with pytest.raises(kq.CheckpointError, match=r"got a file; turn a single-file checkpoint into"):
+        convert_folder(tmp_path / "one.ckpt", tmp_path / "out")
     save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(kq.CheckpointError, match="must hold weights such as"):
         convert_folder(tmp_path, tmp_path / "out")

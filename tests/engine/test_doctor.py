@@ -1,7 +1,9 @@
 """What `kinetiq doctor` says of a machine where all is installed, and where nothing is."""
 
 import importlib.metadata
+import itertools
 import json
+import re
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,11 +67,23 @@ def test_every_missing_package_has_the_command_that_brings_it(bare):
         assert entry["version"] is None
         install = entry["install"]
         extra = install.partition("[")[2].rstrip(']"') or None
-        assert install == (
-            "pip install kinetiq" if extra is None else f'pip install "kinetiq[{extra}]"'
-        )
+        assert install == ("pip install ." if extra is None else f'pip install ".[{extra}]"')
         brought = [need.split(">")[0].split("[")[0] for need in needs[extra]]
         assert entry["name"] in brought or f"{entry['name']}-cu13" in brought
+
+
+def test_every_dependency_is_examined():
+    examined = {entry["name"] for entry in doctor.examine()["packages"]}
+    extras = [
+        PROJECT["optional-dependencies"][name] for name in ("export", "serve", "ray", "plots")
+    ]
+    for need in itertools.chain(PROJECT["dependencies"], *extras):
+        assert re.match(r"[\w-]+", need)[0] in examined, need
+
+
+def test_no_back_end_is_promised_that_there_is_not():
+    for entry in doctor.examine()["packages"]:
+        assert "back end" not in entry["for"]
 
 
 def test_a_package_may_go_by_another_name(bare):
@@ -85,7 +99,7 @@ def test_renders_a_line_for_each(bare):
     lines = doctor.render(doctor.examine()).splitlines()
     assert lines[0].startswith(f"kinetiq {kinetiq.__version__}, Python 3.")
     assert "  torch          2.13.0       for everything" in lines
-    assert '  onnx           missing    pip install "kinetiq[export]" for ONNX files' in lines
+    assert '  onnx           missing    pip install ".[export]" for export' in lines
     assert any(line.startswith("  cpu ") and line.endswith(" threads") for line in lines)
     assert f"back ends  {', '.join(BACKENDS)}" in lines
 

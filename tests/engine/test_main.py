@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from kinetiq import __main__ as command_line
 from kinetiq import clip as clip_module
+from kinetiq import files as files_module
 from kinetiq.__main__ import main
 from kinetiq.checkpoint import embedded_folder
 from kinetiq.clip import Clip
@@ -113,7 +114,7 @@ class TestMain:
         result = run()
         assert (result.exit_code, result.stderr) == (0, "")
         listed = [line.split()[0] for line in result.stdout.split("Commands:\n")[1].splitlines()]
-        assert listed == ["demo", "generate", "train", "doctor", "bench"]
+        assert listed == ["demo", "generate", "train", "convert", "doctor", "bench"]
         assert "..." not in result.stdout.split("Commands:\n")[1]
         assert run("--help").stdout == run("-h").stdout == result.stdout
         assert "  sprites " in run("train").stdout
@@ -135,6 +136,11 @@ class TestMain:
             (["demo", "--seed", "x"], "'x' is not a valid integer"),
             (["train", "sprites", "--out", "x", "--steps", "0"], "0 is not in the range x>=1"),
             (["bench", "--nope"], "kinetiq bench: error: No such option '--nope'"),
+            (["bench", "nope"], "kinetiq bench: error: NAME must be one of sprites, query"),
+            (
+                ["bench", "query", "--device", "tpu"],
+                "kinetiq: error: device: must be 'cpu', 'cuda'",
+            ),
         ],
     )
     def test_wrong_usage_is_one_line(self, run, refused, words, message):
@@ -145,6 +151,14 @@ class TestMain:
         [
             (OSError(28, "No space left on device"), "the operating system refused: [Errno 28] No"),
             (MemoryError("Unable to allocate 4 TiB"), "memory must suffice, and does not: Unable"),
+            (
+                torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+                "and does not: CUDA out of memory.",
+            ),
+            (
+                RuntimeError("[enforce] DefaultCPUAllocator: can't"),
+                "and does not: [enforce] Default",
+            ),
         ],
     )
     def test_what_the_machine_refuses(self, generate, refused, monkeypatch, error, message):
@@ -157,6 +171,14 @@ class TestMain:
     @pytest.mark.usefixtures("unloaded")
     def test_a_defect_of_ours_keeps_its_traceback(self, generate):
         with pytest.raises(AssertionError, match="a model was loaded"):
+            generate()
+
+    def test_a_defect_that_is_no_lack_of_memory(self, generate, monkeypatch):
+        def load(*_, **__):
+            raise RuntimeError("shapes differ")
+
+        monkeypatch.setattr(Engine, "load", load)
+        with pytest.raises(RuntimeError, match="shapes differ"):
             generate()
 
     def test_interrupt(self, generate, tmp_path, monkeypatch):
@@ -203,10 +225,10 @@ class TestMain:
 
 class TestGenerate:
     def test_says_what_was_made(self, generate, tmp_path):
-        result = generate("--scale", "2")
+        result = generate("--scale", "2", "--size", "16x24")
         assert (result.exit_code, result.stderr) == (0, "")
-        assert result.stdout == "out.gif: 8 frames of 64x64, 8 a second\n"
-        assert Clip.read(tmp_path / "out.gif").frames.shape == (8, 64, 64, 3)
+        assert result.stdout == "out.gif: 8 frames of 32x48 (height x width), 8 a second\n"
+        assert Clip.read(tmp_path / "out.gif").frames.shape == (8, 32, 48, 3)
         assert [path.name for path in tmp_path.iterdir()] == ["out.gif"]
 
     @pytest.mark.usefixtures("references")
@@ -328,7 +350,7 @@ class TestBeforeAModelLoads:
         refused(generate("--out", out), message)
 
     def test_a_target_that_may_not_be_written(self, generate, refused, monkeypatch):
-        monkeypatch.setattr(clip_module.os, "access", lambda *_: False)
+        monkeypatch.setattr(files_module.os, "access", lambda *_: False)
         refused(generate(), "out.gif cannot be written (Permission denied); check the permission")
 
     @pytest.mark.parametrize(
@@ -385,6 +407,14 @@ class TestBeforeAModelLoads:
         [
             (["--out", "good.gif"], "good.gif must be a folder that can be written, and is none"),
             (["--steps", "x"], "'x' is not a valid integer"),
+            (["--steps", "0"], "steps: must be a whole number from 1 to 1000, got 0"),
+            (["--until", "2"], "until: must be a number from 0 to 1, got 2.0"),
+            (["--size", "32x48"], "demo: --size must be a square such as 48x48, got '32x48'"),
+            (["--size", "48"], "demo: --size must be HEIGHTxWIDTH such as 320x512, got '48'"),
+            (["--size", "128x128"], "demo: size must be 32 to 64 pixels, at which clips can be"),
+            (["--frames", "33"], "demo: frames must be 2 to 32, whose motion can be read back"),
+            (["--frames", "1"], "demo: frames must be 2 to 32"),
+            (["--fps", "60"], "side-by-side.gif can show at most 50 frames a second, got 60"),
         ],
     )
     def test_demo(self, run, refused, words, message):
@@ -403,7 +433,7 @@ class TestWithAModel:
             (["--reference", "good.gif", "--frames", "1"], "frames: must be at least 2 where a"),
             (
                 ["--reference", "good.gif", "--control", "query", "--sites", "nowhere"],
-                "or names of sites, got 'nowhere'; this network has down_blocks.0",
+                "or names of sites, got 'nowhere'; this network has ",
             ),
             (
                 ["--reference", "good.gif", "--frames", "4", "--region", "good.gif"],
@@ -413,7 +443,7 @@ class TestWithAModel:
             (["--motion-adapter", "nope"], "motion_adapter must be left out for sprites"),
             (
                 ["--device", "tpu"],
-                "load: device must be 'cpu', 'cuda' or 'cuda:<index>', got 'tpu'",
+                "device: must be 'cpu', 'cuda' or 'cuda:<index>', got 'tpu'",
             ),
             (["--dtype", "int8"], "load: dtype must be one of float64, float32"),
             (["--backend", "nope"], "load: backend must be one of eager"),
@@ -424,11 +454,18 @@ class TestWithAModel:
 
     @NO_GPU
     def test_no_gpu(self, generate, refused):
-        refused(generate("--device", "cuda"), "load: device 'cuda' needs an NVIDIA GPU", status=1)
+        refused(generate("--device", "cuda"), "device: 'cuda' needs an NVIDIA GPU", status=1)
 
     def test_demo(self, run, refused):
-        result = run("demo", "--until", "2", "--out", "new")
-        refused(result, "until: must be a number from 0 to 1, got 2.0")
+        result = run("demo", "--size", "33x33", "--out", "new")
+        refused(result, "height: must be a multiple of 2 for sprites, got 33")
+
+    def test_a_reference_larger_than_memory(self, generate, monkeypatch):
+        """Its frames are brought to the size of the clip one by one."""
+        moving().resize(320, 320).write("large.mp4")
+        monkeypatch.setattr(clip_module, "MAX_BYTES", 4 * 320 * 320 * 3)
+        result = generate("--reference", "large.mp4")
+        assert (result.exit_code, result.stderr) == (0, "")
 
 
 @pytest.fixture
@@ -479,6 +516,28 @@ class TestBrokenModels:
 
         base, _ = tiny.write_tiny_base_and_adapter(tmp_path_factory.mktemp("image"))
         refused(generate("--model", str(base)), "adapter")
+
+
+class TestConvert:
+    @pytest.fixture
+    def pickled(self, tmp_path):
+        (tmp_path / "model").mkdir()
+        torch.save({"w": torch.ones(2)}, tmp_path / "model" / "diffusion_pytorch_model.bin")
+        return tmp_path / "model"
+
+    def test_beside_the_source_where_nothing_is_said(self, run, pickled, tmp_path, monkeypatch):
+        assert run("convert", "model/").stdout == "model-safetensors\n"
+        shutil.rmtree(tmp_path / "model-safetensors")
+        monkeypatch.chdir(pickled)
+        made = tmp_path / "model-safetensors"
+        result = run("convert", ".")
+        assert (result.exit_code, result.stdout) == (0, f"{made}\n")
+        assert result.stderr == "converting diffusion_pytorch_model.bin\n"
+        assert [path.name for path in made.iterdir()] == ["diffusion_pytorch_model.safetensors"]
+
+    def test_what_cannot_be_converted(self, run, refused):
+        refused(run("convert", "/"), "convert: --out must be given for /, which has no name")
+        refused(run("convert", "absent"), "absent must be a folder of a model, and is not there")
 
 
 class TestTrain:
@@ -533,7 +592,7 @@ class TestTrain:
             (["--learning-rate", "nan"], "--learning-rate must be above 0 and at most 1, got nan"),
             (["--learning-rate", "0"], "--learning-rate must be above 0 and at most 1, got 0"),
             (["--start-from", "absent"], "--start-from must be 'sprites' or the folder of a"),
-            (["--device", "tpu"], "device must be 'cpu', 'cuda' or 'cuda:<index>', got 'tpu'"),
+            (["--device", "tpu"], "device: must be 'cpu', 'cuda' or 'cuda:<index>', got 'tpu'"),
         ],
     )
     def test_says_what_is_wrong(self, run, refused, trained, words, message):
