@@ -61,8 +61,10 @@ def test_measures_every_curve_at_every_tenth(settings, tmp_path):
             assert figures[name].value == pytest.approx(tenth / 10)
     for variant in query.PARTS:
         assert f"{variant.name}.identity_leak" in figures
-    assert {count for _, count, _, _ in settings} == {64}
-    assert {steps for _, _, steps, _ in settings} == {query.CURVE_STEPS, None}
+    assert {(count, steps) for _, count, steps, _ in settings} == {
+        (16, query.CURVE_STEPS),
+        (64, None),
+    }
     assert (tmp_path / "query.png").stat().st_size > 10_000
 
 
