@@ -2,12 +2,14 @@
 
 Load a model with `Engine.load`, read a reference with `Clip.read`, and pass it to
 `Engine.generate` in a control: `MotionInjection` or `QueryInjection`.
+
+Names are imported when they are first used, so that `import kinetiq` is quick.
 """
 
+import importlib
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from kinetiq.clip import Clip
-from kinetiq.engine import Engine
 from kinetiq.errors import (
     CheckpointError,
     ClipError,
@@ -21,11 +23,23 @@ from kinetiq.errors import (
     TrainingError,
     WorkError,
 )
-from kinetiq.motion_injection import MotionInjection
-from kinetiq.query_injection import QueryInjection
-from kinetiq.request import Request
+
+if TYPE_CHECKING:
+    from kinetiq.clip import Clip
+    from kinetiq.engine import Engine
+    from kinetiq.motion_injection import MotionInjection
+    from kinetiq.query_injection import QueryInjection
+    from kinetiq.request import Request
 
 __version__ = version("kinetiq")
+
+_HOMES = {
+    "Clip": "kinetiq.clip",
+    "Engine": "kinetiq.engine",
+    "MotionInjection": "kinetiq.motion_injection",
+    "QueryInjection": "kinetiq.query_injection",
+    "Request": "kinetiq.request",
+}
 
 __all__ = [
     "CheckpointError",
@@ -46,3 +60,15 @@ __all__ = [
     "WorkError",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kinetiq' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, whether they have been used or not."""
+    return __all__

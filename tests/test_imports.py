@@ -115,6 +115,7 @@ def test_importing_kinetiq_is_quick_and_loads_no_heavy_package(tmp_path):
         "before, start = set(sys.modules), time.process_time()\n"
         "import kinetiq\n"
         "spent = time.process_time() - start\n"
+        "for name in kinetiq.__all__: getattr(kinetiq, name)\n"  # they are imported when used
         "print(json.dumps([spent, sorted(set(sys.modules) - before)]))\n"
     )
     seconds = []
