@@ -248,9 +248,8 @@ def _region_kernel(
     readable = (frame < frames)[:, None, None] & known[None, None, :]
     sums = tl.zeros([FRAMES, BLOCK], dtype=tl.float32)
     for first in range(0, split, TOKENS):
-        step = first + tl.arange(0, TOKENS)
-        token = part * split + step  # [TOKENS]
-        mine = (step < split) & (token < tokens)
+        token = part * split + first + tl.arange(0, TOKENS)  # split is a multiple of TOKENS
+        mine = token < tokens
         x = tl.load(
             source + token[None, :, None] * x_token,
             mask=readable & mine[None, :, None],
