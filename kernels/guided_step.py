@@ -139,16 +139,12 @@ def _guided_step_kernel(
     inside = element < elements
     scale = tl.load(scale_ptr + clip).to(WIDE)
     numbers = coefficients_ptr + clip * 6
-    a, b, c = (
-        tl.load(numbers + 0).to(WIDE),
-        tl.load(numbers + 1).to(WIDE),
-        tl.load(numbers + 2).to(WIDE),
-    )
-    s, p, q = (
-        tl.load(numbers + 3).to(WIDE),
-        tl.load(numbers + 4).to(WIDE),
-        tl.load(numbers + 5).to(WIDE),
-    )
+    a = tl.load(numbers + 0).to(WIDE)
+    b = tl.load(numbers + 1).to(WIDE)
+    c = tl.load(numbers + 2).to(WIDE)
+    s = tl.load(numbers + 3).to(WIDE)
+    p = tl.load(numbers + 4).to(WIDE)
+    q = tl.load(numbers + 5).to(WIDE)
 
     x = tl.load(sample_ptr + clip * x_clip + element, mask=inside).to(WIDE)
     wanted = tl.load(conditional_ptr + clip * conditional_clip + element, mask=inside).to(WIDE)
@@ -200,16 +196,12 @@ def _guided_step_backward_kernel(
     inside = element < elements
     scale = tl.load(scale_ptr + clip).to(WIDE)
     numbers = coefficients_ptr + clip * 6
-    a, b, c = (
-        tl.load(numbers + 0).to(WIDE),
-        tl.load(numbers + 1).to(WIDE),
-        tl.load(numbers + 2).to(WIDE),
-    )
-    s, p, q = (
-        tl.load(numbers + 3).to(WIDE),
-        tl.load(numbers + 4).to(WIDE),
-        tl.load(numbers + 5).to(WIDE),
-    )
+    a = tl.load(numbers + 0).to(WIDE)
+    b = tl.load(numbers + 1).to(WIDE)
+    c = tl.load(numbers + 2).to(WIDE)
+    s = tl.load(numbers + 3).to(WIDE)
+    p = tl.load(numbers + 4).to(WIDE)
+    q = tl.load(numbers + 5).to(WIDE)
 
     following = d_following_ptr + clip * d_following_clip + element
     following = tl.load(following, mask=inside, other=0.0).to(WIDE)
@@ -274,7 +266,11 @@ def _launch_backward(
     grads: tuple[Tensor, Tensor],
     results: tuple[Tensor, ...],
 ) -> Tensor:
-    """Fill `results`, contiguous gradients of `tensors`; those of scale and coefficients [clips, 7]."""
+    """Fill `results`, contiguous gradients of `tensors`.
+
+    Returns:
+        [clips, 7], gradients of the scale and of the coefficients, float32 or wider.
+    """
     sample = tensors[0]
     wide = torch.promote_types(sample.dtype, torch.float32)
     clips = len(sample)
