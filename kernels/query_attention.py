@@ -882,9 +882,10 @@ def _settings(kernel: str, d: int, dtype: torch.dtype, tokens: int, keys: int) -
     wide = "_fp32" if dtype == torch.float32 else ""
     chosen = settings(kernel, f"d{sum(split_head_dim(d))}{wide}")
     for name, size in {"BLOCK_M": tokens, "BLOCK_N": keys}.items():
-        chosen[name] = min(chosen[name], max(16, triton.next_power_of_2(size)))
-    if chosen["BLOCK_M"] < 64 or chosen["BLOCK_N"] < 64:
-        chosen["num_warps"] = min(chosen["num_warps"], 4)
+        needed = max(16, triton.next_power_of_2(size))
+        if needed < chosen[name]:
+            chosen[name] = needed
+            chosen["num_warps"] = min(chosen["num_warps"], 4)
     return chosen
 
 
