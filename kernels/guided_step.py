@@ -428,8 +428,8 @@ _guided_step.register_autograd(_backward, setup_context=_save)
 _SHAPES = {  # clips, then the latents of one
     "animatediff": (8, 4, 16, 64, 64),
     "zeroscope": (8, 4, 24, 40, 72),
-    "videocrafter": (8, 4, 16, 40, 64),
-    "sprites": (8, 4, 8, 16, 16),
+    "videocrafter2": (8, 4, 16, 40, 64),
+    "embedded": (8, 4, 8, 16, 16),
 }
 
 

@@ -762,8 +762,8 @@ def _normalise(region: Tensor) -> Tensor:
 _SHAPES = {
     "animatediff": (2, 16, 32 * 32, 1280, 51),
     "zeroscope": (2, 24, 36 * 20, 1280, 51),
-    "videocrafter": (2, 16, 32 * 20, 1280, 51),
-    "sprites": (2, 8, 16 * 16, 128, 5),
+    "videocrafter2": (2, 16, 32 * 20, 1280, 51),
+    "embedded": (2, 8, 16 * 16, 128, 5),
 }
 
 
