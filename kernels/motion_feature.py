@@ -292,7 +292,7 @@ def _scatter_kernel(
     inside = element < elements
     channel = element % width
     start = tl.load(starts_ptr + channel, mask=inside, other=0)
-    uses = tl.load(starts_ptr + channel + 1, mask=inside, other=0) - start
+    uses = (tl.load(starts_ptr + channel + 1, mask=inside, other=0) - start).to(tl.int32)
     source = grad_ptr + row * g_row + frame * g_frame + ((element // width) * g_token)[None, :]
     dx = tl.zeros([FRAMES, BLOCK], dtype=tl.float32)
     for use in range(tl.max(uses)):  # once, unless a channel was chosen twice
@@ -407,9 +407,9 @@ def _launch_centre(x: Tensor, channels: Tensor | None, y: Tensor) -> None:
     rows, frames, tokens, width = x.shape
     chosen = y.shape[-1]
     elements = tokens * chosen
-    padded, block, chosen_settings = _tile("centre", frames)
-    blocks = triton.cdiv(elements, block)
     flat = channels is None and (tokens == 1 or x.stride(2) == width * x.stride(3))
+    padded, block, chosen_settings = _tile("centre" if flat else "gather", frames)
+    blocks = triton.cdiv(elements, block)
     _centre_kernel[(rows * blocks,)](
         x,
         channels,
