@@ -19,6 +19,9 @@ means, deviations, scores and their gradients never leave the chip, and what nei
 cache line is read once: each element of q, k, v and out crosses memory once (see `cost`). Scores,
 softmax and means are in float32.
 
+The motion in an output, less its mean over frames and projected, is `motion_feature` of it: a
+projection sums over heads, which no program here holds all of.
+
 Source: query injection, "Motion by Queries", arXiv:2412.07750, sec. 3, here over frames; removal
 of the mean over frames, MOFT, arXiv:2405.14864, sec. 3.2; their union is this project's. Motion
 embeddings, "Motion Inversion", arXiv:2403.20193, sec. 3.
@@ -359,11 +362,13 @@ def _moved(
         other = _biased(operand, source, place, frame, D, FROM, WIDTH).to(tl.float32)
         own_sum, other_sum = tl.sum(own, 1), tl.sum(other, 1)  # [BLOCK, WIDTH]
         if frame.shape[0] != FRAMES:  # the mean is over all frames, not only over those wanted
-            every = tl.arange(0, FRAMES)
-            whole = _biased(operand, row, place, every, D, FROM, WIDTH).to(tl.float32)
-            own_sum = tl.sum(whole, 1)
-            whole = _biased(operand, source, place, every, D, FROM, WIDTH).to(tl.float32)
-            other_sum = tl.sum(whole, 1)
+            own_sum, other_sum = tl.zeros_like(own_sum), tl.zeros_like(other_sum)
+            for first in range(0, FRAMES, frame.shape[0]):
+                of = first + tl.arange(0, frame.shape[0])
+                own_part = _biased(operand, row, place, of, D, FROM, WIDTH)
+                other_part = _biased(operand, source, place, of, D, FROM, WIDTH)
+                own_sum += tl.sum(own_part.to(tl.float32), 1)
+                other_sum += tl.sum(other_part.to(tl.float32), 1)
         change = other + ((own_sum - other_sum) / place[3])[:, None, :] - own
         if deviation[1] is not None:
             change *= _share(deviation[1], row, place, frame, SHARE)
@@ -869,7 +874,7 @@ COMPILED = tuple(
         _padded_work(shape[1], shape[4]),
     )
     for name, shape in _SHAPES.items()
-    for controlled in (False, True)
+    for controlled in ((False,) if name == "longest" else (False, True))
     for forward in (True, False)
 )
 

@@ -33,7 +33,7 @@ SHAPES = [  # rows, frames, tokens, heads, d
     pytest.param((1, 7, 2, 1, 80), id="head dim 80, in 64 + 16"),
     pytest.param((1, 17, 1, 1, 160), id="head dim 160, all warps on one sequence"),
     pytest.param((1, 24, 2, 1, 64), id="24 frames, head dim 64"),
-    pytest.param((1, 65, 1, 2, 16), id="one past 64 frames, in parts"),
+    pytest.param((1, 65, 1, 2, 16), id="one past 64 frames"),
 ]
 KINDS = ["none", "query", "deviation", "deviation per token", "motion", "all"]
 
@@ -56,7 +56,7 @@ def controls(kind, shape, dtype, device, rng):
         chosen |= {"deviation_row": row}
     if kind in ("deviation per token", "all"):
         chosen |= {
-            "deviation_row": row.flip(0),
+            "deviation_row": torch.zeros_like(row),
             "deviation_blend": make(rows, frames, tokens),
             "deviation_parts": make(rows, 3),
         }
@@ -140,9 +140,16 @@ def test_kernel_mixes_rows_as_the_definition_does(kind, device, rng):
     check((3, 5, 2, 2, 8), torch.float32, kind, device, rng)
 
 
-@pytest.mark.parametrize("shape", [(2, 16, 1, 1, 40), (2, 33, 1, 1, 24)], ids=str)
-def test_kernel_mixes_tails_and_parts_too(shape, device, rng):
-    check(shape, torch.float16, "all", device, rng)
+def test_kernel_mixes_tails_too(device, rng):
+    check((2, 16, 1, 1, 40), torch.float16, "all", device, rng)
+
+
+@pytest.mark.parametrize("kind", ["none", "all"])
+def test_kernel_takes_long_sequences_in_parts(kind, device, rng, monkeypatch):
+    """As it does where a head is wide; here 16 frames at a time, the last part nearly empty."""
+    chosen = {"TILE": 1, "WHOLE": 1, "ONE_TILE": 1, "ONE_WARPS": 4, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(operator, "settings", lambda *_: dict(chosen))
+    check((2, 17, 1, 1, 8), torch.float32, kind, device, rng)
 
 
 def test_kernel_reads_any_strides(device, rng):
