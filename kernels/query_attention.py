@@ -23,7 +23,6 @@ attention); the running maximum, FlashAttention-2, arXiv:2307.08691, sec. 3.
 
 import functools
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
@@ -275,9 +274,17 @@ def _log2_scores(
 
 
 @triton.jit
+def _seen_row(key_rows_ptr, row, index, further, keys):
+    """The row whose keys come at `index`, the own first, and how many of them there are to see."""
+    listed = tl.load(key_rows_ptr + row * further + index - 1, mask=index > 0, other=0)
+    seen = tl.where(index > 0, listed, row)
+    return seen, tl.where((index > 0) & (listed == row), 0, keys)
+
+
+@triton.jit
 def _see_keys(
     q_main, q_tail, out_main, out_tail, high, total,
-    key_ptr, value_ptr, mask_ptr, count,
+    key_ptr, value_ptr, mask_ptr, masked, count,
     key_stride_token, key_stride_column, value_stride_token, value_stride_column,
     SCALE: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr, EVEN_KEYS: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
@@ -302,7 +309,7 @@ def _see_keys(
             )  # fmt: skip
         scores = _log2_scores(q_main, q_tail, k_main, k_tail, SCALE, TAIL, PRECISION)
         if mask_ptr is not None:
-            mask = tl.load(mask_ptr + start + places, mask=inside, other=0.0)
+            mask = tl.load(mask_ptr + start + places, mask=inside & masked, other=0.0)
             scores += (mask * _LOG2E)[None, :]
         if not EVEN_KEYS:
             scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -343,7 +350,7 @@ def _query_attention_kernel(
     blocks = tl.cdiv(tokens, BLOCK_M)
     block = tl.program_id(0) % blocks  # neighbours share keys, which then stay in the cache
     rest = tl.program_id(0) // blocks
-    head = rest % HEADS
+    head = (rest % HEADS).to(tl.int64)
     frame = (rest // HEADS % frames).to(tl.int64)
     row = (rest // HEADS // frames).to(tl.int64)  # int32 offsets overflow past 2**31 elements
 
@@ -376,23 +383,24 @@ def _query_attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     key = key_ptr + frame * key_stride_frame + head * D * key_stride_column
     value = value_ptr + frame * value_stride_frame + head * D * value_stride_column
-    # the own keys come first and unmasked, so the maximum is finite whatever the masks say
-    out_main, out_tail, high, total = _see_keys(
-        q_main, q_tail, out_main, out_tail, high, total,
-        key + row * key_stride_row, value + row * value_stride_row, None, keys,
-        key_stride_token, key_stride_column, value_stride_token, value_stride_column,
-        SCALE, D, MAIN, TAIL, BLOCK_N, EVEN_KEYS, EVEN_COLUMNS, PRECISION,
-    )  # fmt: skip
-    if key_rows_ptr is not None:
-        for index in range(further):
-            seen = tl.load(key_rows_ptr + row * further + index)
-            count = tl.where(seen == row, 0, keys)
+    if key_rows_ptr is None:
+        out_main, out_tail, high, total = _see_keys(
+            q_main, q_tail, out_main, out_tail, high, total,
+            key + row * key_stride_row, value + row * value_stride_row, None, False, keys,
+            key_stride_token, key_stride_column, value_stride_token, value_stride_column,
+            SCALE, D, MAIN, TAIL, BLOCK_N, EVEN_KEYS, EVEN_COLUMNS, PRECISION,
+        )  # fmt: skip
+    else:
+        # the own keys come first and unmasked, so the maximum is finite whatever the masks say
+        for index in range(further + 1):
+            seen, count = _seen_row(key_rows_ptr, row, index, further, keys)
             mask = mask_ptr
             if mask_ptr is not None:
                 mask = mask_ptr + seen * mask_stride_row + frame * mask_stride_frame
             out_main, out_tail, high, total = _see_keys(
                 q_main, q_tail, out_main, out_tail, high, total,
-                key + seen * key_stride_row, value + seen * value_stride_row, mask, count,
+                key + seen * key_stride_row, value + seen * value_stride_row,
+                mask, index > 0, count,
                 key_stride_token, key_stride_column, value_stride_token, value_stride_column,
                 SCALE, D, MAIN, TAIL, BLOCK_N, EVEN_KEYS, EVEN_COLUMNS, PRECISION,
             )  # fmt: skip
@@ -427,7 +435,7 @@ def _query_gradient_kernel(
     blocks = tl.cdiv(tokens, BLOCK_M)
     block = tl.program_id(0) % blocks
     rest = tl.program_id(0) // blocks
-    head = rest % HEADS
+    head = (rest % HEADS).to(tl.int64)
     frame = (rest // HEADS % frames).to(tl.int64)
     row = (rest // HEADS // frames).to(tl.int64)
 
@@ -475,22 +483,23 @@ def _query_gradient_kernel(
     sum_tail = tl.zeros([BLOCK_M, 16 if TAIL == 0 else TAIL], tl.float32)
     key = key_ptr + frame * key_stride_frame + head * D * key_stride_column
     value = value_ptr + frame * value_stride_frame + head * D * value_stride_column
-    sum_main, sum_tail = _gather_from_keys(
-        q_main, q_tail, grad_main, grad_tail, log2_total, dots, sum_main, sum_tail,
-        key + row * key_stride_row, value + row * value_stride_row, None, keys,
-        key_stride_token, key_stride_column, value_stride_token, value_stride_column,
-        SCALE, D, MAIN, TAIL, BLOCK_N, EVEN_KEYS, EVEN_COLUMNS, PRECISION,
-    )  # fmt: skip
-    if key_rows_ptr is not None:
-        for index in range(further):
-            seen = tl.load(key_rows_ptr + row * further + index)
-            count = tl.where(seen == row, 0, keys)
+    if key_rows_ptr is None:
+        sum_main, sum_tail = _gather_from_keys(
+            q_main, q_tail, grad_main, grad_tail, log2_total, dots, sum_main, sum_tail,
+            key + row * key_stride_row, value + row * value_stride_row, None, False, keys,
+            key_stride_token, key_stride_column, value_stride_token, value_stride_column,
+            SCALE, D, MAIN, TAIL, BLOCK_N, EVEN_KEYS, EVEN_COLUMNS, PRECISION,
+        )  # fmt: skip
+    else:
+        for index in range(further + 1):
+            seen, count = _seen_row(key_rows_ptr, row, index, further, keys)
             mask = mask_ptr
             if mask_ptr is not None:
                 mask = mask_ptr + seen * mask_stride_row + frame * mask_stride_frame
             sum_main, sum_tail = _gather_from_keys(
                 q_main, q_tail, grad_main, grad_tail, log2_total, dots, sum_main, sum_tail,
-                key + seen * key_stride_row, value + seen * value_stride_row, mask, count,
+                key + seen * key_stride_row, value + seen * value_stride_row,
+                mask, index > 0, count,
                 key_stride_token, key_stride_column, value_stride_token, value_stride_column,
                 SCALE, D, MAIN, TAIL, BLOCK_N, EVEN_KEYS, EVEN_COLUMNS, PRECISION,
             )  # fmt: skip
@@ -506,7 +515,7 @@ def _query_gradient_kernel(
 @triton.jit
 def _gather_from_keys(
     q_main, q_tail, grad_main, grad_tail, log2_total, dots, sum_main, sum_tail,
-    key_ptr, value_ptr, mask_ptr, count,
+    key_ptr, value_ptr, mask_ptr, masked, count,
     key_stride_token, key_stride_column, value_stride_token, value_stride_column,
     SCALE: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr, EVEN_KEYS: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
@@ -541,7 +550,7 @@ def _gather_from_keys(
             slope = tl.dot(grad_tail, tl.trans(v_tail), slope, input_precision=PRECISION)
         scores = _log2_scores(q_main, q_tail, k_main, k_tail, SCALE, TAIL, PRECISION)
         if mask_ptr is not None:
-            mask = tl.load(mask_ptr + start + places, mask=inside, other=0.0)
+            mask = tl.load(mask_ptr + start + places, mask=inside & masked, other=0.0)
             scores += (mask * _LOG2E)[None, :]
         if not EVEN_KEYS:
             scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -572,7 +581,7 @@ def _key_gradient_kernel(
     blocks = tl.cdiv(keys, BLOCK_N)
     block = tl.program_id(0) % blocks
     rest = tl.program_id(0) // blocks
-    head = rest % HEADS
+    head = (rest % HEADS).to(tl.int64)
     frame = (rest // HEADS % frames).to(tl.int64)
     row = (rest // HEADS // frames).to(tl.int64)
 
@@ -1030,10 +1039,11 @@ def _differentiate(ctx, grad: Tensor):
         return _launch_saved(ctx, grad, tensors, kept)
     wanted = [at for at in (0, 1, 2, 4) if ctx.needs_input_grad[at]]
     with torch.enable_grad():
-        leaves: list[Any] = [
+        leaves = [
             t.detach().requires_grad_() if at in wanted else t for at, t in enumerate(tensors)
         ]
-        out = _attend_on_cpu(*leaves, ctx.heads)
+        query, key, value, row, blend, key_rows, mask = leaves
+        out = _attend_on_cpu(query, key, value, row, blend, key_rows, mask, ctx.heads)
     found = torch.autograd.grad(out, [leaves[at] for at in wanted], grad)
     grads: list[Tensor | None] = [None] * 8
     for at, gradient in zip(wanted, found, strict=True):
@@ -1081,11 +1091,11 @@ def _attend_on_cpu(
     q, k, v = (
         t.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value)
     )
-    out = _attend(q, k, v, mask)
+    out = _attend(q, k, v) if mask is None else _attend(q, k, v, mask)
     return out.transpose(1, 2).reshape(rows, frames, tokens, width)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention over [batch, heads, tokens, d], by whichever way is quicker on a CPU."""
     if min(query.shape[-2], key.shape[-2]) >= _SMALL:
         if query.dtype == torch.bfloat16 and query.requires_grad:

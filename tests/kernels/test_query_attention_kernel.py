@@ -275,6 +275,43 @@ def test_gradient_of_the_operator(device, rng):
     assert torch.autograd.gradcheck(public, (query, key, value, blend))
 
 
+@pytest.fixture
+def training(device):
+    """The operator for training; on a CPU its kernels are interpreted, as they are nowhere else."""
+    if device == "cpu":
+        for op in (operator._query_attention_training, operator._query_attention_backward):
+            op.register_kernel("cpu")(op._init_fn)
+    return torch.ops.kinetiq.query_attention_training
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_gradient_of_the_operator_for_training(frames, training, device, rng):
+    """Queries, blend and keys, which the frames share if there are two."""
+    query, key, value = sample(2, frames, 1, 5, 7, 1, 8, torch.float32, device, rng)
+    row, further = torch.tensor([1, 0], device=device), torch.tensor([[1], [1]], device=device)
+    size = (2,) if frames == 1 else (2, frames, 5)
+    blend = torch.rand(size, generator=rng, device=device)
+    mask = torch.randn(2, 1, 7, generator=rng, device=device)
+    direction = torch.randn(query.shape, generator=rng, device=device)
+
+    def gradients(function, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (query, key, value, blend)]
+        return torch.autograd.grad((function(*leaves) * direction.to(dtype)).sum(), leaves)
+
+    formula = lambda *t: plain(*t, heads=1, row=row, key_rows=further, mask=mask)
+    kernels = lambda q, k, v, b: training(q, k, v, row, b, further, mask, 1)[0]
+    got = gradients(kernels, torch.float32)
+    naive, exact = gradients(formula, torch.float32), gradients(formula, torch.float64)
+    for name, *three in zip(("q", "k", "v", "blend"), got, naive, exact, strict=True):
+        assert_as_good_as(*three, slack=3.0, name=name)
+
+
+def test_is_a_well_formed_operator_for_training(training, device, rng):
+    given = sample(1, 1, 1, 3, 4, 1, 8, torch.float32, device, rng)
+    given = *(t.requires_grad_() for t in given), None, None, None, None, 1
+    torch.library.opcheck(training.default, given)
+
+
 class Site(torch.nn.Module):
     def forward(self, query, key, value, row):
         return query_attention(query, key, value, heads=2, query_row=row)
