@@ -21,6 +21,7 @@ Source: Guo et al., "AnimateDiff", arXiv:2307.04725, sec. 4.2; motion embeddings
 """
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
@@ -523,7 +524,8 @@ def _backward(ctx, grad: Tensor):
             tensor.detach().requires_grad_() if need else tensor
             for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
-        y = _separate(*tensors, ctx.heads, ctx.eps)
+        inputs: list[Any] = [*tensors, ctx.heads, ctx.eps]
+        y = _separate(*inputs)
         wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, grad))
     return *(next(found) if need else None for need in needed), None, None
@@ -624,23 +626,12 @@ def _case(shape: str) -> CompileCase:
         width = heads * d
         empty = functools.partial(torch.empty, dtype=dtype, device="meta")
         x = empty(rows, frames, tokens, width)
-        vectors = [empty(width) for _ in range(3)]
-        matrices = [empty(width, width) for _ in range(4)]
-        _launch(
-            x,
-            *vectors[:2],
-            *matrices,
-            vectors[2],
-            empty(32, width),
-            empty(rows, dtype=torch.int64),
-            empty(rows, dtype=torch.float32),
-            empty(4, frames, width),
-            empty(4, frames, width),
-            empty(4, frames, tokens, width),
-            heads,
-            1e-5,
-            empty(x.shape),
-        )
+        matrix, slots = empty(width, width), empty(rows, dtype=torch.int64)
+        inputs: list[Any] = [x, empty(width), empty(width), *[matrix] * 4, empty(width)]
+        inputs += [empty(32, width), slots, empty(rows, dtype=torch.float32)]
+        inputs += [empty(4, frames, width), empty(4, frames, width)]
+        inputs += [empty(4, frames, tokens, width), heads, 1e-5, empty(x.shape)]
+        _launch(*inputs)
 
     _, frames, _, _, d = _SHAPES[shape]
     padded = triton.next_power_of_2(frames) / frames * sum(split_head_dim(d)) / d
