@@ -2,6 +2,14 @@
 
 from kinetiq.kernels.frame_attention import frame_attention
 from kinetiq.kernels.guided_step import guided_step
+from kinetiq.kernels.motion_feature import motion_feature
 from kinetiq.kernels.query_attention import query_attention
+from kinetiq.kernels.temporal_block import temporal_block
 
-__all__ = ["frame_attention", "guided_step", "query_attention"]
+__all__ = [
+    "frame_attention",
+    "guided_step",
+    "motion_feature",
+    "query_attention",
+    "temporal_block",
+]

@@ -8,13 +8,25 @@ r"""Classifier-free guidance and the sampler's update, with coefficients per row
 the update is a linear multistep method with one step of memory. Each clip has its own
 coefficients: clips at different steps, or of different samplers, share one call.
 
+A program owns a piece of one clip, so that the coefficients are the same for all of it. Each of
+the five tensors is read once and each result written once, where PyTorch takes ten passes.
+Accumulation is in float32, or in float64 for float64.
+
 Source: Ho & Salimans, "Classifier-Free Diffusion Guidance", arXiv:2207.12598, eq. 6; the samplers
 are in `kinetiq.sampler`.
 """
 
+import functools
+
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
+from kinetiq.kernels._compile import CompileCase
+from kinetiq.kernels._cost import Cost
+from kinetiq.kernels._launch import settings
 
 
 def guided_step(
@@ -29,8 +41,8 @@ def guided_step(
     """Return the next sample and the estimate of the clean latents.
 
     Args:
-        sample: [clips, ...], float32.
-        conditional: like `sample`, the network's output for the prompt.
+        sample: [clips, ...], any strides, float32 as a rule; the results have its type.
+        conditional: like `sample`, of any floating type, the network's output for the prompt.
         unconditional: like `sample`, its output for the negative prompt; pass `conditional` for a
             clip without guidance.
         former: like `sample`, the clean estimate of the step before; zeros at the first step.
@@ -39,7 +51,7 @@ def guided_step(
         coefficients: [clips, 6]: a, b, c, s, p, q of the formula above.
 
     Raises:
-        ShapeError: a shape does not match.
+        ShapeError: a shape or a device does not match.
     """
     if sample.ndim == 0:
         raise ShapeError("guided_step: sample must be [clips, ...], got []")
@@ -61,9 +73,16 @@ def guided_step(
             f"guided_step: guidance_scale must be [clips] and coefficients [clips, 6] with clips "
             f"= {clips}, got {list(guidance_scale.shape)} and {list(coefficients.shape)}"
         )
-    return guided_step_reference(
+    tensors |= {"guidance_scale": guidance_scale, "coefficients": coefficients}
+    for name, tensor in tensors.items():
+        if tensor.device != sample.device:
+            raise ShapeError(
+                f"guided_step: {name} must be on {sample.device} like sample, got {tensor.device}"
+            )
+    following, clean = _guided_step(
         sample, conditional, unconditional, former, noise, guidance_scale, coefficients
     )
+    return following, clean
 
 
 def guided_step_reference(
@@ -76,8 +95,362 @@ def guided_step_reference(
     coefficients: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The definition, in PyTorch; computes in the type of `sample`."""
+    kind = sample.dtype
+    conditional, unconditional, former, noise = (
+        tensor.to(kind) for tensor in (conditional, unconditional, former, noise)
+    )
     spread = [1] * (sample.ndim - 1)
-    scale = guidance_scale.to(sample.dtype).reshape(-1, *spread)
-    a, b, c, s, p, q = coefficients.to(sample.dtype).reshape(-1, 6, *spread).unbind(1)
+    scale = guidance_scale.to(kind).reshape(-1, *spread)
+    a, b, c, s, p, q = coefficients.to(kind).reshape(-1, 6, *spread).unbind(1)
     output = unconditional + scale * (conditional - unconditional)
     return a * sample + b * output + c * former + s * noise, p * sample + q * output
+
+
+def cost(clips: int, elements: int, itemsize: int = 4) -> Cost:
+    """Five tensors in, two out, and seven numbers a clip; `elements` are those of one clip."""
+    moved = 7 * itemsize * clips * elements + 4 * 7 * clips
+    return Cost(bytes=moved, flops=13 * clips * elements)
+
+
+@triton.jit
+def _guided_step_kernel(
+    sample_ptr,
+    conditional_ptr,
+    unconditional_ptr,
+    former_ptr,
+    noise_ptr,
+    scale_ptr,
+    coefficients_ptr,
+    elements,
+    blocks,
+    x_clip,
+    conditional_clip,
+    unconditional_clip,
+    former_clip,
+    noise_clip,
+    following_ptr,
+    clean_ptr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    clip = program // blocks
+    element = (program % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = element < elements
+    scale = tl.load(scale_ptr + clip).to(WIDE)
+    numbers = coefficients_ptr + clip * 6
+    a = tl.load(numbers + 0).to(WIDE)
+    b = tl.load(numbers + 1).to(WIDE)
+    c = tl.load(numbers + 2).to(WIDE)
+    s = tl.load(numbers + 3).to(WIDE)
+    p = tl.load(numbers + 4).to(WIDE)
+    q = tl.load(numbers + 5).to(WIDE)
+
+    x = tl.load(sample_ptr + clip * x_clip + element, mask=inside).to(WIDE)
+    wanted = tl.load(conditional_ptr + clip * conditional_clip + element, mask=inside).to(WIDE)
+    other = tl.load(unconditional_ptr + clip * unconditional_clip + element, mask=inside).to(WIDE)
+    former = tl.load(former_ptr + clip * former_clip + element, mask=inside).to(WIDE)
+    noise = tl.load(noise_ptr + clip * noise_clip + element, mask=inside).to(WIDE)
+
+    output = other + scale * (wanted - other)
+    following = a * x + b * output + c * former + s * noise
+    clean = p * x + q * output
+    place = clip * elements + element
+    tl.store(following_ptr + place, following.to(following_ptr.dtype.element_ty), mask=inside)
+    tl.store(clean_ptr + place, clean.to(clean_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _guided_step_backward_kernel(
+    sample_ptr,
+    conditional_ptr,
+    unconditional_ptr,
+    former_ptr,
+    noise_ptr,
+    scale_ptr,
+    coefficients_ptr,
+    d_following_ptr,
+    d_clean_ptr,
+    elements,
+    blocks,
+    x_clip,
+    conditional_clip,
+    unconditional_clip,
+    former_clip,
+    noise_clip,
+    d_following_clip,
+    d_clean_clip,
+    d_sample_ptr,
+    d_conditional_ptr,
+    d_unconditional_ptr,
+    d_former_ptr,
+    d_noise_ptr,
+    sums_ptr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of the tensors, and this piece's part of those of scale, a, b, c, s, p and q."""
+    program = tl.program_id(0).to(tl.int64)
+    clip = program // blocks
+    element = (program % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = element < elements
+    scale = tl.load(scale_ptr + clip).to(WIDE)
+    numbers = coefficients_ptr + clip * 6
+    a = tl.load(numbers + 0).to(WIDE)
+    b = tl.load(numbers + 1).to(WIDE)
+    c = tl.load(numbers + 2).to(WIDE)
+    s = tl.load(numbers + 3).to(WIDE)
+    p = tl.load(numbers + 4).to(WIDE)
+    q = tl.load(numbers + 5).to(WIDE)
+
+    following = d_following_ptr + clip * d_following_clip + element
+    following = tl.load(following, mask=inside, other=0.0).to(WIDE)
+    clean = tl.load(d_clean_ptr + clip * d_clean_clip + element, mask=inside, other=0.0).to(WIDE)
+    output = b * following + q * clean
+    place = clip * elements + element
+    kind = d_sample_ptr.dtype.element_ty
+    tl.store(d_sample_ptr + place, (a * following + p * clean).to(kind), mask=inside)
+    kind = d_conditional_ptr.dtype.element_ty
+    tl.store(d_conditional_ptr + place, (scale * output).to(kind), mask=inside)
+    kind = d_unconditional_ptr.dtype.element_ty
+    tl.store(d_unconditional_ptr + place, (output - scale * output).to(kind), mask=inside)
+    tl.store(d_former_ptr + place, (c * following).to(d_former_ptr.dtype.element_ty), mask=inside)
+    tl.store(d_noise_ptr + place, (s * following).to(d_noise_ptr.dtype.element_ty), mask=inside)
+
+    x = tl.load(sample_ptr + clip * x_clip + element, mask=inside, other=0.0).to(WIDE)
+    wanted = conditional_ptr + clip * conditional_clip + element
+    wanted = tl.load(wanted, mask=inside, other=0.0).to(WIDE)
+    other = unconditional_ptr + clip * unconditional_clip + element
+    other = tl.load(other, mask=inside, other=0.0).to(WIDE)
+    former = tl.load(former_ptr + clip * former_clip + element, mask=inside, other=0.0).to(WIDE)
+    noise = tl.load(noise_ptr + clip * noise_clip + element, mask=inside, other=0.0).to(WIDE)
+    mixed = other + scale * (wanted - other)
+    sums = sums_ptr + program * 7
+    tl.store(sums + 0, tl.sum(output * (wanted - other)))
+    tl.store(sums + 1, tl.sum(following * x))
+    tl.store(sums + 2, tl.sum(following * mixed))
+    tl.store(sums + 3, tl.sum(following * former))
+    tl.store(sums + 4, tl.sum(following * noise))
+    tl.store(sums + 5, tl.sum(clean * x))
+    tl.store(sums + 6, tl.sum(clean * mixed))
+
+
+def _launch_forward(
+    tensors: tuple[Tensor, ...], scale: Tensor, coefficients: Tensor, results: tuple[Tensor, ...]
+) -> None:
+    """Fill `results`, two contiguous tensors like the sample, which is the first of `tensors`."""
+    sample = tensors[0]
+    if sample.numel() == 0:
+        return
+    clips, elements = len(sample), sample[0].numel()
+    chosen = settings("guided_step")
+    blocks = triton.cdiv(elements, chosen["BLOCK"])
+    rows = [_by_clip(tensor) for tensor in tensors]
+    _guided_step_kernel[(clips * blocks,)](
+        *rows,
+        scale.contiguous(),
+        coefficients.contiguous(),
+        elements,
+        blocks,
+        *(row.stride(0) for row in rows),
+        *results,
+        WIDE=_wide(sample),
+        **chosen,
+    )
+
+
+def _launch_backward(
+    tensors: tuple[Tensor, ...],
+    scale: Tensor,
+    coefficients: Tensor,
+    grads: tuple[Tensor, Tensor],
+    results: tuple[Tensor, ...],
+) -> Tensor:
+    """Fill `results`, contiguous gradients of `tensors`.
+
+    Returns:
+        [clips, 7], gradients of the scale and of the coefficients, float32 or wider.
+    """
+    sample = tensors[0]
+    wide = torch.promote_types(sample.dtype, torch.float32)
+    clips = len(sample)
+    if sample.numel() == 0:
+        return torch.zeros(clips, 7, dtype=wide, device=sample.device)
+    elements = sample[0].numel()
+    chosen = settings("guided_step", "backward")
+    blocks = triton.cdiv(elements, chosen["BLOCK"])
+    sums = torch.empty(clips, blocks, 7, dtype=wide, device=sample.device)
+    rows = [_by_clip(tensor) for tensor in tensors]
+    grad_rows = [_by_clip(grad) for grad in grads]
+    _guided_step_backward_kernel[(clips * blocks,)](
+        *rows,
+        scale.contiguous(),
+        coefficients.contiguous(),
+        *grad_rows,
+        elements,
+        blocks,
+        *(row.stride(0) for row in (*rows, *grad_rows)),
+        *results,
+        sums,
+        WIDE=_wide(sample),
+        **chosen,
+    )
+    return sums.sum(1)
+
+
+def _by_clip(tensor: Tensor) -> Tensor:
+    """[clips, elements]; a view where each clip is contiguous, whatever lies between clips."""
+    if len(tensor) and tensor[0].is_contiguous():
+        return tensor.reshape(len(tensor), -1)
+    return tensor.contiguous().reshape(len(tensor), -1)
+
+
+def _wide(sample: Tensor) -> tl.dtype:
+    return tl.float64 if sample.dtype == torch.float64 else tl.float32
+
+
+@torch.library.custom_op("kinetiq::guided_step", mutates_args=(), device_types="cuda")
+def _guided_step(
+    sample: Tensor,
+    conditional: Tensor,
+    unconditional: Tensor,
+    former: Tensor,
+    noise: Tensor,
+    guidance_scale: Tensor,
+    coefficients: Tensor,
+) -> tuple[Tensor, Tensor]:
+    following, clean = sample.new_empty(sample.shape), sample.new_empty(sample.shape)
+    tensors = (sample, conditional, unconditional, former, noise)
+    _launch_forward(tensors, guidance_scale, coefficients, (following, clean))
+    return following, clean
+
+
+@_guided_step.register_fake
+def _(
+    sample: Tensor,
+    conditional: Tensor,
+    unconditional: Tensor,
+    former: Tensor,
+    noise: Tensor,
+    guidance_scale: Tensor,
+    coefficients: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return sample.new_empty(sample.shape), sample.new_empty(sample.shape)
+
+
+@_guided_step.register_kernel("cpu")
+def _(
+    sample: Tensor,
+    conditional: Tensor,
+    unconditional: Tensor,
+    former: Tensor,
+    noise: Tensor,
+    guidance_scale: Tensor,
+    coefficients: Tensor,
+) -> tuple[Tensor, Tensor]:
+    following, clean = guided_step_reference(
+        sample, conditional, unconditional, former, noise, guidance_scale, coefficients
+    )
+    return following.contiguous(), clean.contiguous()
+
+
+@torch.library.custom_op("kinetiq::guided_step_backward", mutates_args=(), device_types="cuda")
+def _guided_step_backward(
+    tensors: list[Tensor],
+    guidance_scale: Tensor,
+    coefficients: Tensor,
+    d_following: Tensor,
+    d_clean: Tensor,
+) -> list[Tensor]:
+    results = [tensor.new_empty(tensor.shape) for tensor in tensors]
+    grads = (d_following, d_clean)
+    sums = _launch_backward(tuple(tensors), guidance_scale, coefficients, grads, tuple(results))
+    scale_sums, coefficient_sums = sums[:, 0].clone(), sums[:, 1:].clone()
+    return [*results, scale_sums.to(guidance_scale.dtype), coefficient_sums.to(coefficients.dtype)]
+
+
+@_guided_step_backward.register_fake
+def _(
+    tensors: list[Tensor],
+    guidance_scale: Tensor,
+    coefficients: Tensor,
+    d_following: Tensor,
+    d_clean: Tensor,
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (*tensors, guidance_scale, coefficients)]
+
+
+@_guided_step_backward.register_kernel("cpu")
+def _(
+    tensors: list[Tensor],
+    guidance_scale: Tensor,
+    coefficients: Tensor,
+    d_following: Tensor,
+    d_clean: Tensor,
+) -> list[Tensor]:
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    x, wanted, other, former, noise = (tensor.to(wide) for tensor in tensors)
+    following, clean = d_following.to(wide), d_clean.to(wide)
+    spread = [1] * (x.ndim - 1)
+    scale = guidance_scale.to(wide).reshape(-1, *spread)
+    a, b, c, s, p, q = coefficients.to(wide).reshape(-1, 6, *spread).unbind(1)
+    output = b * following + q * clean
+    mixed = other + scale * (wanted - other)
+    products = [following * x, following * mixed, following * former, following * noise]
+    products += [clean * x, clean * mixed]
+    results = [
+        a * following + p * clean,
+        scale * output,
+        output - scale * output,
+        c * following,
+        s * following,
+        (output * (wanted - other)).reshape(len(x), -1).sum(1),
+        torch.stack([product.reshape(len(x), -1).sum(1) for product in products], dim=1),
+    ]
+    kinds = (*tensors, guidance_scale, coefficients)
+    return [
+        result.to(tensor.dtype).contiguous() for result, tensor in zip(results, kinds, strict=True)
+    ]
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, d_following: Tensor, d_clean: Tensor):
+    *tensors, scale, coefficients = ctx.saved_tensors
+    return tuple(_guided_step_backward(tensors, scale, coefficients, d_following, d_clean))
+
+
+_guided_step.register_autograd(_backward, setup_context=_save)
+
+
+_SHAPES = {  # clips, then the latents of one
+    "animatediff": (8, 4, 16, 64, 64),
+    "zeroscope": (8, 4, 24, 40, 72),
+    "videocrafter2": (8, 4, 16, 40, 64),
+    "embedded": (8, 4, 8, 16, 16),
+}
+
+
+def _case(shape: str, forward: bool) -> CompileCase:
+    """The launch at one production shape: float32 samples, a network's output in `dtype`."""
+
+    def launch(dtype: torch.dtype) -> None:
+        size = _SHAPES[shape]
+        empty = functools.partial(torch.empty, device="meta")
+        sample, former, noise = empty(size), empty(size), empty(size)
+        wanted, other = empty(size, dtype=dtype), empty(size, dtype=dtype)
+        tensors = (sample, wanted, other, former, noise)
+        scale, coefficients = empty(size[0]), empty(size[0], 6)
+        pair = (empty(size), empty(size))
+        if forward:
+            _launch_forward(tensors, scale, coefficients, pair)
+        else:
+            results = tuple(torch.empty_like(tensor) for tensor in tensors)
+            _launch_backward(tensors, scale, coefficients, pair, results)
+
+    return CompileCase("guided_step", shape, forward, launch)
+
+
+COMPILED = tuple(_case(shape, forward) for shape in _SHAPES for forward in (True, False))

@@ -1,0 +1,641 @@
+r"""Normalisation, attention over the frames and projection of one temporal layer, with residual.
+
+    n = LayerNorm(x) + position[f]
+    q = n Wq^T + scale bank_q[slot, f],  k likewise,  v = n Wv^T + scale bank_v[slot, f, p]
+    y = x + softmax(q k^T / sqrt(d)) v Wo^T + bias        over the frames at each position
+
+`x` is [rows, frames, tokens, channels]; weights are those of `torch.nn.Linear`, [out, in]. The
+banks hold motion embeddings that are projected already: W(n + m) = Wn + Wm. Statistics, scores,
+softmax and sums are in float32.
+
+One program owns all frames of a few positions, and does everything for them: `x` comes from
+memory once, and y goes there once; what lies between stays in the cache. The positions of a
+program share one square of scores, of which only the blocks on the diagonal are used: that
+square is small, and the matrix units want sides of 16 and more. A value that is not finite
+therefore spoils the positions beside it as well, though never another row.
+
+Rows that read other rows (`query_row`, `deviation_row`) take the separate operators.
+
+Source: Guo et al., "AnimateDiff", arXiv:2307.04725, sec. 4.2; motion embeddings, Wang et al.,
+"Motion Inversion", arXiv:2403.20193, sec. 3.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name everyone knows
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kinetiq.errors import ShapeError
+from kinetiq.kernels._compile import CompileCase
+from kinetiq.kernels._cost import Cost
+from kinetiq.kernels._launch import settings
+from kinetiq.kernels.frame_attention import frame_attention, frame_attention_reference
+from kinetiq.kernels.query_attention import split_head_dim
+
+MAX_FRAMES = 128  # all frames of a position must fit into one square of scores
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)  # that the kernel takes
+
+
+def temporal_block(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    *,
+    heads: int,
+    position: Tensor | None = None,
+    motion_slot: Tensor | None = None,
+    motion_scale: Tensor | None = None,
+    query_bank: Tensor | None = None,
+    key_bank: Tensor | None = None,
+    value_bank: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Return `x` plus one layer of self-attention over the frames of each position.
+
+    Args:
+        x: [rows, frames, tokens, channels], any strides; on a GPU at most 128 frames, in float32,
+            float16 or bfloat16.
+        norm_weight: [channels], of the layer normalisation.
+        norm_bias: [channels], likewise.
+        query_weight: [channels, channels], as in `torch.nn.Linear`.
+        key_weight: likewise.
+        value_weight: likewise.
+        out_weight: likewise, of the projection after attention.
+        out_bias: [channels].
+        heads: number of attention heads; channels = heads * d.
+        position: [at least frames, channels], added after the normalisation; None: nothing.
+        motion_slot: int64 [rows], which slot of the banks is added; 0: none.
+        motion_scale: [rows], a factor on what is added; None: 1.
+        query_bank: [slots, frames, channels], added to the queries of all positions.
+        key_bank: like `query_bank`, for the keys.
+        value_bank: [slots, frames, tokens, channels], added to the values.
+        eps: added to the variance.
+
+    Returns:
+        [rows, frames, tokens, channels], contiguous, the type of `x`.
+
+    Raises:
+        ShapeError: a shape, type or device does not match.
+    """
+    _check(x, norm_weight, norm_bias, heads, position)
+    width = x.shape[-1]
+    for name, weight in {
+        "query_weight": query_weight,
+        "key_weight": key_weight,
+        "value_weight": value_weight,
+        "out_weight": out_weight,
+    }.items():
+        _check_like(x, name, weight, [width, width])
+    _check_like(x, "out_bias", out_bias, [width])
+    _check_banks(x, motion_slot, motion_scale, query_bank, key_bank, value_bank)
+    inputs = (
+        x,
+        norm_weight,
+        norm_bias,
+        query_weight,
+        key_weight,
+        value_weight,
+        out_weight,
+        out_bias,
+        position,
+        motion_slot,
+        motion_scale,
+        query_bank,
+        key_bank,
+        value_bank,
+    )
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Here autograd records PyTorch's own operators, so that nothing is computed twice.
+        return _separate(*inputs, heads, eps)
+    y: Tensor = _temporal_block(*inputs, heads, eps)
+    return y
+
+
+def temporal_block_reference(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    *,
+    heads: int,
+    position: Tensor | None = None,
+    motion_slot: Tensor | None = None,
+    motion_scale: Tensor | None = None,
+    query_bank: Tensor | None = None,
+    key_bank: Tensor | None = None,
+    value_bank: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The definition, in PyTorch. Computes in float32 or wider, returns the type of `x`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    own = x.to(wide)
+    variance, mean = torch.var_mean(own, dim=-1, correction=0, keepdim=True)
+    normed = (own - mean) * torch.rsqrt(variance + eps)
+    normed = normed * norm_weight.to(wide) + norm_bias.to(wide)
+    if position is not None:
+        normed = normed + position[: x.shape[1], None].to(wide)
+    query, key, value = (
+        normed @ weight.to(wide).T for weight in (query_weight, key_weight, value_weight)
+    )
+    banks = [None if bank is None else bank.to(wide) for bank in (query_bank, key_bank, value_bank)]
+    attended = frame_attention_reference(
+        query,
+        key,
+        value,
+        heads=heads,
+        motion_slot=motion_slot,
+        motion_scale=motion_scale,
+        query_bank=banks[0],
+        key_bank=banks[1],
+        value_bank=banks[2],
+    )
+    return (own + attended @ out_weight.to(wide).T + out_bias.to(wide)).to(x.dtype)
+
+
+def cost(rows: int, frames: int, tokens: int, heads: int, d: int, itemsize: int) -> Cost:
+    """`x` read and y written once, the weights once; four projections and two products."""
+    width = heads * d
+    elements = rows * frames * tokens * width
+    moved = itemsize * (2 * elements + 4 * width * width + (3 + frames) * width)
+    return Cost(bytes=moved, flops=elements * (4 * 2 * width + 2 * 2 * frames))
+
+
+def _separate(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    position: Tensor | None,
+    motion_slot: Tensor | None,
+    motion_scale: Tensor | None,
+    query_bank: Tensor | None,
+    key_bank: Tensor | None,
+    value_bank: Tensor | None,
+    heads: int,
+    eps: float,
+) -> Tensor:
+    """The same by the separate operators, which have gradients."""
+    normed = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    if position is not None:
+        normed = normed + position[: x.shape[1], None].to(normed.dtype)
+    attended = frame_attention(
+        F.linear(normed, query_weight),
+        F.linear(normed, key_weight),
+        F.linear(normed, value_weight),
+        heads=heads,
+        motion_slot=motion_slot,
+        motion_scale=motion_scale,
+        query_bank=query_bank,
+        key_bank=key_bank,
+        value_bank=value_bank,
+    )
+    return (x + F.linear(attended, out_weight, out_bias)).contiguous()
+
+
+@triton.jit
+def _normed(
+    x_ptr, norm_weight_ptr, norm_bias_ptr, position_ptr, rows, frame, mean, rstd, first, mask,
+    width, x_channel, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """CHANNELS channels of what is projected, [ROWS, CHANNELS]; zero past the last one."""
+    channel = first + tl.arange(0, CHANNELS)
+    inside = channel < width
+    known = mask[:, None] & inside[None, :]
+    x = tl.load(
+        x_ptr + rows[:, None] + channel[None, :].to(tl.int64) * x_channel, mask=known, other=0.0
+    )
+    weight = tl.load(norm_weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(norm_bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    n = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+    if position_ptr is not None:
+        at = position_ptr + frame[:, None] * width + channel[None, :]
+        n += tl.load(at, mask=known, other=0.0).to(tl.float32)
+    return n.to(x_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _weights(weight_ptr, out, out_limit, first, width, CHANNELS: tl.constexpr):
+    """Transposed weights of some outputs, [CHANNELS, outputs]."""
+    channel = first + tl.arange(0, CHANNELS)
+    at = weight_ptr + out[None, :] * width + channel[:, None]
+    mask = (out < out_limit)[None, :] & (channel < width)[:, None]
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _bias(bank_ptr, slot, scale, at, mask):
+    """The row's slot of a bank; slot 0 is none, whatever the bank holds there."""
+    return scale * tl.load(bank_ptr + at, mask=mask & (slot > 0), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _temporal_block_kernel(
+    x_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    query_weight_ptr,
+    key_weight_ptr,
+    value_weight_ptr,
+    out_weight_ptr,
+    out_bias_ptr,
+    position_ptr,
+    slot_ptr,
+    scale_ptr,
+    query_bank_ptr,
+    key_bank_ptr,
+    value_bank_ptr,
+    frames,
+    tokens,
+    width,
+    heads,
+    x_row,
+    x_frame,
+    x_token,
+    x_channel,
+    blocks,
+    attended_ptr,
+    y_ptr,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    FRAMES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUT: tl.constexpr,
+):
+    """One program: all frames of TOKENS positions of one row; line t * FRAMES + f of each tile."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program // blocks
+    line = tl.arange(0, TOKENS * FRAMES)
+    frame = (line % FRAMES).to(tl.int64)
+    token = (program % blocks) * TOKENS + line // FRAMES
+    mask = (frame < frames) & (token < tokens)  # [TOKENS * FRAMES]
+    rows = row * x_row + frame * x_frame + token * x_token
+    place = ((row * frames + frame) * tokens + token) * width
+
+    total = tl.zeros([TOKENS * FRAMES], dtype=tl.float32)
+    for first in range(0, width, CHANNELS):
+        channel = first + tl.arange(0, CHANNELS).to(tl.int64)
+        known = mask[:, None] & (channel < width)[None, :]
+        at = x_ptr + rows[:, None] + channel[None, :] * x_channel
+        total += tl.sum(tl.load(at, mask=known, other=0.0).to(tl.float32), axis=1)
+    mean = total / width
+    total = tl.zeros([TOKENS * FRAMES], dtype=tl.float32)
+    for first in range(0, width, CHANNELS):
+        channel = first + tl.arange(0, CHANNELS).to(tl.int64)
+        known = mask[:, None] & (channel < width)[None, :]
+        at = x_ptr + rows[:, None] + channel[None, :] * x_channel
+        centred = tl.load(at, mask=known, other=0.0).to(tl.float32) - mean[:, None]
+        total += tl.sum(tl.where(known, centred * centred, 0.0), axis=1)
+    rstd = tl.rsqrt(total / width + EPS)
+
+    slot = 0
+    scale = 1.0
+    if slot_ptr is not None:
+        slot = tl.load(slot_ptr + row)
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + row).to(tl.float32)
+
+    kind = x_ptr.dtype.element_ty
+    usable = (line[:, None] // FRAMES == line[None, :] // FRAMES) & (frame < frames)[None, :]
+    for head in range(heads):
+        main = tl.arange(0, MAIN)
+        q = tl.zeros([TOKENS * FRAMES, MAIN], dtype=tl.float32)
+        k = tl.zeros([TOKENS * FRAMES, MAIN], dtype=tl.float32)
+        v = tl.zeros([TOKENS * FRAMES, MAIN], dtype=tl.float32)
+        out = head * D + main
+        limit = head * D + D
+        if TAIL > 0:
+            rest = head * D + MAIN + tl.arange(0, TAIL)
+            q_rest = tl.zeros([TOKENS * FRAMES, TAIL], dtype=tl.float32)
+            k_rest = tl.zeros([TOKENS * FRAMES, TAIL], dtype=tl.float32)
+            v_rest = tl.zeros([TOKENS * FRAMES, TAIL], dtype=tl.float32)
+        for first in range(0, width, CHANNELS):
+            n = _normed(
+                x_ptr, norm_weight_ptr, norm_bias_ptr, position_ptr, rows, frame, mean, rstd,
+                first, mask, width, x_channel, CHANNELS,
+            )  # fmt: skip
+            part = _weights(query_weight_ptr, out, limit, first, width, CHANNELS)
+            q = tl.dot(n, part, q, input_precision="ieee")
+            part = _weights(key_weight_ptr, out, limit, first, width, CHANNELS)
+            k = tl.dot(n, part, k, input_precision="ieee")
+            part = _weights(value_weight_ptr, out, limit, first, width, CHANNELS)
+            v = tl.dot(n, part, v, input_precision="ieee")
+            if TAIL > 0:
+                part = _weights(query_weight_ptr, rest, limit, first, width, CHANNELS)
+                q_rest = tl.dot(n, part, q_rest, input_precision="ieee")
+                part = _weights(key_weight_ptr, rest, limit, first, width, CHANNELS)
+                k_rest = tl.dot(n, part, k_rest, input_precision="ieee")
+                part = _weights(value_weight_ptr, rest, limit, first, width, CHANNELS)
+                v_rest = tl.dot(n, part, v_rest, input_precision="ieee")
+        of_frame = (slot * frames + frame) * width
+        of_token = ((slot * frames + frame) * tokens + token) * width
+        there = mask[:, None] & (out < limit)[None, :]
+        if query_bank_ptr is not None:
+            q += _bias(query_bank_ptr, slot, scale, of_frame[:, None] + out[None, :], there)
+        if key_bank_ptr is not None:
+            k += _bias(key_bank_ptr, slot, scale, of_frame[:, None] + out[None, :], there)
+        if value_bank_ptr is not None:
+            v += _bias(value_bank_ptr, slot, scale, of_token[:, None] + out[None, :], there)
+        scores = tl.dot(q.to(kind), tl.trans(k.to(kind)), input_precision="ieee")
+        if TAIL > 0:
+            more = mask[:, None] & (rest < limit)[None, :]
+            if query_bank_ptr is not None:
+                at = of_frame[:, None] + rest[None, :]
+                q_rest += _bias(query_bank_ptr, slot, scale, at, more)
+            if key_bank_ptr is not None:
+                at = of_frame[:, None] + rest[None, :]
+                k_rest += _bias(key_bank_ptr, slot, scale, at, more)
+            if value_bank_ptr is not None:
+                at = of_token[:, None] + rest[None, :]
+                v_rest += _bias(value_bank_ptr, slot, scale, at, more)
+            k_turned = tl.trans(k_rest.to(kind))
+            scores = tl.dot(q_rest.to(kind), k_turned, scores, input_precision="ieee")
+        scores = tl.where(usable, scores * (D**-0.5), float("-inf"))
+        scores = tl.exp(scores - tl.max(scores, axis=1)[:, None])
+        scores = (scores / tl.sum(scores, axis=1)[:, None]).to(kind)
+        a = tl.dot(scores, v.to(kind), input_precision="ieee").to(kind)
+        tl.store(attended_ptr + place[:, None] + out[None, :], a, mask=there)
+        if TAIL > 0:
+            a = tl.dot(scores, v_rest.to(kind), input_precision="ieee").to(kind)
+            tl.store(attended_ptr + place[:, None] + rest[None, :], a, mask=more)
+
+    tl.debug_barrier()  # what the program's other threads have stored is read from here on
+    for first_out in range(0, width, OUT):
+        out = first_out + tl.arange(0, OUT)
+        y = tl.zeros([TOKENS * FRAMES, OUT], dtype=tl.float32)
+        for first in range(0, width, CHANNELS):
+            channel = first + tl.arange(0, CHANNELS)
+            known = mask[:, None] & (channel < width)[None, :]
+            a = tl.load(attended_ptr + place[:, None] + channel[None, :], mask=known, other=0.0)
+            part = _weights(out_weight_ptr, out, width, first, width, CHANNELS)
+            y = tl.dot(a, part, y, input_precision="ieee")
+        there = mask[:, None] & (out < width)[None, :]
+        at = x_ptr + rows[:, None] + out[None, :].to(tl.int64) * x_channel
+        y += tl.load(at, mask=there, other=0.0).to(tl.float32)
+        y += tl.load(out_bias_ptr + out, mask=out < width, other=0.0).to(tl.float32)[None, :]
+        tl.store(y_ptr + place[:, None] + out[None, :], y.to(kind), mask=there)
+
+
+def _launch(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    position: Tensor | None,
+    motion_slot: Tensor | None,
+    motion_scale: Tensor | None,
+    query_bank: Tensor | None,
+    key_bank: Tensor | None,
+    value_bank: Tensor | None,
+    heads: int,
+    eps: float,
+    y: Tensor,
+) -> None:
+    """Fill `y`, contiguous like `x`; all but `x` are made contiguous."""
+    if y.numel() == 0:
+        return
+    rows, frames, tokens, width = x.shape
+    d = width // heads
+    main, tail = split_head_dim(d)
+    sizes = settings("temporal_block", f"d{main + tail}")
+    padded = triton.next_power_of_2(frames)
+    step = max(sizes.pop("ROWS") // padded, 16 // padded, 1)
+    blocks = triton.cdiv(tokens, step)
+    others = (
+        norm_weight,
+        norm_bias,
+        query_weight,
+        key_weight,
+        value_weight,
+        out_weight,
+        out_bias,
+        position,
+        motion_slot,
+        motion_scale,
+        query_bank,
+        key_bank,
+        value_bank,
+    )
+    _temporal_block_kernel[(rows * blocks,)](
+        x,
+        *(None if tensor is None else tensor.contiguous() for tensor in others),
+        frames,
+        tokens,
+        width,
+        heads,
+        *x.stride(),
+        blocks,
+        torch.empty_like(y),
+        y,
+        EPS=eps,
+        D=d,
+        MAIN=main,
+        TAIL=tail,
+        FRAMES=padded,
+        TOKENS=step,
+        **sizes,
+    )
+
+
+@torch.library.custom_op("kinetiq::temporal_block", mutates_args=(), device_types="cuda")
+def _temporal_block(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    position: Tensor | None,
+    motion_slot: Tensor | None,
+    motion_scale: Tensor | None,
+    query_bank: Tensor | None,
+    key_bank: Tensor | None,
+    value_bank: Tensor | None,
+    heads: int,
+    eps: float,
+) -> Tensor:
+    y = x.new_empty(x.shape)
+    _launch(
+        x,
+        norm_weight,
+        norm_bias,
+        query_weight,
+        key_weight,
+        value_weight,
+        out_weight,
+        out_bias,
+        position,
+        motion_slot,
+        motion_scale,
+        query_bank,
+        key_bank,
+        value_bank,
+        heads,
+        eps,
+        y,
+    )
+    return y
+
+
+@_temporal_block.register_fake
+def _(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_temporal_block.register_kernel("cpu")(_separate)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.heads, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad: Tensor):
+    # The separate operators' gradient: one kernel for all of it would have to hold every
+    # intermediate of the forward on the chip, or compute it again several times over.
+    needed = ctx.needs_input_grad[:14]
+    with torch.enable_grad():
+        tensors = [
+            tensor.detach().requires_grad_() if need else tensor
+            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        inputs: list[Any] = [*tensors, ctx.heads, ctx.eps]
+        y = _separate(*inputs)
+        wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, grad))
+    return *(next(found) if need else None for need in needed), None, None
+
+
+_temporal_block.register_autograd(_backward, setup_context=_save)
+
+
+def _check(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, heads: int, position: Tensor | None
+) -> None:
+    if x.ndim != 4 or min(x.shape[1:]) < 1 or heads < 1 or x.shape[-1] % heads:
+        raise ShapeError(
+            f"temporal_block: x must be [rows, frames, tokens, heads * d] with heads = {heads} "
+            f"and at least one frame and token, got {list(x.shape)}"
+        )
+    if x.device.type == "cuda" and (x.shape[1] > MAX_FRAMES or x.dtype not in _TYPES):
+        raise ShapeError(
+            f"temporal_block: on a GPU x must have at most {MAX_FRAMES} frames in float32, float16 "
+            f"or bfloat16, got {x.shape[1]} frames in {x.dtype}"
+        )
+    width = x.shape[-1]
+    _check_like(x, "norm_weight", norm_weight, [width])
+    _check_like(x, "norm_bias", norm_bias, [width])
+    if position is not None:
+        fits = position.ndim == 2 and position.shape[0] >= x.shape[1]
+        if not fits or position.shape[1] != width or position.device != x.device:
+            raise ShapeError(
+                f"temporal_block: position must be [{x.shape[1]} frames or more, {width}] on "
+                f"{x.device}, got {list(position.shape)} on {position.device}"
+            )
+
+
+def _check_like(x: Tensor, name: str, tensor: Tensor, shape: list[int]) -> None:
+    if list(tensor.shape) != shape or tensor.dtype != x.dtype or tensor.device != x.device:
+        raise ShapeError(
+            f"temporal_block: {name} must be {shape} in {x.dtype} on {x.device} like x, "
+            f"got {list(tensor.shape)} in {tensor.dtype} on {tensor.device}"
+        )
+
+
+def _check_banks(
+    x: Tensor,
+    motion_slot: Tensor | None,
+    motion_scale: Tensor | None,
+    query_bank: Tensor | None,
+    key_bank: Tensor | None,
+    value_bank: Tensor | None,
+) -> None:
+    rows, frames, tokens, width = x.shape
+    banks = {"query_bank": query_bank, "key_bank": key_bank, "value_bank": value_bank}
+    given = [name for name, bank in banks.items() if bank is not None]
+    if motion_slot is None:
+        if given or motion_scale is not None:
+            names = given or ["motion_scale"]
+            raise ShapeError(f"temporal_block: {names[0]} needs motion_slot, got none")
+        return
+    if list(motion_slot.shape) != [rows] or motion_slot.dtype != torch.int64:
+        raise ShapeError(
+            f"temporal_block: motion_slot must be int64 [rows = {rows}], "
+            f"got {motion_slot.dtype} {list(motion_slot.shape)}"
+        )
+    if motion_scale is not None and list(motion_scale.shape) != [rows]:
+        raise ShapeError(
+            f"temporal_block: motion_scale must be [rows = {rows}], got {list(motion_scale.shape)}"
+        )
+    for name in given:
+        bank = banks[name]
+        tail = [frames, tokens, width] if name == "value_bank" else [frames, width]
+        if bank is not None and list(bank.shape[1:]) != tail:
+            raise ShapeError(
+                f"temporal_block: {name} must be [slots, {', '.join(map(str, tail))}], "
+                f"got {list(bank.shape)}"
+            )
+    for name, tensor in {**banks, "motion_slot": motion_slot, "motion_scale": motion_scale}.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ShapeError(
+                f"temporal_block: {name} must be on {x.device} like x, got {tensor.device}"
+            )
+
+
+_SHAPES = {  # rows, frames, tokens, heads, d
+    "animatediff_64x64": (2, 16, 64 * 64, 8, 40),
+    "animatediff_32x32": (2, 16, 32 * 32, 8, 80),
+    "zeroscope_72x40": (2, 24, 72 * 40, 5, 64),
+    "zeroscope_36x20": (2, 24, 36 * 20, 10, 64),
+    "videocrafter2_64x40": (2, 16, 64 * 40, 5, 64),
+    "videocrafter2_32x20": (2, 16, 32 * 20, 10, 64),
+    "embedded_16x16": (2, 8, 16 * 16, 2, 32),
+}
+
+
+def _case(shape: str) -> CompileCase:
+    """The launch at one production shape, with a motion embedding."""
+
+    def launch(dtype: torch.dtype) -> None:
+        rows, frames, tokens, heads, d = _SHAPES[shape]
+        width = heads * d
+        empty = functools.partial(torch.empty, dtype=dtype, device="meta")
+        x = empty(rows, frames, tokens, width)
+        matrix, slots = empty(width, width), empty(rows, dtype=torch.int64)
+        inputs: list[Any] = [x, empty(width), empty(width), *[matrix] * 4, empty(width)]
+        inputs += [empty(32, width), slots, empty(rows, dtype=torch.float32)]
+        inputs += [empty(4, frames, width), empty(4, frames, width)]
+        inputs += [empty(4, frames, tokens, width), heads, 1e-5, empty(x.shape)]
+        _launch(*inputs)
+
+    _, frames, _, _, d = _SHAPES[shape]
+    padded = triton.next_power_of_2(frames) / frames * sum(split_head_dim(d)) / d
+    return CompileCase("temporal_block", shape, True, launch, padded)
+
+
+COMPILED = tuple(_case(shape) for shape in _SHAPES)

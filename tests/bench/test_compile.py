@@ -1,0 +1,262 @@
+"""The account of kernels: what is asked for, how it is counted, and a few that are compiled."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kinetiq.bench import compile as bench
+from kinetiq.bench.figures import load_targets
+from kinetiq.bench.harness import BenchOptions, Progress
+from kinetiq.errors import OutputError, RequestError, WorkError
+from kinetiq.kernels import _compile, _launch
+from kinetiq.kernels._compile import Account, CompileCase, Request, find_cases
+
+REQUEST = Request("guided_step", "embedded", True, "fp16", "sm_90")
+GOOD = Account(
+    REQUEST,
+    kernel="_k",
+    registers=40,
+    shared_bytes=1024,
+    warps=4,
+    grid=(8,),
+    occupancy=0.5,
+    dots=1,
+    matrix_instructions={"HGMMA": 2},
+)
+BACKWARD = replace(GOOD, request=replace(REQUEST, forward=False))
+
+
+def values(accounts):
+    return {name: figure.value for name, figure in bench.count(accounts).items()}
+
+
+def test_counts_what_is_wrong():
+    broken = replace(GOOD, error="PTXASError: no", spill_bytes=0, dots=1, matrix_instructions=None)
+    figures = values(
+        [
+            GOOD,
+            replace(GOOD, spill_bytes=8, registers=255),
+            replace(GOOD, matrix_instructions={}, occupancy=0.125),
+            replace(GOOD, dots=0, matrix_instructions={}, padded_work=1.2),
+            replace(BACKWARD, spill_bytes=16),
+            broken,
+            replace(broken, request=replace(REQUEST, target="gfx942")),
+            replace(GOOD, request=replace(REQUEST, target="gfx942"), spill_bytes=8),
+        ]
+    )
+    assert figures["compile.total"] == 6
+    assert figures["compile.failed"] == 1
+    assert figures["compile.forward_spills"] == 1
+    assert figures["compile.without_matrix_units"] == 1
+    assert (figures["compile.amd_total"], figures["compile.amd_failed"]) == (2, 1)
+    assert figures["compile.guided_step.forward.registers"] == 255
+    assert figures["compile.guided_step.forward.occupancy"] == 0.125
+    assert figures["compile.guided_step.forward.padded_work"] == 1.2
+    assert figures["compile.guided_step.backward.spill_bytes"] == 16
+
+
+def test_every_bound_has_a_figure():
+    bounds = {name for name in load_targets() if name.startswith("compile.")}
+    assert bounds == {
+        "compile.failed",
+        "compile.forward_spills",
+        "compile.without_matrix_units",
+    }
+    assert bounds <= set(values([GOOD]))
+
+
+def test_asks_for_every_case_type_and_target():
+    cases = find_cases()
+    asked = bench.plan(cases, quick=False)
+    assert len(asked) == len(set(asked))
+    forward = [case for case in cases if case.forward]
+    assert len(asked) == len(cases) * 2 * 6 + len(forward)
+    operators = {case.operator for case in cases}
+    assert operators >= {"frame_attention", "guided_step", "motion_feature", "query_attention"}
+    for operator in operators:
+        of_it = [case for case in cases if case.operator == operator]
+        directions = {True} if operator == "temporal_block" else {True, False}
+        assert {case.forward for case in of_it} == directions
+        for place in ("animatediff", "zeroscope", "videocrafter2", "embedded"):
+            assert any(case.shape.startswith(place) for case in of_it), (operator, place)
+    few = bench.plan(cases, quick=True)
+    assert 0 < len(few) < 40
+    assert {request.operator for request in few} == operators
+    assert set(few) < set(asked)
+
+
+def test_head_dim_40_pads_to_48_at_most():
+    found = [c for c in find_cases() if c.shape.startswith("animatediff_64x64")]
+    assert found
+    assert max(case.padded_work for case in found) <= 48 / 40 + 1e-9
+
+
+def test_measures_writes_and_tells(tmp_path, monkeypatch, capsys):
+    cases = [case for case in find_cases() if case.operator == "guided_step"]
+    monkeypatch.setattr(bench, "find_cases", lambda: cases)
+
+    def compile_apart(requests):
+        for request in requests[::-1]:
+            bad = "no | way" if request.target == "sm_86" else ""
+            yield replace(GOOD, request=request, error=bad)
+
+    monkeypatch.setattr(bench, "compile_apart", compile_apart)
+    figures = bench.measure(BenchOptions(out=tmp_path / "new"), Progress())
+    assert figures["compile.total"].value == len(cases) * 12
+    assert figures["compile.failed"].value == len(cases) * 2
+    rows = json.loads((tmp_path / "new" / "compile.json").read_text())
+    requests = bench.plan(cases, quick=False)
+    assert [Request(**row["request"]) for row in rows] == requests
+    table = (tmp_path / "new" / "compile.md").read_text().splitlines()
+    assert len(table) == 2 + len(requests)
+    assert all(line.count("|") == 12 for line in table)
+    assert "no / way" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file: must be writable"):
+        bench.measure(BenchOptions(quick=True, out=tmp_path / "file"), Progress())
+    monkeypatch.setattr(bench, "find_cases", tuple)
+    with pytest.raises(WorkError, match="operators must expose COMPILED, found none"):
+        bench.measure(BenchOptions(), Progress())
+
+
+def test_work_is_shared_and_failures_come_through(monkeypatch):
+    seen = []
+
+    def compile_apart(requests):
+        seen.append(requests)
+        for request in requests:
+            if request.shape == "bad":
+                raise WorkError("the compiling process must end with 0, got -9")
+            yield replace(GOOD, request=request)
+
+    monkeypatch.setattr(bench, "compile_apart", compile_apart)
+    requests = [
+        replace(REQUEST, target=target, element=element, shape=shape)
+        for target in _compile.NVIDIA
+        for element in bench.TYPES
+        for shape in ("a", "b")
+    ]
+    accounts = list(bench.compile_all(requests, workers=5))
+    assert {a.request for a in accounts} == set(requests) and len(accounts) == len(requests)
+    assert len(seen) == 5
+    for target in _compile.NVIDIA:  # a target and type stay in one process
+        assert sum(any(r.target == target and r.element == "fp16" for r in s) for s in seen) == 1
+    with pytest.raises(WorkError, match="got -9"):
+        list(bench.compile_all([*requests, replace(REQUEST, shape="bad")], workers=2))
+
+
+def test_compiles_in_a_process_of_its_own():
+    """The real thing, for the kernel that compiles fastest, and a case that is not there."""
+    requests = [REQUEST, replace(REQUEST, target="gfx942"), replace(REQUEST, shape="none such")]
+    ours, theirs, unknown = _compile.compile_apart(requests)
+    assert (ours.error, ours.spill_bytes, ours.dots, ours.misses_matrix_units) == ("", 0, 0, False)
+    assert 8 <= ours.registers <= 64
+    assert 0 < ours.occupancy <= 1
+    assert ours.grid[0] >= 8
+    assert theirs.request.target == "gfx942"
+    assert "must have this case" in unknown.error
+
+
+def test_says_what_is_wrong(monkeypatch):
+    with pytest.raises(RequestError, match=r"must be one of sm_80, .* got sm_1 and fp16"):
+        list(_compile.compile_apart([replace(REQUEST, target="sm_1")]))
+    monkeypatch.setattr(_compile, "_PROGRAM", "raise SystemExit('the end')")
+    with pytest.raises(WorkError, match="must end with 0, got 1: the end"):
+        list(_compile.compile_apart([REQUEST]))
+
+
+def test_a_launch_that_fails_is_an_account():
+    def nothing(dtype):
+        torch.empty(1, dtype=dtype, device="meta")
+
+    def broken(dtype):
+        raise ValueError("first line\nsecond line")
+
+    errors = {nothing: "the launch must reach a kernel, got none", broken: "ValueError: first line"}
+    for launch, error in errors.items():
+        case = CompileCase("guided_step", "embedded", True, launch)
+        assert _compile.compile_case(case, REQUEST) == [Account(REQUEST, error=error)]
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "warps", "share"),
+    [
+        ("sm_90", 32, 0, 4, 1.0),  # 16 blocks of 4 warps
+        ("sm_90", 255, 0, 8, 8 / 64),  # registers for one block
+        ("sm_90", 64, 100 * 1024, 4, 8 / 64),  # shared memory for two
+        ("sm_86", 32, 0, 1, 16 / 48),  # no more than 16 blocks
+        ("gfx942", 64, 0, 4, None),
+    ],
+)
+def test_occupancy_by_hand(target, registers, shared, warps, share):
+    assert _compile.theoretical_occupancy(target, registers, shared, warps) == share
+
+
+def test_launch_settings_follow_the_architecture(monkeypatch):
+    table = {
+        "f": {
+            "default": {"*": {"B": 1}, "d64": {"B": 2}},
+            "sm_80": {"d64": {"B": 3}},
+            "sm_86": {"*": {"B": 4}},
+            "sm_100": {"*": {"B": 5}},
+        },
+        "g": {"sm_80": {"*": {"B": 6}}},
+    }
+    monkeypatch.setattr(_launch, "_table", lambda: table)
+    _launch._settings.cache_clear()
+    wanted = {
+        ("sm_80", "d64"): 3,
+        ("sm_80", "*"): 1,
+        ("sm_86", "d64"): 4,
+        ("sm_87", "d64"): 4,  # the nearest older one of its generation
+        ("sm_90", "d64"): 2,
+        ("sm_90", "d8"): 1,
+        ("sm_103", "d8"): 5,
+        ("sm_120", "d64"): 2,
+        ("gfx942", "d64"): 2,
+        ("default", "d64"): 2,
+    }
+    for (name, key), block in wanted.items():
+        with _launch.pretend(name):
+            assert _launch.architecture() == name
+            found = _launch.settings("f", key)
+            assert found == {"B": block}, (name, key)
+            found["B"] = 99  # a caller's own copy
+            assert _launch.settings("f", key) == {"B": block}
+    with (
+        _launch.pretend("sm_90"),
+        pytest.raises(WorkError, match='"g" for "d1" or "\\*" under "sm_90" or "default"'),
+    ):
+        _launch.settings("g", "d1")
+    _launch._settings.cache_clear()
+
+
+def test_the_launch_file_is_whole():
+    """Every entry is settings by name, and each operator has what any GPU can take."""
+    for operator, targets in _launch._table().items():
+        assert "default" in targets, operator
+        for target, keys in targets.items():
+            assert target == "default" or target in _compile.SHARED_LIMITS
+            for key, entry in keys.items():
+                place = (operator, target, key)
+                assert entry and all(type(value) is int for value in entry.values()), place
+                assert entry.get("num_warps", 4) in (1, 2, 4, 8, 16), place
+
+
+@pytest.mark.slow
+def test_the_whole_grid():
+    cases = find_cases()
+    requests = bench.plan(cases, quick=False)
+    accounts = list(bench.compile_all(requests))
+    figures = values(accounts)
+    assert figures["compile.total"] >= len(cases) * 12
+    for name in ("compile.failed", "compile.forward_spills", "compile.without_matrix_units"):
+        assert figures[name] == 0, bench.render(
+            [a for a in accounts if a.error or a.spill_bytes or a.misses_matrix_units]
+        )
+    for account in accounts:
+        query = account.request.operator == "query_attention" and account.request.forward
+        if query and account.request.target == "sm_90" and account.dots:
+            assert "HGMMA" in account.matrix_instructions, account

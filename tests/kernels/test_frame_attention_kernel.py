@@ -1,0 +1,407 @@
+"""The GPU kernels of frame attention, run interpreted where there is no GPU, and their operator."""
+
+import importlib
+
+import pytest
+import torch
+from closeness import assert_as_good_as
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kinetiq as kq
+from kinetiq.kernels import _compile, frame_attention
+
+operator = importlib.import_module("kinetiq.kernels.frame_attention")  # not the function
+
+SENTINEL = 17.0
+NAMES = (
+    "query_row",
+    "query_blend",
+    "deviation_row",
+    "deviation_blend",
+    "deviation_parts",
+    "motion_slot",
+    "motion_scale",
+    "query_bank",
+    "key_bank",
+    "value_bank",
+)
+SHAPES = [  # rows, frames, tokens, heads, d
+    pytest.param((1, 1, 1, 1, 1), id="smallest"),
+    pytest.param((2, 5, 3, 3, 8), id="odd, head dim 8"),
+    pytest.param((1, 16, 3, 2, 40), id="head dim 40, in 32 + 16"),
+    pytest.param((1, 7, 2, 1, 80), id="head dim 80, in 64 + 16"),
+    pytest.param((1, 17, 1, 1, 160), id="head dim 160, all warps on one sequence"),
+    pytest.param((1, 24, 2, 1, 64), id="24 frames, head dim 64"),
+    pytest.param((1, 65, 1, 2, 16), id="one past 64 frames"),
+]
+KINDS = ["none", "query", "deviation", "deviation per token", "motion", "all"]
+
+
+def sample(shape, dtype, device, rng):
+    *size, heads, d = shape
+    make = lambda: torch.randn(*size, heads * d, generator=rng, device=device).to(dtype)
+    return make(), 2 * make(), make()
+
+
+def controls(kind, shape, dtype, device, rng):
+    """Controls of a kind, with values that the type can hold."""
+    rows, frames, tokens, heads, d = shape
+    row = torch.arange(rows, device=device).roll(1)
+    make = lambda *size: torch.rand(size, generator=rng, device=device).to(dtype)
+    chosen = dict.fromkeys(NAMES)
+    if kind in ("query", "all"):
+        chosen |= {"query_row": row, "query_blend": make(rows, frames, tokens)}
+    if kind == "deviation":
+        chosen |= {"deviation_row": row}
+    if kind in ("deviation per token", "all"):
+        chosen |= {
+            "deviation_row": torch.zeros_like(row),
+            "deviation_blend": make(rows, frames, tokens),
+            "deviation_parts": make(rows, 3),
+        }
+    if kind in ("motion", "all"):
+        chosen |= {
+            "motion_slot": torch.arange(1, rows + 1, device=device) % 3,
+            "motion_scale": make(rows),
+            "query_bank": make(3, frames, heads * d),
+            "key_bank": make(3, frames, heads * d) if kind == "all" else None,
+            "value_bank": make(3, frames, tokens, heads * d),
+        }
+    return chosen
+
+
+def widen(tensors):
+    """The same in float64, indices aside."""
+    if isinstance(tensors, dict):
+        return dict(zip(tensors, widen(tensors.values()), strict=True))
+    return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def plain(query, key, value, heads, chosen):
+    """The formula in the type of the input, by plain PyTorch."""
+    parts = operator.mix(query, key, value, **chosen)
+    q, k, v = (t.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4) for t in parts)
+    weights = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1)
+    return (weights @ v).permute(0, 3, 1, 2, 4).flatten(-2)
+
+
+def prefilled(like, count):
+    """Contiguous tensors that a kernel must fill, and the memory behind each that it must not."""
+    memory = [like.new_full((like.numel() + 64,), float("nan")) for _ in range(count)]
+    for one in memory:
+        one[like.numel() :] = SENTINEL
+    return [one[: like.numel()].view(like.shape) for one in memory], memory
+
+
+def forward(query, key, value, heads, chosen):
+    (out,), memory = prefilled(query, 1)
+    operator._launch_forward(query, key, value, tuple(chosen.values()), heads, out)
+    assert all((one[query.numel() :] == SENTINEL).all() for one in memory)
+    return out
+
+
+def backward(grad, query, key, value, heads, chosen):
+    grads, memory = prefilled(query, 3)
+    operator._launch_backward(grad, query, key, value, tuple(chosen.values()), heads, tuple(grads))
+    assert all((one[query.numel() :] == SENTINEL).all() for one in memory)
+    return grads
+
+
+def gradients(grad, query, key, value, heads, chosen):
+    """Gradients of the mixed q, k and v, by autograd of the plain formula."""
+    mixed = [t.detach().requires_grad_() for t in operator.mix(query, key, value, **chosen)]
+    out = plain(*mixed, heads, dict.fromkeys(NAMES))
+    return torch.autograd.grad(out, mixed, grad)
+
+
+def check(shape, dtype, kind, device, rng, change=lambda t: t):
+    inputs, heads = [change(t) for t in sample(shape, dtype, device, rng)], shape[-2]
+    chosen = controls(kind, shape, dtype, device, rng)
+    exact = operator.frame_attention_reference(*widen(inputs), heads=heads, **widen(chosen))
+    naive = plain(*inputs, heads, chosen)
+    assert_as_good_as(forward(*inputs, heads, chosen), naive, exact)
+    grad = torch.randn(exact.shape, generator=rng, device=device).to(dtype)
+    exact = gradients(grad.double(), *widen(inputs), heads, widen(chosen))
+    naive = gradients(grad, *inputs, heads, chosen)
+    got = backward(grad, *inputs, heads, chosen)
+    for name, *tensors in zip("qkv", got, naive, exact, strict=True):
+        assert_as_good_as(*tensors, slack=3, name=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_agrees_with_float64(shape, dtype, device, rng):
+    check(shape, dtype, "none", device, rng)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_kernel_mixes_rows_as_the_definition_does(kind, device, rng):
+    check((3, 5, 2, 2, 8), torch.float32, kind, device, rng)
+
+
+def test_kernel_mixes_tails_too(device, rng):
+    check((2, 16, 1, 1, 40), torch.float16, "all", device, rng)
+
+
+@pytest.mark.parametrize("kind", ["none", "all"])
+def test_kernel_takes_long_sequences_in_parts(kind, device, rng, monkeypatch):
+    """As it does where a head is wide; here 16 frames at a time, the last part nearly empty."""
+    chosen = {"TILE": 1, "WHOLE": 1, "ONE_TILE": 1, "ONE_WARPS": 4, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(operator, "settings", lambda *_: dict(chosen))
+    check((2, 17, 1, 1, 8), torch.float32, kind, device, rng)
+
+
+def test_kernel_reads_any_strides(device, rng):
+    def strided(tensor):
+        return (
+            torch.stack([tensor, tensor], -1)[..., 0].transpose(0, 2).contiguous().transpose(0, 2)
+        )
+
+    inputs = sample((2, 5, 3, 2, 8), torch.float32, device, rng)
+    every_second = [torch.stack([t, t], -1)[..., 0] for t in inputs]
+    assert not any(strided(t).is_contiguous() or t.is_contiguous() for t in every_second)
+    none = dict.fromkeys(NAMES)
+    wanted = forward(*inputs, 2, none)
+    assert torch.equal(forward(*every_second, 2, none), wanted)
+    assert torch.equal(forward(*(strided(t) for t in inputs), 2, none), wanted)
+    grad = inputs[0].sum(-1, keepdim=True).expand_as(inputs[0])  # a stride of 0
+    for got, same in zip(
+        backward(grad, *every_second, 2, none),
+        backward(grad.contiguous(), *inputs, 2, none),
+        strict=True,
+    ):
+        assert torch.equal(got, same)
+
+
+@pytest.mark.parametrize(
+    "gain", [0.0, 60.0, 60000.0], ids=["equal scores", "sharp", "at the limit"]
+)
+def test_kernel_survives_extreme_values(gain, device, rng):
+    """Products of float16 reach 1e9 and more, and must not pass through float16."""
+    query, key, value = sample((1, 5, 3, 1, 16), torch.float16, device, rng)
+    query, key = (gain * t.sign() for t in (query, key))
+    none = dict.fromkeys(NAMES)
+    exact = operator.frame_attention_reference(*widen((query, key, value)), heads=1)
+    wide = operator.frame_attention_reference(query, key, value, heads=1)
+    got = forward(query, key, value, 1, none)
+    assert_as_good_as(got, wide, exact)
+    if gain < 1000:  # beyond, gradients as steep as that are not in float16
+        grads = backward(value, query, key, value, 1, none)
+        assert all(grad.isfinite().all() for grad in grads)
+    if gain == 0:
+        mean = value.float().mean(1, keepdim=True).expand(value.shape).half()
+        torch.testing.assert_close(got, mean)
+        assert not grads[0].any()  # keys that are zero pull no query anywhere
+
+
+def test_slot_zero_is_not_read_and_a_full_share_is_the_default(device, rng):
+    shape = (2, 5, 3, 2, 8)
+    inputs = sample(shape, torch.float32, device, rng)
+    none = dict.fromkeys(NAMES)
+    bank = torch.full((2, 5, 16), float("nan"), device=device)
+    own = forward(*inputs, 2, none)
+    slot = torch.zeros(2, dtype=torch.int64, device=device)
+    for run in (forward, lambda *args: frame_attention(*args[:3], heads=2, **args[4])):
+        assert torch.equal(
+            run(*inputs, 2, none | {"motion_slot": slot, "query_bank": bank}).isnan(),
+            torch.zeros_like(own).bool(),
+        )
+    assert torch.equal(forward(*inputs, 2, none | {"motion_slot": slot, "key_bank": bank}), own)
+    row, ones = torch.tensor([1, 0], device=device), torch.ones(2, device=device)
+    moved = forward(*inputs, 2, none | {"deviation_row": row, "query_row": row})
+    assert not torch.equal(moved, own)
+    for share in (ones, ones[:, None, None].expand(2, 5, 3)):
+        full = {"deviation_row": row, "query_row": row, "deviation_blend": share}
+        assert torch.equal(forward(*inputs, 2, none | full), moved)
+        nothing = full | {"deviation_blend": 0 * share, "query_blend": 0 * share}
+        assert torch.equal(forward(*inputs, 2, none | nothing), own)
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 18), st.integers(1, 3), st.integers(0, 2**31))
+def test_kernel_follows_permutations_and_offsets(rows, frames, tokens, seed):
+    """Symmetries of the operator, which need no reference."""
+    rng = torch.Generator().manual_seed(seed)
+    inputs = sample((rows, frames, tokens, 1, 8), torch.float32, "cpu", rng)
+    row = torch.randint(rows, (rows,), generator=rng)
+    none = dict.fromkeys(NAMES)
+    run = lambda tensors, row=row: forward(*tensors, 1, none | {"query_row": row})
+    base = run(inputs)
+    place, time = torch.randperm(tokens, generator=rng), torch.randperm(frames, generator=rng)
+    close = lambda got, wanted: torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    close(run([t[:, :, place] for t in inputs]), base[:, :, place])
+    close(run([t[:, time] for t in inputs]), base[:, time])
+    order = torch.randperm(rows, generator=rng)
+    close(run([t[order] for t in inputs], order.argsort()[row[order]]), base[order])
+    query, key, value = inputs
+    offset = torch.randn(rows, 1, tokens, 8, generator=rng)  # adds to all scores of a query alike
+    close(run([query, key + offset, value + offset]), base + offset)
+
+
+def call(inputs, chosen, heads=2):
+    return torch.ops.kinetiq.frame_attention(*inputs, *chosen.values(), heads)
+
+
+@pytest.mark.parametrize("kind", ["none", "all"])
+def test_is_a_well_formed_operator(kind, device, rng):
+    shape = (2, 3, 2, 2, 4)
+    inputs = [t.requires_grad_() for t in sample(shape, torch.float32, device, rng)]
+    chosen = controls(kind, shape, torch.float32, device, rng)
+    arguments = (*inputs, *chosen.values(), 2)
+    torch.library.opcheck(torch.ops.kinetiq.frame_attention.default, arguments)
+    detached = [t.detach() for t in inputs]
+    arguments = (detached[0], *detached, *chosen.values(), 2)
+    torch.library.opcheck(torch.ops.kinetiq.frame_attention_backward.default, arguments)
+
+
+def test_operator_and_recorded_path_have_one_gradient(rng):
+    """Also of blends, scales and banks; and by finite differences."""
+    shape = (2, 3, 1, 2, 2)
+    inputs = sample(shape, torch.float64, "cpu", rng)
+    chosen = controls("all", shape, torch.float64, "cpu", rng)
+    names = [name for name in NAMES if chosen[name].is_floating_point()]
+    leaves = [t.requires_grad_() for t in (*inputs, *(chosen[name] for name in names))]
+
+    def of_operator(*tensors):
+        return call(tensors[:3], chosen | dict(zip(names, tensors[3:], strict=True)))
+
+    assert torch.autograd.gradcheck(of_operator, leaves, fast_mode=True)
+    grad = torch.randn(shape[0], shape[1], shape[2], 4, generator=rng, dtype=torch.float64)
+    got = torch.autograd.grad(of_operator(*leaves), leaves, grad)
+    recorded = torch.autograd.grad(frame_attention(*inputs, heads=2, **chosen), leaves, grad)
+    for one, other in zip(got, recorded, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_only_what_needs_a_gradient_has_one(rng):
+    shape = (2, 3, 1, 1, 2)
+    query, key, value = sample(shape, torch.float64, "cpu", rng)
+    chosen = controls("query", shape, torch.float64, "cpu", rng)
+    call((query, key.requires_grad_(), value), chosen, 1).sum().backward()
+    assert query.grad is None and value.grad is None
+    assert key.grad.abs().max() > 0
+
+
+class Site(torch.nn.Module):
+    def forward(self, query, key, value, row):
+        return frame_attention(query, key, value, heads=2, query_row=row)
+
+
+def test_export_keeps_one_node(rng):
+    inputs = (*sample((2, 3, 4, 2, 4), torch.float32, "cpu", rng), torch.tensor([1, 1]))
+    dims = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}
+    program = torch.export.export(
+        Site(), inputs, dynamic_shapes=(dims, dims, dims, {0: torch.export.Dim.AUTO})
+    )
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert called.count("kinetiq.frame_attention.default") == 1
+    assert not [name for name in called if name.startswith("aten") and "sym" not in name]
+    assert torch.equal(program.module()(*inputs), Site()(*inputs))
+
+
+def test_compiles_without_a_break(rng):
+    inputs = sample((2, 3, 2, 2, 4), torch.float32, "cpu", rng)
+    row = torch.tensor([1, 1])
+    compiled = torch.compile(Site(), fullgraph=True, backend="aot_eager")
+    leaves = [[t.clone().requires_grad_() for t in inputs] for _ in range(2)]
+    outs = [run(*one, row) for run, one in zip((compiled, Site()), leaves, strict=True)]
+    for one in outs:
+        one.square().sum().backward()
+    torch.testing.assert_close(*outs)
+    for one, other in zip(*leaves, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_direct_cpu_path_reads_in_place_whatever_the_size(rng):
+    """From 16 frames on, in chunks: as many sequences as fill some, and a rest."""
+    none = dict.fromkeys(NAMES)
+    for shape in ((2, 16, 300, 1, 8), (1, 40, 37, 3, 5)):
+        inputs, heads = sample(shape, torch.float32, "cpu", rng), shape[-2]
+        for change in (lambda t: t, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)):
+            tensors = [change(t) for t in inputs]
+            exact = operator.frame_attention_reference(*widen(inputs), heads=heads)
+            got = frame_attention(*tensors, heads=heads)
+            assert got.is_contiguous()
+            assert_as_good_as(got, plain(*inputs, heads, none), exact)
+
+
+def test_compiles_for_gpus_that_are_not_here():
+    """Products on the matrix units, nothing spilled, and no more shared memory than there is."""
+    requests = [
+        _compile.Request(
+            "frame_attention", "animatediff_64x64", forward=forward, element="fp16", target=target
+        )
+        for forward in (True, False)
+        for target in ("sm_80", "sm_90")
+    ]
+    accounts = list(_compile.compile_apart(requests))
+    assert [account.request for account in accounts] == requests
+    for account in accounts:
+        assert not account.error
+        assert account.spill_bytes == 0
+        assert account.dots > 0 and not account.misses_matrix_units
+        assert account.shared_bytes <= _compile.SHARED_LIMITS[account.request.target]
+        assert account.padded_work <= 48 / 40
+        assert len(account.grid) == 1  # the other axes end at 65,535
+
+
+def test_cost_counts_each_tensor_once():
+    forward_cost = operator.cost(2, 3, 5, 7, 11, itemsize=2)
+    assert forward_cost.bytes == 4 * (2 * 3 * 5 * 7 * 11) * 2
+    assert forward_cost.flops == 2 * 5 * 7 * 2 * (2 * 3 * 3 * 11)  # sequences, products, each
+    backward_cost = operator.cost(2, 3, 5, 7, 11, itemsize=2, backward=True)
+    assert backward_cost.bytes == 7 * (2 * 3 * 5 * 7 * 11) * 2
+    assert backward_cost.flops == 2.5 * forward_cost.flops
+
+
+ZEROS = torch.zeros(2, 3, 4, 6)
+ROW = torch.zeros(2, dtype=torch.int64)
+BANK = torch.zeros(5, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": ZEROS[:, :0]}, r"at least one frame and one channel, got \[2, 0, 4, 6\]"),
+        ({"motion_slot": ROW[:1], "key_bank": BANK}, r"motion_slot must be int64 \[rows = 2\]"),
+        (
+            {"motion_slot": ROW + 5, "key_bank": BANK},
+            "motion_slot must have values from 0 to 4, got 5 to 5",
+        ),
+        ({"motion_slot": ROW}, "motion_slot needs query_bank, key_bank or value_bank, got motion_"),
+        ({"query_bank": BANK}, "motion_scale and banks need motion_slot, got none"),
+        ({"motion_scale": torch.ones(2)}, "motion_scale and banks need motion_slot, got none"),
+        (
+            {"motion_slot": ROW, "key_bank": BANK, "motion_scale": torch.ones(3)},
+            r"motion_scale must be \[rows = 2\], got \[3\]",
+        ),
+        (
+            {"motion_slot": ROW, "key_bank": BANK[:, :2]},
+            r"key_bank must be \[slots, frames, heads \* d\] = \[slots, 3, 6\], got \[5, 2, 6\]",
+        ),
+        ({"motion_slot": ROW, "query_bank": BANK[:0]}, r"query_bank must be .* got \[0, 3, 6\]"),
+        (
+            {"motion_slot": ROW, "value_bank": BANK},
+            r"value_bank must be \[slots, frames, tokens, heads \* d\] = \[slots, 3, 4, 6\], got",
+        ),
+        (
+            {"motion_slot": ROW, "key_bank": BANK.half()},
+            "key_bank must be torch.float32 on cpu like query, got torch.float16 on cpu",
+        ),
+    ],
+)
+def test_says_what_is_wrong(change, message):
+    given_ = {"query": ZEROS, "key": ZEROS, "value": ZEROS, "heads": 2} | change
+    with pytest.raises(kq.ShapeError, match="^frame_attention: .*" + message):
+        frame_attention(**given_)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [torch.empty(1, 129, 1, 8), torch.empty(1, 1, 1, 257), torch.empty(1, 1, 1, 8).double()],
+    ids=["frames", "head dim", "type"],
+)
+def test_says_what_the_kernel_cannot_hold(query):
+    with pytest.raises(kq.ShapeError, match="at most 128 frames, d at most 256 and type float32"):
+        operator._check_kernel(query, 1)

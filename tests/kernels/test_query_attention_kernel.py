@@ -1,0 +1,402 @@
+"""The query attention kernels themselves, compiled on a GPU and interpreted on a CPU.
+
+Not in bfloat16, whose product the interpreter gets wrong.
+"""
+
+import importlib
+import math
+
+import pytest
+import torch
+from closeness import assert_as_good_as
+
+import kinetiq as kq
+from kinetiq.kernels import _compile, query_attention
+
+operator = importlib.import_module("kinetiq.kernels.query_attention")  # not the function
+TAIL = 64  # elements behind an output that must stay as they are
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles of 16, so that few tokens are several tiles, the last of them not full."""
+    tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+    whole = {"BLOCK": 256, "num_warps": 4}
+    choose = lambda kernel, _="*": dict(whole if "return" in kernel else tiles)
+    monkeypatch.setattr(operator, "settings", choose)
+
+
+def plain(query, key, value, blend=None, *, heads, row=None, key_rows=None, mask=None):
+    """The formula, a row at a time, in the type of the input."""
+    results = []
+    d = query.shape[-1] // heads
+    split = lambda t: t.unflatten(-1, (heads, d)).transpose(1, 2)  # [frames, heads, tokens, d]
+    for r in range(len(query)):
+        q, seen = query[r], [r]
+        if row is not None:
+            share = torch.ones((), dtype=q.dtype) if blend is None else blend[r].to(q.dtype)
+            share = share.reshape(share.shape + (1,) * (3 - share.ndim))
+            q = q + share * (query[row[r]] - q)
+        if key_rows is not None:
+            seen += [s for s in key_rows[r].tolist() if s != r]
+        k, v = (split(torch.cat([t[s] for s in seen], 1)) for t in (key, value))
+        bias = torch.zeros(key.shape[1:3], dtype=q.dtype)
+        others = [bias if mask is None else mask[s].to(q.dtype) for s in seen[1:]]
+        scores = split(q) @ k.transpose(-1, -2) / d**0.5
+        weights = (scores + torch.cat([bias, *others], 1)[:, None, None]).softmax(-1)
+        results.append((weights @ v).transpose(1, 2).flatten(-2))
+    return torch.stack(results)
+
+
+def among_nans(tensor):
+    """The same values with no stride as in a contiguous tensor, and NaN wherever else memory is."""
+    rows, frames, tokens, width = tensor.shape
+    store = tensor.new_full((tokens + 1, rows, frames, 2 * width + 3), math.nan)
+    view = store[:tokens, ..., 1 : 2 * width + 1 : 2].permute(1, 2, 0, 3)
+    view.copy_(tensor)
+    return view
+
+
+class Outputs:
+    """Tensors filled with NaN, each in front of a tail that must not be written."""
+
+    def __init__(self):
+        self._stores = []
+
+    def like(self, tensor, dtype=None):
+        return self.new(tensor.shape, dtype or tensor.dtype, tensor.device)
+
+    def new(self, shape, dtype, device):
+        size = math.prod(shape)
+        store = torch.full((size + TAIL,), math.nan, dtype=dtype, device=device)
+        store[size:] = 7
+        self._stores.append(store)
+        return store[:size].view(shape)
+
+    def assert_tails_untouched(self):
+        assert all((store[-TAIL:] == 7).all() for store in self._stores)
+
+
+def run_forward(query, key, value, blend=None, *, heads, row=None, key_rows=None, mask=None):
+    outputs = Outputs()
+    out = outputs.like(query)
+    rows, frames, tokens, _ = query.shape
+    total = outputs.new((rows, frames, heads, tokens), torch.float32, query.device)
+    operator._launch_forward(query, key, value, row, blend, key_rows, mask, heads, out, total)
+    outputs.assert_tails_untouched()
+    return out, total
+
+
+def run_backward(grad, out, total, query, key, value, blend=None, *, heads, row, key_rows, mask):
+    outputs = Outputs()
+    rows, frames, *_ = query.shape
+    shared = key.shape[1] != frames
+    chosen, dots = outputs.like(query), outputs.like(total)
+    query_grad = chosen if row is None else outputs.like(query)
+    size, kind = (rows, frames, *key.shape[2:]), torch.float32 if shared else key.dtype
+    key_grad, value_grad = (outputs.new(size, kind, key.device) for _ in range(2))
+    operator._launch_backward(
+        grad, out, total, query, key, value, row, blend, key_rows, mask, heads,
+        chosen, dots, query_grad, key_grad, value_grad,
+    )  # fmt: skip
+    outputs.assert_tails_untouched()
+    if shared:
+        key_grad, value_grad = (
+            t.sum(1, keepdim=True).to(key.dtype) for t in (key_grad, value_grad)
+        )
+    return query_grad, key_grad, value_grad
+
+
+def sample(rows, frames, key_frames, tokens, keys, heads, d, dtype, device, rng):
+    make = lambda *size: torch.randn(*size, heads * d, generator=rng, device=device).to(dtype)
+    key, value = make(rows, key_frames, keys), make(rows, key_frames, keys)
+    return make(rows, frames, tokens), 2 * key, value
+
+
+def check(inputs, blend, options, rng):
+    """Forward and backward against float64, each as good as plain PyTorch in the same type."""
+    options = {"row": None, "key_rows": None, "mask": None} | options
+    strided = [among_nans(t) for t in inputs]
+    out, total = run_forward(*strided, blend, **options)
+    grad = torch.randn(out.shape, generator=rng, device=out.device).to(out.dtype)
+    got = run_backward(grad, out, total, *strided, blend, **options)
+
+    def differentiate(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        share = None if blend is None else blend.to(dtype)
+        result = plain(*leaves, share, **options)
+        return result.detach(), torch.autograd.grad(result, leaves, grad.to(dtype))
+
+    naive, naive_grads = differentiate(out.dtype)
+    exact, exact_grads = differentiate(torch.float64)
+    assert_as_good_as(out, naive, exact)
+    for name, *three in zip("qkv", got, naive_grads, exact_grads, strict=True):
+        assert_as_good_as(*three, slack=3.0, name=f"gradient of {name}")
+    return out, total
+
+
+@pytest.mark.parametrize("d", [3, 8, 16, 40, 64, 80, 160])
+def test_kernels_agree_with_float64_at_every_head_dim(d, device, rng):
+    check(sample(1, 1, 1, 17, 21, 1, d, torch.float16, device, rng), None, {"heads": 1}, rng)
+
+
+def test_kernels_keep_heads_and_frames_apart(device, rng):
+    check(sample(1, 2, 2, 17, 5, 2, 40, torch.float32, device, rng), None, {"heads": 2}, rng)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "frames", "key_frames", "blend", "further"),
+    [
+        pytest.param(torch.float32, 1, 1, None, 0, id="row"),
+        pytest.param(torch.float16, 2, 1, "rows", 0, id="blend, shared keys"),
+        pytest.param(torch.float32, 1, 1, "tokens", 2, id="blend of tokens, further keys"),
+        pytest.param(torch.float16, 2, 1, None, 1, id="shared further keys"),
+    ],
+)
+def test_kernels_read_rows_by_index(dtype, frames, key_frames, blend, further, device, rng):
+    rows, tokens = 3, 17 if frames == 1 else 5
+    inputs = sample(rows, frames, key_frames, tokens, 16, 1, 8, dtype, device, rng)
+    sizes = {None: None, "rows": (rows,), "tokens": (rows, frames, tokens)}
+    share = None
+    if blend is not None:  # past one half and below, where the formula differs
+        share = torch.rand(sizes[blend], generator=rng, device=device).to(dtype)
+    options = {"heads": 1, "row": torch.tensor([2, 2, 1], device=device)}
+    if further:  # the row itself, twice the same, and one from each of two
+        options["key_rows"] = torch.tensor([[0, 1], [2, 2], [0, 1]], device=device)[:, :further]
+        mask = torch.randn(rows, key_frames, 16, generator=rng, device=device)
+        mask[:, :, ::3] = -math.inf
+        mask[1] = -math.inf  # nobody sees any of this row
+        options["mask"] = mask
+    check(inputs, share, options, rng)
+
+
+def test_the_total_is_the_logarithm_of_the_sum_of_exponentials(device, rng):
+    query, key, value = sample(1, 1, 1, 5, 21, 1, 8, torch.float32, device, rng)
+    _, total = run_forward(query, key, value, heads=1)
+    scores = query.double() @ key.double().transpose(-1, -2) / 8**0.5
+    exact = scores.logsumexp(-1)[:, :, None]
+    torch.testing.assert_close(total.double() * math.log(2), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["beyond float16", "all equal", "others masked out"])
+def test_kernels_bear_extreme_values(case, device, rng):
+    query, key, value = sample(2, 1, 1, 5, 20, 1, 8, torch.float16, device, rng)
+    options = {}
+    if case == "beyond float16":  # scores up to 1e10; the largest takes it all
+        query, key = (t.clamp(-3, 3) * 2e4 for t in (query, key))
+        value = value.sign() * 65504
+    elif case == "all equal":
+        key = key[:, :, :1].expand_as(key)
+    else:
+        options["key_rows"] = torch.tensor([[1], [0]], device=device)
+        options["mask"] = torch.full((2, 1, 20), -math.inf, device=device)
+    out, _ = run_forward(query, key, value, heads=1, **options)
+    exact = plain(*(t.double() for t in (query, key, value)), heads=1)
+    assert_as_good_as(out, exact.half(), exact)
+
+
+def test_a_row_that_lists_itself_or_is_masked_out_sees_its_own_keys_alone(device, rng):
+    inputs = sample(2, 1, 1, 5, 20, 1, 8, torch.float32, device, rng)
+    own, _ = run_forward(*inputs, heads=1)
+    itself = torch.tensor([[0], [1]], device=device)
+    assert torch.equal(run_forward(*inputs, heads=1, key_rows=itself)[0], own)
+    hidden = torch.full((2, 1, 20), -math.inf, device=device)
+    other = itself.flip(0)
+    assert torch.equal(run_forward(*inputs, heads=1, key_rows=other, mask=hidden)[0], own)
+    assert not torch.equal(run_forward(*inputs, heads=1, key_rows=other)[0], own)
+    torch.testing.assert_close(query_attention(*inputs, heads=1, key_rows=itself), own)
+
+
+def test_kernels_gather_exactly_at_the_ends_of_a_blend(device, rng):
+    inputs = sample(2, 1, 1, 5, 7, 1, 8, torch.float16, device, rng)
+    row = torch.tensor([1, 0], device=device)
+    shares = torch.tensor([1.0, 0.0], device=device)
+    blended, _ = run_forward(*inputs, shares.half(), heads=1, row=row)
+    gathered, _ = run_forward(*inputs, heads=1, row=row)
+    own, _ = run_forward(*inputs, heads=1)
+    assert torch.equal(blended[0], gathered[0])
+    assert torch.equal(blended[1], own[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "key_frames"), [(5, 2), (5, 1), (130, 2)])
+def test_operator_with_further_keys_agrees_with_float64(tokens, key_frames, dtype, device, rng):
+    inputs = sample(3, 2, key_frames, tokens, tokens, 2, 8, dtype, device, rng)
+    key_rows = torch.tensor([[0, 1], [2, 2], [1, 0]], device=device)
+    mask = torch.randn(3, key_frames, tokens, generator=rng, device=device)
+    mask[:, :, 1::2] = -math.inf
+    run = lambda f, t: f(*t, heads=2, key_rows=key_rows, key_log_mask=mask)
+    own = {"heads": 2, "key_rows": key_rows, "mask": mask.to(dtype)}
+    naive, exact = plain(*inputs, **own), plain(*(t.double() for t in inputs), **own)
+    got = run(query_attention, inputs)
+    assert got.dtype == dtype and got.is_contiguous()
+    slack = 4.0 if dtype == torch.float32 else 2.0  # the fused kernel of PyTorch: see its own test
+    assert_as_good_as(got, naive, exact, slack=slack)
+    wide = torch.promote_types(dtype, torch.float32)
+    reference = run(operator.query_attention_reference, [t.to(wide) for t in inputs])
+    assert_as_good_as(reference.to(dtype), naive, exact, slack=slack, name="reference")
+
+
+def arguments(device, rng, dtype=torch.float32):
+    """Positional arguments of the operator with everything that it can be given."""
+    inputs = sample(2, 2, 2, 3, 4, 1, 2, dtype, device, rng)
+    row, key_rows = torch.tensor([1, 1], device=device), torch.tensor([[1], [0]], device=device)
+    blend = torch.rand(2, 2, 3, generator=rng, device=device).to(dtype)
+    mask = torch.randn(2, 2, 4, generator=rng, device=device)
+    trained = [t.requires_grad_() for t in (*inputs, blend)]
+    return *trained[:3], row, trained[3], key_rows, mask, 1
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_is_a_well_formed_operator(everything, device, rng):
+    given = arguments(device, rng)
+    if not everything:
+        given = (*given[:3], None, None, None, None, 1)
+    torch.library.opcheck(torch.ops.kinetiq.query_attention.default, given)
+
+
+def test_gradient_of_the_operator(device, rng):
+    if device == "cuda":
+        pytest.skip("the kernel computes in float32; finite differences need float64")
+    query, key, value, row, blend, key_rows, mask, heads = arguments(device, rng, torch.float64)
+
+    def run(query, key, value, blend):
+        return torch.ops.kinetiq.query_attention(
+            query, key, value, row, blend, key_rows, mask, heads
+        )
+
+    def public(query, key, value, blend):
+        return query_attention(
+            query, key, value, heads=heads, query_row=row, query_blend=blend,
+            key_rows=key_rows, key_log_mask=mask,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(run, (query, key, value, blend))
+    assert torch.autograd.gradcheck(public, (query, key, value, blend))
+
+
+@pytest.fixture
+def training(device):
+    """The operator for training; on a CPU its kernels are interpreted, as they are nowhere else."""
+    if device == "cpu":
+        for op in (operator._query_attention_training, operator._query_attention_backward):
+            op.register_kernel("cpu")(op._init_fn)
+    return torch.ops.kinetiq.query_attention_training
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_gradient_of_the_operator_for_training(frames, training, device, rng):
+    """Queries, blend and keys, which the frames share if there are two."""
+    query, key, value = sample(2, frames, 1, 5, 7, 1, 8, torch.float32, device, rng)
+    row, further = torch.tensor([1, 0], device=device), torch.tensor([[1], [1]], device=device)
+    size = (2,) if frames == 1 else (2, frames, 5)
+    blend = torch.rand(size, generator=rng, device=device)
+    mask = torch.randn(2, 1, 7, generator=rng, device=device)
+    direction = torch.randn(query.shape, generator=rng, device=device)
+
+    def gradients(function, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (query, key, value, blend)]
+        return torch.autograd.grad((function(*leaves) * direction.to(dtype)).sum(), leaves)
+
+    formula = lambda *t: plain(*t, heads=1, row=row, key_rows=further, mask=mask)
+    kernels = lambda q, k, v, b: training(q, k, v, row, b, further, mask, 1)[0]
+    got = gradients(kernels, torch.float32)
+    naive, exact = gradients(formula, torch.float32), gradients(formula, torch.float64)
+    for name, *three in zip(("q", "k", "v", "blend"), got, naive, exact, strict=True):
+        assert_as_good_as(*three, slack=3.0, name=name)
+
+
+def test_is_a_well_formed_operator_for_training(training, device, rng):
+    given = sample(1, 1, 1, 3, 4, 1, 8, torch.float32, device, rng)
+    given = *(t.requires_grad_() for t in given), None, None, None, None, 1
+    torch.library.opcheck(training.default, given)
+
+
+class Site(torch.nn.Module):
+    def forward(self, query, key, value, row):
+        return query_attention(query, key, value, heads=2, query_row=row)
+
+
+def test_export_keeps_one_node(device, rng):
+    inputs = sample(2, 2, 2, 6, 6, 2, 8, torch.float32, device, rng)
+    row = torch.tensor([1, 1], device=device)
+    rows, tokens = torch.export.Dim("rows", min=2, max=9), torch.export.Dim("tokens", min=2)
+    sizes = {0: rows, 2: tokens}
+    program = torch.export.export(
+        Site(), (*inputs, row), dynamic_shapes=(sizes, sizes, sizes, {0: rows})
+    )
+    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.kinetiq.query_attention.default]
+    other = sample(3, 2, 2, 9, 9, 2, 8, torch.float32, device, rng)
+    row = torch.tensor([2, 0, 1], device=device)
+    torch.testing.assert_close(program.module()(*other, row), Site()(*other, row))
+
+
+def test_compiles_into_one_graph_with_its_gradient(device, rng):
+    inputs = sample(2, 1, 1, 5, 5, 2, 8, torch.float32, device, rng)
+    row = torch.tensor([1, 1], device=device)
+    compiled = torch.compile(Site(), fullgraph=True, backend="aot_eager")
+
+    def gradients(module):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        out = module(*leaves, row)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
+
+    for got, expected in zip(gradients(compiled), gradients(Site()), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key_rows": torch.zeros(2, dtype=torch.int64)}, r"key_rows must be int64 \[rows = 2, n\], got torch.int64 \[2\]"),
+        ({"key_rows": torch.zeros(2, 1)}, "key_rows must be int64 .* got torch.float32"),
+        ({"key_rows": torch.tensor([[0], [2]])}, "key_rows must have values from 0 to 1, got 0 to 2"),
+        ({"query_row": torch.tensor([-1, 1])}, "query_row must have values from 0 to 1, got -1 to 1"),
+        ({"key_log_mask": torch.zeros(2, 1, 3)}, "key_log_mask needs key_rows, got key_log_mask alone"),
+        (
+            {"key_rows": torch.zeros(2, 1, dtype=torch.int64), "key_log_mask": torch.zeros(2, 3)},
+            r"key_log_mask must be floating \[rows, frames, keys\] = \[2, 1, 3\] .* got torch.float32 \[2, 3\]",
+        ),
+        ({"query": torch.zeros(2, 0, 3, 4)}, r"must have elements, got \[2, 0, 3, 4\] and \[2, 1, 3, 4\]"),
+    ],
+)  # fmt: skip
+def test_says_what_is_wrong(change, message):
+    zeros = torch.zeros(2, 1, 3, 4)
+    given = {"query": zeros, "key": zeros, "value": zeros, "heads": 2} | change
+    with pytest.raises(kq.ShapeError, match="^query_attention: .*" + message):
+        query_attention(**given)
+
+
+@pytest.mark.parametrize(
+    ("d", "main", "tail"),
+    [(1, 16, 0), (16, 16, 0), (17, 32, 0), (40, 32, 16), (64, 64, 0), (72, 64, 16), (80, 64, 16),
+     (96, 64, 32), (112, 128, 0), (160, 128, 32), (192, 128, 64), (256, 256, 0)],
+)  # fmt: skip
+def test_head_dims_are_split_where_that_pads_less(d, main, tail):
+    assert operator.split_head_dim(d) == (main, tail)
+
+
+def test_cost_counts_each_tensor_once():
+    forward = operator.cost((2, 3, 5, 8), (2, 1, 7, 8), itemsize=2)
+    assert forward.bytes == 2 * (2 * 240 + 2 * 112)
+    assert forward.flops == 4 * 240 * 7
+    more = operator.cost((2, 3, 5, 8), (2, 1, 7, 8), 2, further_rows=2, backward=True)
+    assert more.bytes == 2 * forward.bytes
+    assert more.flops == 2.5 * 3 * forward.flops
+
+
+def test_kernel_fits_the_targets():
+    requests = [
+        _compile.Request("query_attention", "animatediff_64x64", True, "fp16", target)
+        for target in ("sm_80", "sm_90")
+    ]
+    for account in _compile.compile_apart(requests):
+        target = account.request.target
+        assert not account.error
+        assert account.spill_bytes == 0
+        assert account.dots == 4 and not account.misses_matrix_units
+        assert account.shared_bytes <= _compile.SHARED_LIMITS[target]
+        assert account.padded_work == 48 / 40
+        if target == "sm_90":
+            assert "HGMMA" in account.matrix_instructions
