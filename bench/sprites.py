@@ -25,11 +25,14 @@ def figure(interval: Interval) -> Figure:
 
 
 def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
-    """Generate from prompts that name everything; read back what the clips show."""
+    """Generate from prompts that name everything; read back what the clips show.
+
+    In bfloat16, which halves the time on a CPU.
+    """
     half = 16 if options.quick else 128
     captions = prompt_captions(half, held_out=False, seed=options.seed)
     captions += prompt_captions(half, held_out=True, seed=options.seed)
-    with Engine.load("sprites", device=options.device) as engine:
+    with Engine.load("sprites", device=options.device, dtype="bfloat16") as engine:
         readings, seconds = _generate(engine, captions, progress)
     figures = {f"sprites.{name}": figure(v) for name, v in _accuracies(readings, captions).items()}
     held_out = _accuracies(readings[half:], captions[half:])

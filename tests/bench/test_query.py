@@ -61,20 +61,22 @@ def test_measures_every_curve_at_every_tenth(settings, tmp_path):
             assert figures[name].value == pytest.approx(tenth / 10)
     for variant in query.PARTS:
         assert f"{variant.name}.identity_leak" in figures
-    assert {(count, steps) for _, count, steps, _ in settings} == {
-        (16, query.CURVE_STEPS),
-        (64, None),
-    }
+    assert {count for _, count, _, _ in settings} == {query.CURVE_PAIRS_ON_CPU, 64}
+    assert {steps for _, _, steps, _ in settings} == {query.STEPS}
     assert (tmp_path / "query.png").stat().st_size > 10_000
 
 
-def test_the_best_query_is_judged_on_pairs_that_did_not_choose_it(settings):
+def test_the_best_setting_is_judged_on_pairs_that_did_not_choose_it(settings):
     figures = query.measure(BenchOptions(), Progress())
     assert figures["query.motion_fidelity"].value == 0.5  # where u - u*u is largest
+    assert figures["injection.motion_fidelity"].value == 0.5
     assert figures["query.paper_fidelity"].value == pytest.approx(0.4)
-    assert figures["injection.motion_fidelity"].value == 1.0
-    chosen, others = settings[-1], settings[:-1]
-    assert all(chosen[3] != scene for _, _, _, scene in others)
+    assert figures["query.plain_fidelity"].value == 0.0
+    assert figures["query.spatial.until_05.headline_fidelity"].value == 0.5
+    assert figures["injection.qkv.until_05.headline_fidelity"].value == 0.5
+    scenes = [scene for _, _, _, scene in settings]
+    assert scenes[-1] == scenes[-2]
+    assert scenes[-1] not in scenes[:-2]
 
 
 def test_quick_is_small(settings):
