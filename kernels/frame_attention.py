@@ -31,14 +31,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
 from kinetiq.kernels._compile import CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import settings
+from kinetiq.kernels._triton import tl, triton
 from kinetiq.kernels.query_attention import (
     check_blend,
     check_kind,

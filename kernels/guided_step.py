@@ -19,14 +19,13 @@ are in `kinetiq.sampler`.
 import functools
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
 from kinetiq.kernels._compile import CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import settings
+from kinetiq.kernels._triton import tl, triton
 
 
 def guided_step(

@@ -20,14 +20,13 @@ import functools
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
 from kinetiq.kernels._compile import CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import settings
+from kinetiq.kernels._triton import tl, triton
 
 _PROGRAMS = 1024  # that keep any GPU busy; long regions are split until there are as many
 

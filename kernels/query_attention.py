@@ -26,14 +26,13 @@ import math
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
 from kinetiq.kernels._compile import CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import settings
+from kinetiq.kernels._triton import tl, triton
 
 MAX_HEAD_DIM = 256  # on a GPU: a tile of queries and its sums must fit in registers
 KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -25,14 +25,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
 from kinetiq.kernels._compile import CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import settings
+from kinetiq.kernels._triton import tl, triton
 from kinetiq.kernels.frame_attention import frame_attention, frame_attention_reference
 from kinetiq.kernels.query_attention import split_head_dim
 
