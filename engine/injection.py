@@ -57,7 +57,9 @@ def _freeze_region(value: Any) -> Any:
     try:
         mask = np.array(value, dtype=np.float32)
     except (TypeError, ValueError) as error:
-        raise RequestError(f"region: must be an array of numbers from 0 to 1: {error}") from error
+        raise RequestError(
+            f"region: must be an array of numbers, got {type(value).__name__}: {error}"
+        ) from error
     mask.flags.writeable = False
     return mask
 

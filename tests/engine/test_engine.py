@@ -205,6 +205,7 @@ def test_every_stage_has_its_range_in_the_profiler(engine, clip, monkeypatch):
         "spatial attention",
         "cross attention",
         "temporal transformer",
+        "temporal attention",
         "sampler",
         "decode",
     }
