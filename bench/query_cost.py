@@ -177,9 +177,9 @@ def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
     large = torch.device(options.device).type == "cuda"
     full = full_size_loop(options.device, *((16, 64) if large else (8, 16)))
     # On a CPU one loop of the full-size network takes a minute, and four targets take four.
-    often = {"repeats": 9, "warmup": 1} if large else {"repeats": 1, "warmup": 0}
+    repeats, warmup = (9, 1) if large else (1, 0)
     for name, call, baseline in progress.track(_cases(full)[:3], "full size"):
-        ratio = time_ratio(call, baseline, device=options.device, **often)
+        ratio = time_ratio(call, baseline, repeats=repeats, warmup=warmup, device=options.device)
         figures[f"query_cost.full_size.{name}"] = ratio.figure
     del full
     figures |= _memory(options.device, progress)
