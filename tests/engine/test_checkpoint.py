@@ -74,7 +74,9 @@ def denoise(unet: Any, *, per_frame_text: bool) -> torch.Tensor:
         return unet(latents, torch.tensor([400]), text).sample
 
 
-# ---- what loads --------------------------------------------------------------------------------
+def assert_same(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal but for the last bits: with several threads they depend on how weights lie in memory."""
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def test_loads_what_the_animatediff_pipeline_loads(pristine: Path):
@@ -95,9 +97,7 @@ def test_loads_what_the_animatediff_pipeline_loads(pristine: Path):
     assert torch.equal(again.alphas_cumprod, stock.scheduler.alphas_cumprod)
     written = json.loads((pristine / "scheduler/scheduler_config.json").read_text())
     assert got.scheduler_config == written
-    assert torch.equal(
-        denoise(got.unet, per_frame_text=True), denoise(stock.unet, per_frame_text=True)
-    )
+    assert_same(denoise(got.unet, per_frame_text=True), denoise(stock.unet, per_frame_text=True))
 
 
 def test_loads_what_the_text_to_video_pipeline_loads(pristine_unet3d: Path):
@@ -108,9 +108,7 @@ def test_loads_what_the_text_to_video_pipeline_loads(pristine_unet3d: Path):
         TextToVideoSDPipeline.from_pretrained(pristine_unet3d),
     )
     assert (got.family, got.scheduler) == ("unet3d", "DPMSolverMultistepScheduler")
-    assert torch.equal(
-        denoise(got.unet, per_frame_text=False), denoise(stock.unet, per_frame_text=False)
-    )
+    assert_same(denoise(got.unet, per_frame_text=False), denoise(stock.unet, per_frame_text=False))
 
 
 def test_puts_an_adapter_into_an_image_model_as_the_pipeline_does(
@@ -124,9 +122,7 @@ def test_puts_an_adapter_into_an_image_model_as_the_pipeline_does(
         base, motion_adapter=MotionAdapter.from_pretrained(adapter)
     )
     assert got.family == "animatediff"
-    assert torch.equal(
-        denoise(got.unet, per_frame_text=True), denoise(stock.unet, per_frame_text=True)
-    )
+    assert_same(denoise(got.unet, per_frame_text=True), denoise(stock.unet, per_frame_text=True))
 
 
 def test_reads_a_pipeline_saved_with_its_adapter_beside(
@@ -142,9 +138,7 @@ def test_reads_a_pipeline_saved_with_its_adapter_beside(
     index = json.loads((tmp_path / "saved/model_index.json").read_text())
     assert (index["unet"][1], index["motion_adapter"][1]) == ("UNetMotionModel", "MotionAdapter")
     got = load_checkpoint(tmp_path / "saved")
-    assert torch.equal(
-        denoise(got.unet, per_frame_text=True), denoise(stock.unet, per_frame_text=True)
-    )
+    assert_same(denoise(got.unet, per_frame_text=True), denoise(stock.unet, per_frame_text=True))
 
 
 def test_a_pickled_adapter_is_converted_where_it_lies(
@@ -177,9 +171,10 @@ def test_uses_the_adapter_that_lies_in_the_folder_unless_another_is_named(
     other = tmp_path / "other"
     tiny.tiny_adapter(seed=5).save_pretrained(other)
     wanted = denoise(load_checkpoint(base, motion_adapter=adapter).unet, per_frame_text=True)
-    assert torch.equal(denoise(load_checkpoint(whole).unet, per_frame_text=True), wanted)
+    assert_same(denoise(load_checkpoint(whole).unet, per_frame_text=True), wanted)
     named = load_checkpoint(whole, motion_adapter=other)
-    assert not torch.equal(denoise(named.unet, per_frame_text=True), wanted)
+    other = denoise(named.unet, per_frame_text=True)
+    assert (other - wanted).abs().max() > 0.01 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "bf16", torch.bfloat16, "float64"])
@@ -254,10 +249,7 @@ def test_weights_outlive_their_files(folder: Path):
     for file in folder.glob("*/*.safetensors"):
         with file.open("r+b") as stream:
             stream.write(b"\xff" * file.stat().st_size)
-    assert torch.equal(denoise(got.unet, per_frame_text=True), wanted)
-
-
-# ---- fingerprint -------------------------------------------------------------------------------
+    assert_same(denoise(got.unet, per_frame_text=True), wanted)
 
 
 def test_the_fingerprint_knows_the_content_and_not_the_place(folder: Path, pristine: Path):
@@ -287,9 +279,6 @@ def test_the_fingerprint_of_a_large_file_reads_its_header_and_spread_blocks(tmp_
     assert fingerprint_files([file]) != wanted
     save_file({"weight": values}, file)
     assert fingerprint_files([file]) == wanted
-
-
-# ---- options -----------------------------------------------------------------------------------
 
 
 def test_says_which_options_have_no_meaning(pristine: Path, monkeypatch: pytest.MonkeyPatch):
@@ -339,9 +328,6 @@ def test_says_that_a_device_is_full(pristine: Path, monkeypatch: pytest.MonkeyPa
         WorkError, match=r"device 'cpu' must have room for the UNetMotionModel of tiny"
     ):
         load_checkpoint(pristine)
-
-
-# ---- sources -----------------------------------------------------------------------------------
 
 
 def test_says_what_a_source_must_be(pristine: Path, tmp_path: Path):
@@ -458,9 +444,6 @@ def test_a_download_shows_no_bar_when_nobody_watches(
         load_checkpoint("owner/name")
         assert not are_progress_bars_disabled()
     assert seen == [False, True]
-
-
-# ---- folders that are wrong --------------------------------------------------------------------
 
 
 def test_says_which_denoisers_are_supported(folder: Path, base_and_adapter: tuple[Path, Path]):
