@@ -332,6 +332,13 @@ def train() -> None:
 )
 @click.option("--vae-steps", type=click.IntRange(1), default=2_500, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
+@click.option(
+    "--frame-share",
+    type=click.FloatRange(0.0, 1.0),
+    default=0.5,
+    show_default=True,
+    help="Share of the steps that learn from single frames.",
+)
 @click.option("--learning-rate", type=float, default=6e-4, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; PyTorch's own by default.")
@@ -341,6 +348,13 @@ def train() -> None:
     help="A finished checkpoint to start from; 'sprites' is the embedded one.",
 )
 @click.option("--save-every", type=click.IntRange(1), default=250, show_default=True)
+@click.option(
+    "--shards",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Parts of a batch that run side by side on a CPU, one thread each.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 def train_sprites(
     out: Path,
@@ -348,11 +362,13 @@ def train_sprites(
     decay_steps: int,
     vae_steps: int,
     batch: int,
+    frame_share: float,
     learning_rate: float,
     seed: int,
     threads: int | None,
     start_from: Path | None,
     save_every: int,
+    shards: int,
     device: str,
 ) -> None:
     """Train the embedded sprites model."""
@@ -374,16 +390,19 @@ def train_sprites(
         decay_steps=decay_steps,
         vae_steps=vae_steps,
         batch=batch,
+        frame_share=frame_share,
         learning_rate=learning_rate,
         seed=seed,
         save_every=save_every,
+        shards=shards,
         device=str(resolve_device(device)),
     )
 
     def report(line: training.TrainingStep) -> None:
-        click.echo(
-            f"{line.stage} {line.step}: loss {line.loss:.4f}, {line.seconds:.0f} s", err=True
-        )
+        losses = {"loss": line.loss, "loss of single frames": line.frame_loss}
+        said = [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
+        told = ", ".join([*said, f"{line.seconds:.0f} s"])
+        click.echo(f"{line.stage} {line.step}: {told}", err=True)
 
     with nullcontext() if threads is None else training.threads(threads):
         folder = training.train(out, options, start_from=start_from, report=report)

@@ -13,7 +13,9 @@ import torch
 
 from kinetiq.sprites.world import COLOURS, MOTION_PHRASES, SHAPES, TEXTURES
 
+PLACING_BLOCK = "down_blocks.2.resnets.0"  # at 4x4 tokens: padding tells each where it is
 DRAWING_BLOCK = "up_blocks.2.resnets.1"  # the last one: it draws what attention has decided
+ORDINARY_BLOCKS = (PLACING_BLOCK, DRAWING_BLOCK)
 SIZE = 32  # pixels
 FRAMES = 8
 MAX_TOKENS = 24
@@ -143,7 +145,7 @@ def build_unet() -> Any:
     """The denoiser with random weights, off-centre taps of its ResNet kernels at zero.
 
     The network leaves spatial mixing to attention, so that attention has work to do. Only
-    `DRAWING_BLOCK` has ordinary kernels. Training keeps the zeros, since the denoiser runs such
+    `ORDINARY_BLOCKS` have ordinary kernels. Training keeps the zeros, since the denoiser runs such
     kernels by their centres (`kinetiq.convolution`), which alone have gradients then.
     """
     from diffusers import UNetMotionModel
@@ -151,12 +153,27 @@ def build_unet() -> Any:
     unet = UNetMotionModel(**UNET)
     with torch.no_grad():
         for name, block in unet.named_modules():
-            if _RESNET.search(name) and name != DRAWING_BLOCK:
+            if _RESNET.search(name) and name not in ORDINARY_BLOCKS:
                 for convolution in (block.conv1, block.conv2):
                     centre = convolution.weight[:, :, 1, 1] * 3.0  # a ninth of the fan-in
                     convolution.weight.zero_()
                     convolution.weight[:, :, 1, 1] = centre
     return unet
+
+
+def open_ordinary_kernels(unet: Any) -> None:
+    """Let off-centre taps that an earlier checkpoint kept at zero learn from now on.
+
+    Taps that are all zero are read as taps that are to stay so, hence values too small to matter.
+    """
+    for name in ORDINARY_BLOCKS:
+        block = unet.get_submodule(name)
+        for convolution in (block.conv1, block.conv2):
+            weight = convolution.weight.detach()
+            off_centre = torch.ones(3, 3, dtype=torch.bool)
+            off_centre[1, 1] = False
+            if not weight[:, :, off_centre].any():
+                weight[:, :, off_centre] = 1e-5 * torch.randn_like(weight[:, :, off_centre])
 
 
 def build_scheduler() -> Any:

@@ -1,9 +1,10 @@
 """Train the embedded model: first its VAE on single frames, then text encoder and denoiser.
 
-The denoiser learns v-prediction (Salimans & Ho, arXiv:2202.00512, sec. 4) on latents of clips
-that are rendered afresh at every step, so it never sees a clip twice. The learning rate warms up,
-stays, and falls linearly to zero over the last `decay_steps`; what is shipped is an exponential
-moving average of the weights.
+The denoiser learns v-prediction (Salimans & Ho, arXiv:2202.00512, sec. 4) on latents that are
+rendered afresh at every step, so it never sees a clip twice. A step sees clips, or as many single
+frames as the clips have in all: frames teach what words look like with a scene and a caption each,
+where a clip spends all its frames on one. The learning rate warms up, stays, and falls linearly to
+zero over the last `decay_steps`; what is shipped is an exponential moving average of the weights.
 
 The state is saved every `save_every` steps under a temporary name and renamed, so a run that is
 killed at any moment continues from its last save, and the last save is never half written.
@@ -15,6 +16,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ _STATE = "state.safetensors"
 _PROGRESS = "state.json"
 _LOG = "log.jsonl"
 _OPTIONS = "options.json"
-_MAY_CHANGE = ("steps", "decay_steps", "save_every", "device")  # when a run is continued
+_MAY_CHANGE = ("steps", "decay_steps", "save_every", "shards", "device")  # when a run is continued
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class TrainingOptions:
     Args:
         steps: optimiser steps of the denoiser in all.
         vae_steps: optimiser steps of the VAE.
-        batch: clips a step.
+        batch: clips a step; a step of single frames sees `FRAMES` times as many.
+        frame_share: share of the steps that see single frames.
         learning_rate: of AdamW, at its height.
         warmup_steps: steps over which the rate rises from zero.
         decay_steps: steps at the end over which the rate falls to zero.
@@ -50,12 +53,15 @@ class TrainingOptions:
         caption_dropout: share of captions replaced by "" for classifier-free guidance.
         seed: of weights, scenes, captions and noise.
         save_every: steps between saves.
+        shards: parts of a batch whose gradients are computed side by side, one CPU thread each;
+            1 leaves the threads to PyTorch.
         device: where the networks are trained, "cpu", "cuda" or "cuda:<index>".
     """
 
     steps: int = 20_000
     vae_steps: int = 2_500
     batch: int = 8
+    frame_share: float = 0.5
     learning_rate: float = 6e-4
     warmup_steps: int = 300
     decay_steps: int = 3_000
@@ -63,17 +69,19 @@ class TrainingOptions:
     caption_dropout: float = 0.1
     seed: int = 0
     save_every: int = 250
+    shards: int = 1
     device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """One line of the log."""
+    """One line of the log: mean losses since the last one, None where no step was of that kind."""
 
     stage: str
     step: int
-    loss: float
+    loss: float | None
     seconds: float
+    frame_loss: float | None = None
 
 
 def train(
@@ -108,6 +116,7 @@ def train(
     if start_from is not None:
         _load_finished(start_from / "text_encoder", text_encoder)
         _load_finished(start_from / "unet", unet)
+        components.open_ordinary_kernels(unet)
     learner = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(options.device)
     average = _train_denoiser(out, learner, vae, scaling_factor, tokenizer, options, report)
     return export_checkpoint(out, average, learner, vae, scaling_factor, tokenizer)
@@ -246,55 +255,106 @@ def _train_denoiser(
     report: Callable[[TrainingStep], None],
 ) -> dict[str, Tensor]:
     """Train `learner` in place; return the moving average of its weights."""
+    parameters = list(learner.parameters())
     optimizer = torch.optim.AdamW(
-        learner.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+        parameters, lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     average = {name: value.detach().clone() for name, value in learner.state_dict().items()}
     first, spent = _load_state(out, learner, optimizer, average)
-    device = torch.device(options.device)
-    alphas_cumprod = components.build_scheduler().alphas_cumprod.to(device)
     denoiser = EagerDenoiser(learner["unet"], keep_zero_taps=True).attach()
+    compute = _Gradients(denoiser, learner["text_encoder"], parameters, options)
     began = time.monotonic()
-    losses: list[float] = []
+    losses: dict[bool, list[float]] = {False: [], True: []}  # by: is the step of single frames?
     for step in range(first, options.steps):
-        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
         rng = np.random.default_rng([options.seed, step])
-        clean, captions = _clips(rng, vae, scaling_factor, options)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        stratum = torch.arange(options.batch) + torch.rand(options.batch, generator=generator)
-        timesteps = (stratum / options.batch * len(alphas_cumprod)).long().to(device)
-        noised, velocity = velocity_pair(clean, noise, timesteps, alphas_cumprod)
+        of_frames = bool(rng.uniform() < options.frame_share)
+        sample = _frames if of_frames else _clips
+        clean, captions = sample(rng, vae, scaling_factor, options)
         tokens = tokenizer(
             captions,
             padding="max_length",
             max_length=components.MAX_TOKENS,
             truncation=True,
             return_tensors="pt",
-        ).input_ids.to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            guess = denoiser.predict(noised, timesteps, learner["text_encoder"](tokens)[0])
-        loss = (guess.float() - velocity).square().mean()
+        ).input_ids.to(clean.device)
+        loss, gradients = compute(clean, tokens, step)
         _require_finite(loss, "denoiser", step)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * learning_rate_share(step, options)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
         decay = min(options.ema_decay, (step + 1) / (step + 10))
         with torch.no_grad():
             for name, value in learner.state_dict().items():
                 if value.is_floating_point():
                     average[name].lerp_(value, 1 - decay)
-        losses.append(loss.item())
+        losses[of_frames].append(loss.item())
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             seconds = spent + time.monotonic() - began
-            line = TrainingStep("denoiser", step + 1, float(np.mean(losses)), seconds)
-            losses.clear()
+            clips, frames = (float(np.mean(kind)) if kind else None for kind in losses.values())
+            line = TrainingStep("denoiser", step + 1, clips, seconds, frames)
+            losses = {False: [], True: []}
             _save_state(out, learner, optimizer, average, line)
             report(line)
     denoiser.detach()
     return average
+
+
+class _Gradients:
+    """The loss of a batch and its gradients, part by part and side by side."""
+
+    def __init__(
+        self,
+        denoiser: EagerDenoiser,
+        text_encoder: nn.Module,
+        parameters: list[nn.Parameter],
+        options: TrainingOptions,
+    ) -> None:
+        self._denoiser = denoiser
+        self._text_encoder = text_encoder
+        self._parameters = parameters
+        self._options = options
+        self._alphas_cumprod = components.build_scheduler().alphas_cumprod.to(options.device)
+
+    def __call__(self, clean: Tensor, tokens: Tensor, step: int) -> tuple[Tensor, list[Any]]:
+        """Noise the clean latents [n, channels, frames, h, w] and learn from all of them."""
+        generator = torch.Generator().manual_seed(self._options.seed * 1_000_003 + step)
+        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        count = len(clean)
+        stratum = torch.arange(count) + torch.rand(count, generator=generator)
+        timesteps = (stratum / count * len(self._alphas_cumprod)).long()
+        timesteps = timesteps[torch.randperm(count, generator=generator)].to(clean.device)
+        noised, velocity = velocity_pair(clean, noise, timesteps, self._alphas_cumprod)
+        batch = (noised, velocity, timesteps, tokens)
+        shards = min(self._options.shards, count)
+        if shards == 1:
+            return self._learn(*batch)
+        parts = zip(*(tensor.tensor_split(shards) for tensor in batch), strict=True)
+        with ThreadPoolExecutor(shards, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            learnt = list(pool.map(lambda part: self._learn(*part), parts))
+        shares = [len(part) / count for part in clean.tensor_split(shards)]
+        loss = sum(share * part[0] for share, part in zip(shares, learnt, strict=True))
+        columns = zip(*(part[1] for part in learnt), strict=True)
+        return loss, [_weighted_sum(shares, column) for column in columns]
+
+    def _learn(
+        self, noised: Tensor, velocity: Tensor, timesteps: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, list[Any]]:
+        # A cache of casts would be shared by the threads, and each weight is cast once anyway.
+        with torch.autocast(noised.device.type, torch.bfloat16, cache_enabled=False):
+            guess = self._denoiser.predict(noised, timesteps, self._text_encoder(tokens)[0])
+        loss = (guess.float() - velocity).square().mean()
+        gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        return loss.detach(), list(gradients)
+
+
+def _weighted_sum(shares: list[float], gradients: tuple[Any, ...]) -> Any:
+    """The gradients of the parts as one; None where the parameter is not used."""
+    if gradients[0] is None:
+        return None
+    return sum(share * gradient for share, gradient in zip(shares, gradients, strict=True))
 
 
 def _single_frames(rng: np.random.Generator, count: int) -> Tensor:
@@ -314,10 +374,30 @@ def _clips(
         "" if rng.uniform() < options.caption_dropout else world.sample_caption(rng, scene).text
         for scene in scenes
     ]
-    clips = world.render(scenes, components.FRAMES, components.SIZE)
+    latents = _encode(world.render(scenes, components.FRAMES, components.SIZE), vae, scaling_factor)
+    return latents, captions
+
+
+@torch.no_grad()
+def _frames(
+    rng: np.random.Generator, vae: Any, scaling_factor: float, options: TrainingOptions
+) -> tuple[Tensor, list[str]]:
+    """Scaled latents [batch * FRAMES, channels, 1, h, w] of as many scenes; no word on motion."""
+    scenes = [world.sample_scene(rng) for _ in range(options.batch * components.FRAMES)]
+    captions = [
+        ""
+        if rng.uniform() < options.caption_dropout
+        else world.sample_caption(rng, scene).without_motion().text
+        for scene in scenes
+    ]
+    return _encode(world.render(scenes, 1, components.SIZE), vae, scaling_factor), captions
+
+
+def _encode(clips: Tensor, vae: Any, scaling_factor: float) -> Tensor:
+    """Latents [n, channels, frames, h, w] of clips in [0, 1], [n, frames, size, size, 3]."""
     frames = (clips.flatten(0, 1).permute(0, 3, 1, 2) * 2 - 1).to(vae.device)
-    latents = vae.encode(frames).latent_dist.mode() * scaling_factor
-    return latents.unflatten(0, (options.batch, components.FRAMES)).transpose(1, 2), captions
+    latents: Tensor = vae.encode(frames).latent_dist.mode() * scaling_factor
+    return latents.unflatten(0, clips.shape[:2]).transpose(1, 2)
 
 
 def _require_finite(loss: Tensor, stage: str, step: int) -> None:

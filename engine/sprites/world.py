@@ -12,7 +12,7 @@ import colorsys
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -143,6 +143,11 @@ class Caption:
         if self.background is not None:
             text += f" on a dark {self.background} background"
         return text
+
+    def without_motion(self) -> "Caption":
+        """The caption of a single frame: the same, but no word on how anything moves."""
+        still = tuple(replace(mention, motion=None) for mention in self.mentions)
+        return replace(self, mentions=still)
 
 
 def colour_name(hue: float, tolerance: float = NAMED_HUE_RANGE) -> str | None:

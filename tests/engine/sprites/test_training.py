@@ -41,18 +41,18 @@ def test_a_run_makes_a_checkpoint_that_the_engine_and_the_stock_pipeline_load(tm
     assert out.frames.shape == (1, 8, 32, 32, 3)
 
 
-def test_off_centre_taps_of_the_resnet_kernels_stay_zero_but_where_it_draws(tmp_path):
+def test_off_centre_taps_of_the_resnet_kernels_stay_zero_but_where_it_places_and_draws(tmp_path):
     tensors = weights(training.train(tmp_path / "run", OPTIONS))
     centre = torch.zeros(3, 3, dtype=torch.bool)
     centre[1, 1] = True
-    drawing = 0
+    ordinary = 0
     for name, kernel in tensors.items():
         if ".resnets." in name and name.endswith(("conv1.weight", "conv2.weight")):
             assert kernel[:, :, 1, 1].any()
-            draws = name.startswith(components.DRAWING_BLOCK)
-            assert bool(kernel[:, :, ~centre].any()) is draws
-            drawing += draws
-    assert drawing == 2
+            is_ordinary = name.startswith(components.ORDINARY_BLOCKS)
+            assert bool(kernel[:, :, ~centre].any()) is is_ordinary
+            ordinary += is_ordinary
+    assert ordinary == 4
 
 
 def test_a_killed_run_continues_to_the_same_weights(tmp_path):
