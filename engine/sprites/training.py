@@ -262,13 +262,13 @@ def _train_denoiser(
     average = {name: value.detach().clone() for name, value in learner.state_dict().items()}
     first, spent = _load_state(out, learner, optimizer, average)
     denoiser = EagerDenoiser(learner["unet"], keep_zero_taps=True).attach()
-    compute = _Gradients(denoiser, learner["text_encoder"], parameters, options)
+    compute = Gradients(denoiser, learner["text_encoder"], parameters, options)
     began = time.monotonic()
     losses: dict[bool, list[float]] = {False: [], True: []}  # by: is the step of single frames?
     for step in range(first, options.steps):
         rng = np.random.default_rng([options.seed, step])
         of_frames = bool(rng.uniform() < options.frame_share)
-        sample = _frames if of_frames else _clips
+        sample = sample_frames if of_frames else sample_clips
         clean, captions = sample(rng, vae, scaling_factor, options)
         tokens = tokenizer(
             captions,
@@ -302,7 +302,7 @@ def _train_denoiser(
     return average
 
 
-class _Gradients:
+class Gradients:
     """The loss of a batch and its gradients, part by part and side by side."""
 
     def __init__(
@@ -335,9 +335,9 @@ class _Gradients:
         with ThreadPoolExecutor(shards, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             learnt = list(pool.map(lambda part: self._learn(*part), parts))
         shares = [len(part) / count for part in clean.tensor_split(shards)]
-        loss = sum(share * part[0] for share, part in zip(shares, learnt, strict=True))
-        columns = zip(*(part[1] for part in learnt), strict=True)
-        return loss, [_weighted_sum(shares, column) for column in columns]
+        columns = zip(*([loss, *gradients] for loss, gradients in learnt), strict=True)
+        loss, *gradients = [_weighted_sum(shares, column) for column in columns]
+        return loss, gradients
 
     def _learn(
         self, noised: Tensor, velocity: Tensor, timesteps: Tensor, tokens: Tensor
@@ -350,11 +350,11 @@ class _Gradients:
         return loss.detach(), list(gradients)
 
 
-def _weighted_sum(shares: list[float], gradients: tuple[Any, ...]) -> Any:
-    """The gradients of the parts as one; None where the parameter is not used."""
-    if gradients[0] is None:
+def _weighted_sum(shares: list[float], parts: tuple[Any, ...]) -> Any:
+    """What the parts computed as one; None where a parameter is not used."""
+    if parts[0] is None:
         return None
-    return sum(share * gradient for share, gradient in zip(shares, gradients, strict=True))
+    return sum(share * part for share, part in zip(shares, parts, strict=True))
 
 
 def _single_frames(rng: np.random.Generator, count: int) -> Tensor:
@@ -365,7 +365,7 @@ def _single_frames(rng: np.random.Generator, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _clips(
+def sample_clips(
     rng: np.random.Generator, vae: Any, scaling_factor: float, options: TrainingOptions
 ) -> tuple[Tensor, list[str]]:
     """Scaled latents [batch, channels, frames, h, w] and captions, some of them empty."""
@@ -379,7 +379,7 @@ def _clips(
 
 
 @torch.no_grad()
-def _frames(
+def sample_frames(
     rng: np.random.Generator, vae: Any, scaling_factor: float, options: TrainingOptions
 ) -> tuple[Tensor, list[str]]:
     """Scaled latents [batch * FRAMES, channels, 1, h, w] of as many scenes; no word on motion."""
@@ -396,8 +396,8 @@ def _frames(
 def _encode(clips: Tensor, vae: Any, scaling_factor: float) -> Tensor:
     """Latents [n, channels, frames, h, w] of clips in [0, 1], [n, frames, size, size, 3]."""
     frames = (clips.flatten(0, 1).permute(0, 3, 1, 2) * 2 - 1).to(vae.device)
-    latents: Tensor = vae.encode(frames).latent_dist.mode() * scaling_factor
-    return latents.unflatten(0, clips.shape[:2]).transpose(1, 2)
+    latents: Tensor = vae.encode(frames).latent_dist.mode().unflatten(0, clips.shape[:2])
+    return latents.transpose(1, 2) * scaling_factor
 
 
 def _require_finite(loss: Tensor, stage: str, step: int) -> None:

@@ -561,6 +561,7 @@ class TestTrain:
             *("train", "sprites", "--out", "run", "--steps", "30", "--decay-steps", "5"),
             *("--vae-steps", "6", "--batch", "2", "--learning-rate", "0.001", "--seed", "4"),
             *("--save-every", "9", "--threads", str(threads + 1), "--start-from", "sprites"),
+            *("--frame-share", "0.25", "--shards", "2"),
         )
         assert (result.exit_code, result.stdout) == (0, "run/checkpoint\n")
         assert result.stderr == "denoiser 7: loss 0.5000, 3 s\n"
@@ -569,9 +570,11 @@ class TestTrain:
             decay_steps=5,
             vae_steps=6,
             batch=2,
+            frame_share=0.25,
             learning_rate=0.001,
             seed=4,
             save_every=9,
+            shards=2,
             device="cpu",
         )
         assert trained == {

@@ -1,12 +1,15 @@
+import contextlib
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 import kinetiq as kq
-from kinetiq.sprites import components, training
+from kinetiq.denoiser import EagerDenoiser
+from kinetiq.sprites import components, training, world
 
 OPTIONS = training.TrainingOptions(steps=2, vae_steps=2, batch=2, save_every=1, warmup_steps=1)
 
@@ -77,6 +80,64 @@ def test_a_killed_run_continues_to_the_same_weights(tmp_path):
     assert [line["step"] for line in log] == [1, 2]
 
 
+@pytest.mark.parametrize("frames", [1, components.FRAMES])
+def test_parts_of_a_batch_side_by_side_learn_what_the_whole_learns(frames, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    torch.manual_seed(0)
+    unet, text_encoder = components.build_unet(), components.build_text_encoder(300, 299)
+    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    denoiser = EagerDenoiser(unet, keep_zero_taps=True).attach()
+    clean, tokens = torch.randn(3, 4, frames, 16, 16), torch.randint(0, 300, (3, 24))
+    (loss, whole), (loss_of_parts, parts) = (
+        training.Gradients(
+            denoiser, text_encoder, parameters, dataclasses.replace(OPTIONS, shards=shards)
+        )(clean, tokens, step=5)
+        for shards in (1, 2)  # two is of two clips and of one
+    )
+    torch.testing.assert_close(loss_of_parts, loss)
+    for mine, expected in zip(parts, whole, strict=True):
+        assert (mine is None) == (expected is None)
+        if expected is not None:
+            assert (mine - expected).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1e-4)
+
+
+def test_single_frames_are_as_many_as_the_clips_have_and_say_nothing_of_motion():
+    vae = components.build_vae()
+    rng = np.random.default_rng(3)
+    words = {word for phrase in world.MOTION_PHRASES.values() for word in phrase.split()}
+    clean, captions = training.sample_frames(rng, vae, 0.5, OPTIONS)
+    assert clean.shape == (OPTIONS.batch * components.FRAMES, 4, 1, 16, 16)
+    assert len(set(captions)) > OPTIONS.batch  # a scene each
+    assert not words & {word for caption in captions for word in caption.split()}
+    clean, captions = training.sample_clips(rng, vae, 0.5, OPTIONS)
+    assert clean.shape == (OPTIONS.batch, 4, components.FRAMES, 16, 16)
+    assert len(captions) == OPTIONS.batch
+
+
+def test_the_log_tells_the_losses_of_clips_and_of_frames_apart(tmp_path):
+    lines = []
+    options = dataclasses.replace(OPTIONS, steps=6, save_every=2)
+    training.train(tmp_path / "run", options, report=lines.append)
+    kinds = [
+        bool(np.random.default_rng([OPTIONS.seed, step]).uniform() < options.frame_share)
+        for step in range(6)
+    ]
+    told = [line for line in lines if line.stage == "denoiser"]
+    for line, pair in zip(told, zip(kinds[::2], kinds[1::2], strict=True), strict=True):
+        assert (line.frame_loss is not None, line.loss is not None) == (any(pair), not all(pair))
+
+
+def test_kernels_that_were_kept_at_zero_learn_once_their_block_is_ordinary(tmp_path, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(components, "ORDINARY_BLOCKS", (components.DRAWING_BLOCK,))
+        folder = training.train(tmp_path / "first", OPTIONS)
+    name = components.PLACING_BLOCK + ".conv1.weight"
+    assert not weights(folder)[name][:, :, 0, 0].any()
+    fast = dataclasses.replace(OPTIONS, decay_steps=1)
+    again = training.train(tmp_path / "second", fast, start_from=folder)
+    assert weights(again)[name][:, :, 0, 0].abs().max() > 1e-4
+
+
 def test_a_run_starts_from_a_finished_checkpoint_alone(tmp_path):
     folder = training.train(tmp_path / "first", OPTIONS)
     still = dataclasses.replace(OPTIONS, learning_rate=0.0)  # what is trained stays as it was
@@ -112,7 +173,14 @@ def test_another_configuration_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 9}, {"batch": 3}, {"learning_rate": 0.5}, {"caption_dropout": 0.2}]
+    "change",
+    [
+        {"seed": 9},
+        {"batch": 3},
+        {"learning_rate": 0.5},
+        {"caption_dropout": 0.2},
+        {"frame_share": 0.9},
+    ],
 )
 def test_a_run_is_continued_with_its_own_options_alone(tmp_path, change):
     training.train(tmp_path / "run", OPTIONS)
