@@ -373,6 +373,7 @@ def train_sprites(
 ) -> None:
     """Train the embedded sprites model."""
     from kinetiq.checkpoint import embedded_folder, resolve_device
+    from kinetiq.progress import progress_bars, say_above_bar
     from kinetiq.sprites import training
 
     if not 0.0 < learning_rate <= 1.0:  # as it is for NaN
@@ -402,10 +403,15 @@ def train_sprites(
         losses = {"loss": line.loss, "loss of single frames": line.frame_loss}
         said = [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
         told = ", ".join([*said, f"{line.seconds:.0f} s"])
-        click.echo(f"{line.stage} {line.step}: {told}", err=True)
+        say_above_bar(f"{line.stage} {line.step}: {told}")
 
-    with nullcontext() if threads is None else training.threads(threads):
-        folder = training.train(out, options, start_from=start_from, report=report)
+    with (
+        nullcontext() if threads is None else training.threads(threads),
+        progress_bars() as progress,
+    ):
+        folder = training.train(
+            out, options, start_from=start_from, report=report, progress=progress
+        )
     click.echo(click.format_filename(folder))
 
 

@@ -35,6 +35,13 @@ def progress_bars() -> Iterator[Progress]:
         click.echo("\r" + " " * shown + "\r", nl=False, err=True)
 
 
+def say_above_bar(line: str) -> None:
+    """Write a line to standard error over the bar that may stand there; it is drawn again."""
+    if sys.stderr.isatty():
+        line = "\r" + line.ljust(shutil.get_terminal_size().columns - 1)
+    click.echo(line, err=True)
+
+
 def draw_bar(stage: str, done: int, total: int, columns: int) -> str:
     """One line that fits a terminal of so many columns, a narrow one without the bar."""
     label, count = f"{stage:<9} ", f" {done}/{total}"

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from kinetiq.denoiser import EagerDenoiser
 from kinetiq.errors import CheckpointError, OutputError, TrainingError
 from kinetiq.files import write_text
+from kinetiq.generation import Progress, no_progress
 from kinetiq.sprites import components, world
 
 _STATE = "state.safetensors"
@@ -84,17 +85,22 @@ class TrainingStep:
     frame_loss: float | None = None
 
 
+Report = Callable[[TrainingStep], None]
+
+
 def train(
     out: Path,
     options: TrainingOptions,
     *,
     start_from: Path | None = None,
-    report: Callable[[TrainingStep], None] = lambda _: None,
+    report: Report = lambda _: None,
+    progress: Progress = no_progress,
 ) -> Path:
     """Train into `out` and return the folder of the finished diffusers checkpoint.
 
     A folder that holds an interrupted run of the same configuration continues it. `start_from`
-    names a finished checkpoint to start from with a fresh optimiser.
+    names a finished checkpoint to start from with a fresh optimiser. `report` is told of each save,
+    `progress` of each step.
 
     Raises:
         OutputError: `out` cannot be written.
@@ -110,7 +116,7 @@ def train(
         raise OutputError(f"train: {out} must be a folder that can be written: {error}") from error
     torch.manual_seed(options.seed)
     tokenizer = components.build_tokenizer(out / "tokenizer")
-    vae, scaling_factor = _train_vae(out / "vae", options, start_from, report)
+    vae, scaling_factor = _train_vae(out / "vae", options, start_from, report, progress)
     text_encoder = components.build_text_encoder(len(tokenizer), tokenizer.eos_token_id)
     unet = components.build_unet()
     if start_from is not None:
@@ -118,7 +124,9 @@ def train(
         _load_finished(start_from / "unet", unet)
         components.open_ordinary_kernels(unet)
     learner = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(options.device)
-    average = _train_denoiser(out, learner, vae, scaling_factor, tokenizer, options, report)
+    average = _train_denoiser(
+        out, learner, vae, scaling_factor, tokenizer, options, report, progress
+    )
     return export_checkpoint(out, average, learner, vae, scaling_factor, tokenizer)
 
 
@@ -201,7 +209,8 @@ def _train_vae(
     folder: Path,
     options: TrainingOptions,
     start_from: Path | None,
-    report: Callable[[TrainingStep], None],
+    report: Report,
+    progress: Progress,
 ) -> tuple[Any, float]:
     """The VAE and its scaling factor, trained once and kept in `folder`."""
     from diffusers import AutoencoderKL
@@ -233,6 +242,7 @@ def _train_vae(
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
+        progress("vae", step + 1, options.vae_steps)
         if step % 50 == 49:
             report(TrainingStep("vae", step + 1, loss.item(), time.monotonic() - began))
     vae.requires_grad_(False).eval()
@@ -252,7 +262,8 @@ def _train_denoiser(
     scaling_factor: float,
     tokenizer: Any,
     options: TrainingOptions,
-    report: Callable[[TrainingStep], None],
+    report: Report,
+    progress: Progress,
 ) -> dict[str, Tensor]:
     """Train `learner` in place; return the moving average of its weights."""
     parameters = list(learner.parameters())
@@ -291,6 +302,7 @@ def _train_denoiser(
                 if value.is_floating_point():
                     average[name].lerp_(value, 1 - decay)
         losses[of_frames].append(loss.item())
+        progress("denoiser", step + 1, options.steps)
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             seconds = spent + time.monotonic() - began
             clips, frames = (float(np.mean(kind)) if kind else None for kind in losses.values())

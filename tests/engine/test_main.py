@@ -546,10 +546,12 @@ class TestTrain:
         """What `training.train` was asked, instead of training."""
         asked = {}
 
-        def train(out, options, *, start_from, report):
+        def train(out, options, *, start_from, report, progress):
             asked.update(out=out, options=options, start_from=start_from)
             asked["threads"] = torch.get_num_threads()
             report(training.TrainingStep("denoiser", 7, 0.5, 3.2))
+            report(training.TrainingStep("denoiser", 9, None, 4.1, frame_loss=0.25))
+            progress("denoiser", 9, 30)  # not drawn: there is no terminal
             return out / "checkpoint"
 
         monkeypatch.setattr(training, "train", train)
@@ -564,7 +566,9 @@ class TestTrain:
             *("--frame-share", "0.25", "--shards", "2"),
         )
         assert (result.exit_code, result.stdout) == (0, "run/checkpoint\n")
-        assert result.stderr == "denoiser 7: loss 0.5000, 3 s\n"
+        assert result.stderr == (
+            "denoiser 7: loss 0.5000, 3 s\ndenoiser 9: loss of single frames 0.2500, 4 s\n"
+        )
         assert trained.pop("options") == training.TrainingOptions(
             steps=30,
             decay_steps=5,

@@ -3,7 +3,7 @@ from contextlib import redirect_stderr
 
 import pytest
 
-from kinetiq.progress import draw_bar, progress_bars
+from kinetiq.progress import draw_bar, progress_bars, say_above_bar
 
 
 class Terminal(io.StringIO):
@@ -50,6 +50,21 @@ def test_silent_where_standard_error_is_no_terminal(capsys):
     with progress_bars() as progress:
         progress("denoising", 1, 2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_line_takes_the_place_of_the_bar_that_is_drawn_again_below():
+    with redirect_stderr(Terminal()) as terminal, progress_bars() as progress:
+        progress("denoiser", 1, 2)
+        say_above_bar("step 1: loss 0.5")
+        progress("denoiser", 2, 2)
+        above, below = terminal.getvalue().split("\n")
+        assert seen(above).rstrip() == "step 1: loss 0.5"
+        assert seen(below).rstrip() == f"denoiser  [{'#' * 30}] 2/2"
+
+
+def test_a_line_goes_as_it_is_where_there_is_no_terminal(capsys):
+    say_above_bar("step 1: loss 0.5")
+    assert capsys.readouterr() == ("", "step 1: loss 0.5\n")
 
 
 @pytest.mark.parametrize("columns", [1, 12, 19, 20, 40, 200])
