@@ -339,6 +339,13 @@ def train() -> None:
     show_default=True,
     help="Share of the steps that learn from single frames.",
 )
+@click.option(
+    "--noise-shift",
+    type=click.FloatRange(1.0, 10.0),
+    default=1.0,
+    show_default=True,
+    help="How far training leans to noisy timesteps; 1 is uniform.",
+)
 @click.option("--learning-rate", type=float, default=6e-4, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; PyTorch's own by default.")
@@ -363,6 +370,7 @@ def train_sprites(
     vae_steps: int,
     batch: int,
     frame_share: float,
+    noise_shift: float,
     learning_rate: float,
     seed: int,
     threads: int | None,
@@ -392,6 +400,7 @@ def train_sprites(
         vae_steps=vae_steps,
         batch=batch,
         frame_share=frame_share,
+        noise_shift=noise_shift,
         learning_rate=learning_rate,
         seed=seed,
         save_every=save_every,

@@ -47,6 +47,8 @@ class TrainingOptions:
         vae_steps: optimiser steps of the VAE.
         batch: clips a step; a step of single frames sees `FRAMES` times as many.
         frame_share: share of the steps that see single frames.
+        noise_shift: how far training leans to noisy timesteps, s in t = s u / (1 + (s - 1) u) with
+            u uniform (Esser et al., arXiv:2403.03206, sec. 5.3.2); 1 is uniform.
         learning_rate: of AdamW, at its height.
         warmup_steps: steps over which the rate rises from zero.
         decay_steps: steps at the end over which the rate falls to zero.
@@ -63,6 +65,7 @@ class TrainingOptions:
     vae_steps: int = 2_500
     batch: int = 8
     frame_share: float = 0.5
+    noise_shift: float = 1.0
     learning_rate: float = 6e-4
     warmup_steps: int = 300
     decay_steps: int = 3_000
@@ -181,6 +184,11 @@ def velocity_pair(
     return signal * clean + spread * noise, signal * noise - spread * clean
 
 
+def shift_noise(share: Tensor, shift: float) -> Tensor:
+    """Shares of the schedule in [0, 1), moved towards its noisy end: s u / (1 + (s - 1) u)."""
+    return shift * share / (1 + (shift - 1) * share)
+
+
 def learning_rate_share(step: int, options: TrainingOptions) -> float:
     """The share of the full learning rate at `step` (counted from 0)."""
     rising = (step + 1) / max(options.warmup_steps, 1)
@@ -268,7 +276,7 @@ def _train_denoiser(
     """Train `learner` in place; return the moving average of its weights."""
     parameters = list(learner.parameters())
     optimizer = torch.optim.AdamW(
-        parameters, lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        parameters, lr=options.learning_rate, weight_decay=0.01, fused=True
     )
     average = {name: value.detach().clone() for name, value in learner.state_dict().items()}
     first, spent = _load_state(out, learner, optimizer, average)
@@ -336,7 +344,9 @@ class Gradients:
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
         count = len(clean)
         stratum = torch.arange(count) + torch.rand(count, generator=generator)
-        timesteps = (stratum / count * len(self._alphas_cumprod)).long()
+        share = shift_noise(stratum / count, self._options.noise_shift)
+        last = len(self._alphas_cumprod) - 1
+        timesteps = (share * (last + 1)).long().clamp(max=last)  # a share may round to 1
         timesteps = timesteps[torch.randperm(count, generator=generator)].to(clean.device)
         noised, velocity = velocity_pair(clean, noise, timesteps, self._alphas_cumprod)
         batch = (noised, velocity, timesteps, tokens)

@@ -239,16 +239,16 @@ def sample_scene(rng: np.random.Generator, two_share: float = 0.15) -> Scene:
 
 
 def sample_caption(rng: np.random.Generator, scene: Scene) -> Caption:
-    """A true caption of `scene` that leaves each attribute out half of the time or so."""
+    """A true caption of `scene` that often leaves each attribute out."""
     mentions = []
     for sprite in scene.sprites:
         colour = colour_name(sprite.hue)
         mentions.append(
             Mention(
-                shape=sprite.shape if rng.uniform() < 0.75 else None,
+                shape=sprite.shape if rng.uniform() < 0.8 else None,
                 colour=colour if rng.uniform() < 0.6 else None,
                 texture=sprite.texture if rng.uniform() < 0.4 else None,
-                motion=sprite.path.motion if rng.uniform() < 0.5 else None,
+                motion=sprite.path.motion if rng.uniform() < 0.7 else None,
             )
         )
     background = colour_name(scene.background_hue) if rng.uniform() < 0.6 else None

@@ -563,7 +563,7 @@ class TestTrain:
             *("train", "sprites", "--out", "run", "--steps", "30", "--decay-steps", "5"),
             *("--vae-steps", "6", "--batch", "2", "--learning-rate", "0.001", "--seed", "4"),
             *("--save-every", "9", "--threads", str(threads + 1), "--start-from", "sprites"),
-            *("--frame-share", "0.25", "--shards", "2"),
+            *("--frame-share", "0.25", "--shards", "2", "--noise-shift", "2"),
         )
         assert (result.exit_code, result.stdout) == (0, "run/checkpoint\n")
         assert result.stderr == (
@@ -575,6 +575,7 @@ class TestTrain:
             vae_steps=6,
             batch=2,
             frame_share=0.25,
+            noise_shift=2.0,
             learning_rate=0.001,
             seed=4,
             save_every=9,

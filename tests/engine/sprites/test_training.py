@@ -219,6 +219,15 @@ def test_the_learning_rate_rises_stays_and_falls():
     assert shares[-1] == pytest.approx(0.05)
 
 
+def test_a_shift_leans_to_noise_and_keeps_the_ends():
+    uniform = torch.linspace(0, 1, 11, dtype=torch.float64)
+    assert torch.equal(training.shift_noise(uniform, 1.0), uniform)
+    shifted = training.shift_noise(uniform, 3.0)
+    assert (shifted[0], shifted[-1]) == (0, 1)
+    assert shifted[5] == 0.75  # 3 * 0.5 / (1 + 2 * 0.5)
+    assert (shifted.diff() > 0).all()
+
+
 def test_velocity_is_a_rotation_of_sample_and_noise():
     clean, noise = torch.randn(2, 4, 8, 4, 4), torch.randn(2, 4, 8, 4, 4)
     shares = torch.linspace(0.99, 0.01, 10)
