@@ -251,6 +251,34 @@ def _compare(before: Path, after: Path, as_json: bool) -> None:
         click.echo(render_comparison(comparisons))
 
 
+@click.command("tune")
+@click.option("--operator", "operators", multiple=True, help="One operator; can be repeated.")
+@click.option("--path", type=_FILE, help="Launch file to change; the package's own.")
+@click.option("--device", help="cuda or cuda:N; a GPU where there is one.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def _tune(
+    operators: tuple[str, ...], path: Path | None, device: str | None, seed: int, *, as_json: bool
+) -> None:
+    """Find the launch settings of the GPU at hand, and write them to a launch file.
+
+    A GPU that is not in the file takes the settings of the nearest older one of its generation,
+    else the defaults.
+    """
+    from kinetiq.bench.tune import describe, tune
+    from kinetiq.kernels._launch import LAUNCH_FILE
+
+    outcomes = []
+    progress = Progress(visible=sys.stderr.isatty())
+    target = path or LAUNCH_FILE
+    for outcome in tune(choose_device(device), target, operators, seed=seed, progress=progress):
+        outcomes.append(asdict(outcome))
+        if not as_json:
+            click.echo(describe(outcome))
+    if as_json:
+        click.echo(_json({"launch_file": str(target), "outcomes": outcomes}))
+
+
 def _measure(
     bench: Bench, options: BenchOptions, targets: Mapping[str, Target], asked_device: str | None
 ) -> Record:
@@ -308,3 +336,4 @@ def _json(entries: Mapping[str, object]) -> str:
 
 
 bench = make_group(BENCHES)
+bench.add_command(_tune)  # it changes the package, and so is no part of a group that measures

@@ -2,14 +2,16 @@
 
 Each operator's launches are compiled for each type and target (see `kinetiq.kernels._compile`),
 and the machine code is read: registers, local memory, shared memory, matrix instructions. With
-`--out`, `compile.json` and `compile.md` say it kernel by kernel.
+`--out`, `compile.jsonl` grows kernel by kernel, so that a long run in the background can be
+followed and a killed one has left its part; at the end `compile.json` and `compile.md` say it in
+order.
 """
 
 import json
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,7 +40,7 @@ def plan(cases: Sequence[CompileCase], *, quick: bool) -> list[Request]:
     targets = ("sm_90",) if quick else NVIDIA
     requests = _requests(cases, types, targets)
     if not quick:  # AMD's compiler is asked whether it can, and no more
-        requests += _requests([case for case in cases if case.forward], TYPES[:1], AMD)
+        requests += _requests(cases, TYPES[:1], AMD)
     return requests
 
 
@@ -148,7 +150,15 @@ def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
     requests = plan(find_cases(), quick=options.quick)
     if not requests:
         raise WorkError("bench compile: operators must expose COMPILED, found none that do")
-    accounts = list(progress.track(compile_all(requests), "compile", len(requests)))
+    log = None if options.out is None else options.out / "compile.jsonl"
+    accounts = _follow(progress.track(compile_all(requests), "compile", len(requests)), log)
+    answered = {account.request for account in accounts}
+    lost = [request for request in requests if request not in answered]
+    if lost:
+        raise WorkError(
+            f"bench compile: each of {len(requests)} requests must have an account, "
+            f"{len(lost)} have none, the first is {lost[0]}"
+        )
     order = {request: place for place, request in enumerate(requests)}
     accounts.sort(key=lambda account: order[account.request])
     if options.out is not None:
@@ -158,6 +168,22 @@ def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
     if wrong:
         print(render(wrong))  # noqa: T201  goes to standard error
     return count(accounts)
+
+
+def _follow(accounts: Iterable[Account], log: Path | None) -> list[Account]:
+    """All accounts; each is in `log`, a JSON object a line, as soon as it is known."""
+    if log is None:
+        return list(accounts)
+    kept = []
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w", encoding="utf-8", buffering=1) as file:
+            for account in accounts:
+                file.write(json.dumps(asdict(account)) + "\n")
+                kept.append(account)
+    except OSError as error:
+        raise OutputError(f"{log}: must be writable, got: {error}") from error
+    return kept
 
 
 def _write(folder: Path, accounts: Sequence[Account]) -> None:

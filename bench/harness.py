@@ -117,6 +117,7 @@ BENCHES = Registry(
         "query": "kinetiq.bench.query",
         "query_cost": "kinetiq.bench.query_cost",
         "probe": "kinetiq.bench.probe",
+        "kernels": "kinetiq.bench.kernels",
         "compile": "kinetiq.bench.compile",
     }
 )

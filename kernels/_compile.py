@@ -13,7 +13,9 @@ compiled for a target: the same block sizes, strides and alignments as in produc
 number of kernels the launch consists of.
 
 Compiling happens in a process of its own, since a process with `TRITON_INTERPRET=1` in its
-environment has no kernels that could be compiled.
+environment has no kernels that could be compiled. What was compiled before, for another shape or
+in a run that was killed, comes out of Triton's cache on disk: a kernel is the same if its source,
+types, constants, alignments and target are.
 """
 
 import functools

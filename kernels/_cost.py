@@ -14,3 +14,7 @@ class Cost:
 
     bytes: int
     flops: int
+
+    def least_seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
+        """The roof: what the slower of memory and arithmetic takes, were the other free."""
+        return max(self.bytes / bytes_per_second, self.flops / flops_per_second)

@@ -1,14 +1,22 @@
 """Launch settings: block sizes, warps and stages, which are data for each GPU architecture.
 
-`launch.json` maps operator → architecture → key → settings. The entries of an architecture that
-is not in the file are those of the nearest older one of its generation (sm_87 takes sm_86), else
-"default"; a key that is not there takes "*". Nothing is tuned when an operator is first called.
+`launch.json` maps operator → architecture → key → settings. A GPU takes the first of these that is
+in the file:
+
+1. what its own architecture, or the nearest older one of its generation, says of the key (sm_89
+   takes sm_86's, and sm_103 takes sm_100's),
+2. what that architecture says of "*",
+3. what "default" says of the key, which every GPU can run,
+4. what "default" says of "*".
+
+Nothing is tuned when an operator is first called: `kinetiq bench tune` writes the entries of the
+GPU at hand.
 """
 
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,7 +26,9 @@ from kinetiq.errors import WorkError
 
 LAUNCH_FILE = Path(__file__).with_name("launch.json")
 DEFAULT = "default"
+Table = dict[str, dict[str, dict[str, dict[str, int]]]]
 _asked: list[str] = []
+_choosers: list[Callable[[str, str, dict[str, int]], dict[str, int]]] = []
 
 
 def settings(operator: str, key: str = "*") -> dict[str, int]:
@@ -31,14 +41,17 @@ def settings(operator: str, key: str = "*") -> dict[str, int]:
     Raises:
         WorkError: the file has no entry for this operator, nor a "*" for this key.
     """
-    return dict(_settings(operator, key, architecture()))
+    found = dict(_settings(operator, key, architecture()))
+    for choose in _choosers:
+        found = choose(operator, key, found)
+    return found
 
 
 def architecture() -> str:
     """The architecture to launch on, such as "sm_90"; "default" without a GPU."""
     if _asked:
         return _asked[-1]
-    if not torch.cuda.is_available():
+    if not _has_gpu():
         return DEFAULT
     return _architecture_of(torch.cuda.current_device())
 
@@ -53,6 +66,21 @@ def pretend(name: str) -> Iterator[None]:
         _asked.pop()
 
 
+@contextlib.contextmanager
+def choosing(choose: Callable[[str, str, dict[str, int]], dict[str, int]]) -> Iterator[None]:
+    """Inside, `choose` sees operator, key and settings of each launch, and returns its settings."""
+    _choosers.append(choose)
+    try:
+        yield
+    finally:
+        _choosers.pop()
+
+
+@functools.cache
+def _has_gpu() -> bool:  # asked at every launch, and the driver takes its time to answer
+    return torch.cuda.is_available()
+
+
 @functools.cache
 def _architecture_of(device: int) -> str:
     if torch.version.hip:
@@ -61,12 +89,15 @@ def _architecture_of(device: int) -> str:
     return f"sm_{major}{minor}"
 
 
-@functools.cache
-def _table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
-    table: dict[str, dict[str, dict[str, dict[str, int]]]] = json.loads(
-        LAUNCH_FILE.read_text(encoding="utf-8")
-    )
+def read_table(path: Path) -> Table:
+    """The settings of a launch file."""
+    table: Table = json.loads(path.read_text(encoding="utf-8"))
     return table
+
+
+@functools.cache
+def _table() -> Table:
+    return read_table(LAUNCH_FILE)
 
 
 @functools.cache

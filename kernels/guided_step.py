@@ -41,7 +41,8 @@ def guided_step(
 
     Args:
         sample: [clips, ...], any strides, float32 as a rule; the results have its type.
-        conditional: like `sample`, of any floating type, the network's output for the prompt.
+        conditional: like `sample`, the network's output for the prompt. It and the other tensors
+            may each be of another floating type than `sample`.
         unconditional: like `sample`, its output for the negative prompt; pass `conditional` for a
             clip without guidance.
         former: like `sample`, the clean estimate of the step before; zeros at the first step.
@@ -50,7 +51,7 @@ def guided_step(
         coefficients: [clips, 6]: a, b, c, s, p, q of the formula above.
 
     Raises:
-        ShapeError: a shape or a device does not match.
+        ShapeError: a shape, type or device does not match.
     """
     if sample.ndim == 0:
         raise ShapeError("guided_step: sample must be [clips, ...], got []")
@@ -78,9 +79,13 @@ def guided_step(
             raise ShapeError(
                 f"guided_step: {name} must be on {sample.device} like sample, got {tensor.device}"
             )
-    following, clean = _guided_step(
-        sample, conditional, unconditional, former, noise, guidance_scale, coefficients
-    )
+    for name, tensor in {"sample": sample, **tensors}.items():
+        if not tensor.is_floating_point():
+            raise ShapeError(f"guided_step: {name} must be of a floating type, got {tensor.dtype}")
+    inputs = (sample, conditional, unconditional, former, noise, guidance_scale, coefficients)
+    if sample.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _step_on_cpu(*inputs)  # an operator is only overhead there
+    following, clean = _guided_step(*inputs)
     return following, clean
 
 
@@ -93,22 +98,73 @@ def guided_step_reference(
     guidance_scale: Tensor,
     coefficients: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, in PyTorch; computes in the type of `sample`."""
-    kind = sample.dtype
-    conditional, unconditional, former, noise = (
-        tensor.to(kind) for tensor in (conditional, unconditional, former, noise)
+    """The definition, in PyTorch. Computes in float32 or wider, returns the type of `sample`."""
+    wide = torch.promote_types(sample.dtype, torch.float32)
+    x, conditional, unconditional, former, noise = (
+        tensor.to(wide) for tensor in (sample, conditional, unconditional, former, noise)
     )
     spread = [1] * (sample.ndim - 1)
-    scale = guidance_scale.to(kind).reshape(-1, *spread)
-    a, b, c, s, p, q = coefficients.to(kind).reshape(-1, 6, *spread).unbind(1)
+    scale = guidance_scale.to(wide).reshape(-1, *spread)
+    a, b, c, s, p, q = coefficients.to(wide).reshape(-1, 6, *spread).unbind(1)
     output = unconditional + scale * (conditional - unconditional)
-    return a * sample + b * output + c * former + s * noise, p * sample + q * output
+    following, clean = a * x + b * output + c * former + s * noise, p * x + q * output
+    return following.to(sample.dtype), clean.to(sample.dtype)
 
 
-def cost(clips: int, elements: int, itemsize: int = 4) -> Cost:
-    """Five tensors in, two out, and seven numbers a clip; `elements` are those of one clip."""
-    moved = 7 * itemsize * clips * elements + 4 * 7 * clips
+def _step_on_cpu(
+    sample: Tensor,
+    conditional: Tensor,
+    unconditional: Tensor,
+    former: Tensor,
+    noise: Tensor,
+    guidance_scale: Tensor,
+    coefficients: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The same in seven passes, where the reference's sums and products take thirteen."""
+    wide = torch.promote_types(sample.dtype, torch.float32)
+    x, conditional, unconditional, former, noise = (
+        tensor.to(wide) for tensor in (sample, conditional, unconditional, former, noise)
+    )
+    spread = [1] * (sample.ndim - 1)
+    scale = guidance_scale.to(wide).reshape(-1, *spread)
+    a, b, c, s, p, q = coefficients.to(wide).reshape(-1, 6, *spread).unbind(1)
+    output = torch.lerp(unconditional, conditional, scale)
+    following = torch.addcmul(a * x, b, output).addcmul(c, former).addcmul(s, noise)
+    clean = torch.addcmul(p * x, q, output)
+    return following.to(sample.dtype).contiguous(), clean.to(sample.dtype).contiguous()
+
+
+def cost(
+    clips: int, elements: int, itemsize: int = 4, *, output_itemsize: int | None = None
+) -> Cost:
+    """Five tensors in, two out, and seven numbers a clip; `elements` are those of one clip.
+
+    Two of the five are the network's output, whose elements may have another size.
+    """
+    of_output = itemsize if output_itemsize is None else output_itemsize
+    moved = (5 * itemsize + 2 * of_output) * clips * elements + 4 * 7 * clips
     return Cost(bytes=moved, flops=13 * clips * elements)
+
+
+@triton.jit
+def _numbers(scale_ptr, coefficients_ptr, clip, WIDE: tl.constexpr):
+    """The guidance scale of one clip, and its coefficients a, b, c, s, p and q."""
+    scale = tl.load(scale_ptr + clip).to(WIDE)
+    first = coefficients_ptr + clip * 6
+    a, b, c = tl.load(first), tl.load(first + 1), tl.load(first + 2)
+    s, p, q = tl.load(first + 3), tl.load(first + 4), tl.load(first + 5)
+    return scale, a.to(WIDE), b.to(WIDE), c.to(WIDE), s.to(WIDE), p.to(WIDE), q.to(WIDE)
+
+
+@triton.jit
+def _piece(ptr, by_clip, clip, element, inside, WIDE: tl.constexpr):
+    """Elements of one clip; zero past the last, so that they add nothing to a sum."""
+    return tl.load(ptr + clip * by_clip + element, mask=inside, other=0.0).to(WIDE)
+
+
+@triton.jit
+def _put(ptr, place, values, inside):
+    tl.store(ptr + place, values.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -136,27 +192,20 @@ def _guided_step_kernel(
     clip = program // blocks
     element = (program % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = element < elements
-    scale = tl.load(scale_ptr + clip).to(WIDE)
-    numbers = coefficients_ptr + clip * 6
-    a = tl.load(numbers + 0).to(WIDE)
-    b = tl.load(numbers + 1).to(WIDE)
-    c = tl.load(numbers + 2).to(WIDE)
-    s = tl.load(numbers + 3).to(WIDE)
-    p = tl.load(numbers + 4).to(WIDE)
-    q = tl.load(numbers + 5).to(WIDE)
+    scale, a, b, c, s, p, q = _numbers(scale_ptr, coefficients_ptr, clip, WIDE)
 
-    x = tl.load(sample_ptr + clip * x_clip + element, mask=inside).to(WIDE)
-    wanted = tl.load(conditional_ptr + clip * conditional_clip + element, mask=inside).to(WIDE)
-    other = tl.load(unconditional_ptr + clip * unconditional_clip + element, mask=inside).to(WIDE)
-    former = tl.load(former_ptr + clip * former_clip + element, mask=inside).to(WIDE)
-    noise = tl.load(noise_ptr + clip * noise_clip + element, mask=inside).to(WIDE)
+    x = _piece(sample_ptr, x_clip, clip, element, inside, WIDE)
+    wanted = _piece(conditional_ptr, conditional_clip, clip, element, inside, WIDE)
+    other = _piece(unconditional_ptr, unconditional_clip, clip, element, inside, WIDE)
+    former = _piece(former_ptr, former_clip, clip, element, inside, WIDE)
+    noise = _piece(noise_ptr, noise_clip, clip, element, inside, WIDE)
 
     output = other + scale * (wanted - other)
     following = a * x + b * output + c * former + s * noise
     clean = p * x + q * output
     place = clip * elements + element
-    tl.store(following_ptr + place, following.to(following_ptr.dtype.element_ty), mask=inside)
-    tl.store(clean_ptr + place, clean.to(clean_ptr.dtype.element_ty), mask=inside)
+    _put(following_ptr, place, following, inside)
+    _put(clean_ptr, place, clean, inside)
 
 
 @triton.jit
@@ -193,36 +242,23 @@ def _guided_step_backward_kernel(
     clip = program // blocks
     element = (program % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = element < elements
-    scale = tl.load(scale_ptr + clip).to(WIDE)
-    numbers = coefficients_ptr + clip * 6
-    a = tl.load(numbers + 0).to(WIDE)
-    b = tl.load(numbers + 1).to(WIDE)
-    c = tl.load(numbers + 2).to(WIDE)
-    s = tl.load(numbers + 3).to(WIDE)
-    p = tl.load(numbers + 4).to(WIDE)
-    q = tl.load(numbers + 5).to(WIDE)
+    scale, a, b, c, s, p, q = _numbers(scale_ptr, coefficients_ptr, clip, WIDE)
 
-    following = d_following_ptr + clip * d_following_clip + element
-    following = tl.load(following, mask=inside, other=0.0).to(WIDE)
-    clean = tl.load(d_clean_ptr + clip * d_clean_clip + element, mask=inside, other=0.0).to(WIDE)
+    following = _piece(d_following_ptr, d_following_clip, clip, element, inside, WIDE)
+    clean = _piece(d_clean_ptr, d_clean_clip, clip, element, inside, WIDE)
     output = b * following + q * clean
     place = clip * elements + element
-    kind = d_sample_ptr.dtype.element_ty
-    tl.store(d_sample_ptr + place, (a * following + p * clean).to(kind), mask=inside)
-    kind = d_conditional_ptr.dtype.element_ty
-    tl.store(d_conditional_ptr + place, (scale * output).to(kind), mask=inside)
-    kind = d_unconditional_ptr.dtype.element_ty
-    tl.store(d_unconditional_ptr + place, (output - scale * output).to(kind), mask=inside)
-    tl.store(d_former_ptr + place, (c * following).to(d_former_ptr.dtype.element_ty), mask=inside)
-    tl.store(d_noise_ptr + place, (s * following).to(d_noise_ptr.dtype.element_ty), mask=inside)
+    _put(d_sample_ptr, place, a * following + p * clean, inside)
+    _put(d_conditional_ptr, place, scale * output, inside)
+    _put(d_unconditional_ptr, place, output - scale * output, inside)
+    _put(d_former_ptr, place, c * following, inside)
+    _put(d_noise_ptr, place, s * following, inside)
 
-    x = tl.load(sample_ptr + clip * x_clip + element, mask=inside, other=0.0).to(WIDE)
-    wanted = conditional_ptr + clip * conditional_clip + element
-    wanted = tl.load(wanted, mask=inside, other=0.0).to(WIDE)
-    other = unconditional_ptr + clip * unconditional_clip + element
-    other = tl.load(other, mask=inside, other=0.0).to(WIDE)
-    former = tl.load(former_ptr + clip * former_clip + element, mask=inside, other=0.0).to(WIDE)
-    noise = tl.load(noise_ptr + clip * noise_clip + element, mask=inside, other=0.0).to(WIDE)
+    x = _piece(sample_ptr, x_clip, clip, element, inside, WIDE)
+    wanted = _piece(conditional_ptr, conditional_clip, clip, element, inside, WIDE)
+    other = _piece(unconditional_ptr, unconditional_clip, clip, element, inside, WIDE)
+    former = _piece(former_ptr, former_clip, clip, element, inside, WIDE)
+    noise = _piece(noise_ptr, noise_clip, clip, element, inside, WIDE)
     mixed = other + scale * (wanted - other)
     sums = sums_ptr + program * 7
     tl.store(sums + 0, tl.sum(output * (wanted - other)))
@@ -242,7 +278,7 @@ def _launch_forward(
     if sample.numel() == 0:
         return
     clips, elements = len(sample), sample[0].numel()
-    chosen = settings("guided_step")
+    chosen = settings("guided_step", "forward")
     blocks = triton.cdiv(elements, chosen["BLOCK"])
     rows = [_by_clip(tensor) for tensor in tensors]
     _guided_step_kernel[(clips * blocks,)](
@@ -299,9 +335,8 @@ def _launch_backward(
 
 def _by_clip(tensor: Tensor) -> Tensor:
     """[clips, elements]; a view where each clip is contiguous, whatever lies between clips."""
-    if len(tensor) and tensor[0].is_contiguous():
-        return tensor.reshape(len(tensor), -1)
-    return tensor.contiguous().reshape(len(tensor), -1)
+    whole = tensor if tensor[0].is_contiguous() else tensor.contiguous()
+    return whole.reshape(len(tensor), -1)
 
 
 def _wide(sample: Tensor) -> tl.dtype:
@@ -347,10 +382,9 @@ def _(
     guidance_scale: Tensor,
     coefficients: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    following, clean = guided_step_reference(
+    return _step_on_cpu(
         sample, conditional, unconditional, former, noise, guidance_scale, coefficients
     )
-    return following.contiguous(), clean.contiguous()
 
 
 @torch.library.custom_op("kinetiq::guided_step_backward", mutates_args=(), device_types="cuda")

@@ -28,6 +28,7 @@ from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import settings
 from kinetiq.kernels._triton import tl, triton
 
+MAX_FRAMES = 128  # on a GPU: all frames of a position must fit on the chip
 _PROGRAMS = 1024  # that keep any GPU busy; long regions are split until there are as many
 
 
@@ -41,7 +42,7 @@ def motion_feature(
 
     Args:
         x: [rows, frames, tokens, channels], any strides; float32, float16 or bfloat16 (on a CPU
-            float64 as well).
+            float64 as well), and on a GPU at most 128 frames.
         channels: K channels to keep, as integers or as an int64 tensor [K]; a channel may be
             named twice. The values of a tensor on a GPU are not looked at: an index that is out
             of range gives NaN there.
@@ -65,6 +66,9 @@ def motion_feature(
     weights = None
     if region is not None:
         weights = _normalise(region.to(torch.promote_types(x.dtype, torch.float32)))
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # An operator is only overhead here, where autograd can record PyTorch's own.
+        return motion_feature_reference(x, index, projection, weights).contiguous()
     y: Tensor = _motion_feature(x, index, projection, weights)
     return y
 
@@ -268,40 +272,44 @@ def _scatter_kernel(
     order_ptr,
     starts_ptr,
     frames,
-    elements,
-    chosen,
+    tokens,
     width,
     g_row,
     g_frame,
     g_token,
     g_channel,
-    blocks,
+    token_blocks,
+    channel_blocks,
     dx_ptr,
     FRAMES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
-    """One program: the gradient of all frames of BLOCK elements (token, channel) of one row.
+    """One program: the gradient of all frames of TOKENS tokens in CHANNELS channels of one row.
 
     The places where channel c was put are order[starts[c]:starts[c + 1]].
     """
     program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    element = (program % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    frame = tl.arange(0, FRAMES).to(tl.int64)[:, None]  # [FRAMES, 1]
-    inside = element < elements
-    channel = element % width
-    start = tl.load(starts_ptr + channel, mask=inside, other=0)
-    uses = (tl.load(starts_ptr + channel + 1, mask=inside, other=0) - start).to(tl.int32)
-    source = grad_ptr + row * g_row + frame * g_frame + ((element // width) * g_token)[None, :]
-    dx = tl.zeros([FRAMES, BLOCK], dtype=tl.float32)
+    # All tiles have the rank of the result from the start: in a loop over loaded bounds, Triton's
+    # AMD back end fails on a tile that gains axes there (3.7.1, removal of layout conversions).
+    channel = (program % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
+    program = program // channel_blocks
+    row = program // token_blocks
+    token = (program % token_blocks) * TOKENS + tl.arange(0, TOKENS)[None, :, None]
+    frame = tl.arange(0, FRAMES).to(tl.int64)[:, None, None]
+    known = channel < width
+    inside = (frame < frames) & (token < tokens)  # [FRAMES, TOKENS, 1]
+    start = tl.load(starts_ptr + channel, mask=known, other=0)
+    uses = (tl.load(starts_ptr + channel + 1, mask=known, other=0) - start).to(tl.int32)
+    source = grad_ptr + row * g_row + frame * g_frame + token * g_token
+    dx = tl.zeros([FRAMES, TOKENS, CHANNELS], dtype=tl.float32)
     for use in range(tl.max(uses)):  # once, unless a channel was chosen twice
-        used = use < uses
+        used = use < uses  # [1, 1, CHANNELS]
         k = tl.load(order_ptr + start + use, mask=used, other=0)
-        mask = (frame < frames) & used[None, :]
-        dx += tl.load(source + (k * g_channel)[None, :], mask=mask, other=0.0).to(tl.float32)
-    dx -= (tl.sum(dx, axis=0) / frames)[None, :]
-    target = dx_ptr + (row * frames + frame) * elements + element[None, :]
-    tl.store(target, dx.to(dx_ptr.dtype.element_ty), mask=(frame < frames) & inside[None, :])
+        dx += tl.load(source + k * g_channel, mask=inside & used, other=0.0).to(tl.float32)
+    dx -= (tl.sum(dx, axis=0) / frames)[None, :, :]
+    target = dx_ptr + ((row * frames + frame) * tokens + token) * width + channel
+    tl.store(target, dx.to(dx_ptr.dtype.element_ty), mask=inside & known)
 
 
 @triton.jit
@@ -362,24 +370,28 @@ def _spread_kernel(
     grad_ptr,
     weights_ptr,
     frames,
-    elements,
+    tokens,
     width,
     w_row,
     w_token,
-    blocks,
+    token_blocks,
+    channel_blocks,
     dx_ptr,
-    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
-    """One program: the gradient of BLOCK elements (token, channel) of one frame of one row."""
+    """One program: the gradient of TOKENS tokens in CHANNELS channels of one frame of one row."""
     program = tl.program_id(0).to(tl.int64)
-    image = program // blocks  # row * frames + frame
-    element = (program % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    inside = element < elements
-    weight = weights_ptr + image // frames * w_row + element // width * w_token
-    weight = tl.load(weight, mask=inside, other=0.0)
-    grad = tl.load(grad_ptr + image * width + element % width, mask=inside, other=0.0)
-    dx = (weight * grad).to(dx_ptr.dtype.element_ty)
-    tl.store(dx_ptr + image * elements + element, dx, mask=inside)
+    channel = (program % channel_blocks) * CHANNELS + tl.arange(0, CHANNELS)  # [CHANNELS]
+    program = program // channel_blocks
+    image = program // token_blocks  # row * frames + frame
+    token = (program % token_blocks) * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
+    weight = weights_ptr + image // frames * w_row + token * w_token
+    weight = tl.load(weight, mask=token < tokens, other=0.0)
+    grad = tl.load(grad_ptr + image * width + channel, mask=channel < width, other=0.0)
+    dx = (weight[:, None] * grad[None, :]).to(dx_ptr.dtype.element_ty)
+    target = dx_ptr + (image * tokens + token)[:, None] * width + channel[None, :]
+    tl.store(target, dx, mask=(token < tokens)[:, None] & (channel < width)[None, :])
 
 
 def _launch_forward(
@@ -524,37 +536,42 @@ def _launch_scatter(grad: Tensor, channels: Tensor, dx: Tensor) -> None:
     rows, frames, tokens, width = dx.shape
     ordered, order = channels.sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(width + 1, device=channels.device))
-    padded, block, chosen_settings = _tile("scatter", frames)
-    blocks = triton.cdiv(tokens * width, block)
-    _scatter_kernel[(rows * blocks,)](
+    padded, block, sizes = _tile("scatter", frames)
+    sizes |= _square(block, sizes.pop("CHANNELS"), width)
+    token_blocks = triton.cdiv(tokens, sizes["TOKENS"])
+    channel_blocks = triton.cdiv(width, sizes["CHANNELS"])
+    _scatter_kernel[(rows * token_blocks * channel_blocks,)](
         grad,
         order,
         starts,
         frames,
-        tokens * width,
-        len(channels),
+        tokens,
         width,
         *grad.stride(),
-        blocks,
+        token_blocks,
+        channel_blocks,
         dx,
         FRAMES=padded,
-        BLOCK=block,
-        **chosen_settings,
+        **sizes,
     )
 
 
 def _launch_spread(grad: Tensor, weights: Tensor, dx: Tensor) -> None:
+    """Fill `dx` from `grad`, contiguous [rows, frames, 1, channels]."""
     rows, frames, tokens, width = dx.shape
     sizes = settings("motion_feature", "spread")
-    blocks = triton.cdiv(tokens * width, sizes["BLOCK"])
-    _spread_kernel[(rows * frames * blocks,)](
+    sizes |= _square(sizes.pop("TILE"), sizes.pop("CHANNELS"), width)
+    token_blocks = triton.cdiv(tokens, sizes["TOKENS"])
+    channel_blocks = triton.cdiv(width, sizes["CHANNELS"])
+    _spread_kernel[(rows * frames * token_blocks * channel_blocks,)](
         grad,
         weights,
         frames,
-        tokens * width,
+        tokens,
         width,
         *_weight_strides(weights),
-        blocks,
+        token_blocks,
+        channel_blocks,
         dx,
         **sizes,
     )
@@ -579,6 +596,16 @@ def _tile(kernel: str, frames: int) -> tuple[int, int, dict[str, int]]:
     chosen = settings("motion_feature", kernel)
     padded = triton.next_power_of_2(frames)
     return padded, max(16, chosen.pop("TILE") // padded), chosen
+
+
+def _square(elements: int, channels: int, width: int) -> dict[str, int]:
+    """Sides of a tile of `elements` over tokens and channels.
+
+    A tile has two axes so that no element needs a division to find its token and channel: one
+    takes longer than the element's share of the memory's time.
+    """
+    channels = min(channels, elements, triton.next_power_of_2(width))
+    return {"TOKENS": elements // channels, "CHANNELS": channels}
 
 
 def _blocks(kernel: str, frames: int, tokens: int, width: int, projected: int) -> dict[str, int]:
@@ -700,7 +727,11 @@ def _check(x: Tensor, projection: Tensor | None, region: Tensor | None) -> None:
         raise ShapeError(
             f"motion_feature: x must be float32, float16 or bfloat16, got {x.dtype} on {x.device}"
         )
-    rows, _, tokens, width = x.shape
+    rows, frames, tokens, width = x.shape
+    if x.is_cuda and frames > MAX_FRAMES:
+        raise ShapeError(
+            f"motion_feature: x must have at most {MAX_FRAMES} frames on a GPU, got {frames}"
+        )
     if projection is not None:
         if projection.ndim != 2 or projection.shape[0] != width or projection.shape[1] < 1:
             raise ShapeError(
@@ -763,6 +794,7 @@ _SHAPES = {
     "zeroscope": (2, 24, 36 * 20, 1280, 51),
     "videocrafter2": (2, 16, 32 * 20, 1280, 51),
     "embedded": (2, 8, 16 * 16, 128, 5),
+    "longest": (2, MAX_FRAMES, 32 * 32, 1280, 51),
 }
 
 

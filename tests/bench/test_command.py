@@ -217,7 +217,7 @@ def test_list_shows_needs(invoke):
 
 
 def test_no_bench_has_the_name_of_a_command():
-    own = {"all", "list", "readme", "compare"}
+    own = {"all", "list", "readme", "compare", "tune"}
     assert set(command.bench.commands) == own
     assert not own & set(command.BENCHES.modules)
 

@@ -71,8 +71,12 @@ def test_asks_for_every_case_type_and_target():
     cases = find_cases()
     asked = bench.plan(cases, quick=False)
     assert len(asked) == len(set(asked))
-    forward = [case for case in cases if case.forward]
-    assert len(asked) == len(cases) * 2 * 6 + len(forward)
+    assert len(asked) == len(cases) * (2 * 6 + 1)
+    assert {(r.target, r.element) for r in asked if r.target != "gfx942"} == {
+        (target, element)
+        for target in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+        for element in ("fp16", "bf16")
+    }
     operators = {case.operator for case in cases}
     assert operators >= {"frame_attention", "guided_step", "motion_feature", "query_attention"}
     for operator in operators:
@@ -111,14 +115,45 @@ def test_measures_writes_and_tells(tmp_path, monkeypatch, capsys):
     assert [Request(**row["request"]) for row in rows] == requests
     table = (tmp_path / "new" / "compile.md").read_text().splitlines()
     assert len(table) == 2 + len(requests)
+    log = (tmp_path / "new" / "compile.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in log] != rows  # in the order in which they came
+    assert sorted(log) == sorted(json.dumps(row) for row in rows)
     assert all(line.count("|") == 12 for line in table)
     assert "no / way" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="file: must be writable"):
+    with pytest.raises(OutputError, match=r"file.compile.jsonl: must be writable"):
         bench.measure(BenchOptions(quick=True, out=tmp_path / "file"), Progress())
     monkeypatch.setattr(bench, "find_cases", tuple)
     with pytest.raises(WorkError, match="operators must expose COMPILED, found none"):
         bench.measure(BenchOptions(), Progress())
+
+
+def test_a_killed_run_has_left_its_part(tmp_path, monkeypatch):
+    first, second = REQUEST, replace(REQUEST, forward=False)
+    monkeypatch.setattr(bench, "plan", lambda *_, **__: [first, second])
+
+    def dies(requests):
+        yield replace(GOOD, request=first)
+        raise WorkError("the compiling process must end with 0, got -9")
+
+    monkeypatch.setattr(bench, "compile_all", dies)
+    with pytest.raises(WorkError, match="got -9"):
+        bench.measure(BenchOptions(out=tmp_path), Progress())
+    (line,) = (tmp_path / "compile.jsonl").read_text().splitlines()
+    assert Request(**json.loads(line)["request"]) == first
+    assert not (tmp_path / "compile.json").exists()
+
+
+def test_a_request_without_an_account_is_an_error(monkeypatch):
+    """`compile.total` can then be no smaller than the list of what was to be compiled."""
+    first, second = REQUEST, replace(REQUEST, forward=False)
+    monkeypatch.setattr(bench, "plan", lambda *_, **__: [first, second])
+    monkeypatch.setattr(bench, "compile_all", lambda _: [replace(GOOD, request=first)] * 2)
+    with pytest.raises(WorkError, match=r"each of 2 requests .* 1 have none, .*forward=False"):
+        bench.measure(BenchOptions(), Progress())
+    both = [replace(GOOD, request=request) for request in (second, first, first)]
+    monkeypatch.setattr(bench, "compile_all", lambda _: both)
+    assert bench.measure(BenchOptions(), Progress())["compile.total"].value == 3
 
 
 def test_work_is_shared_and_failures_come_through(monkeypatch):
@@ -231,6 +266,20 @@ def test_launch_settings_follow_the_architecture(monkeypatch):
     ):
         _launch.settings("g", "d1")
     _launch._settings.cache_clear()
+
+
+def test_a_chooser_sees_each_launch_and_has_the_say():
+    seen = []
+
+    def choose(operator, key, found):
+        seen.append((operator, key, dict(found)))
+        return found | {"BLOCK": 1}
+
+    usual = _launch.settings("guided_step", "forward")
+    with _launch.choosing(choose):
+        assert _launch.settings("guided_step", "forward") == usual | {"BLOCK": 1}
+    assert seen == [("guided_step", "forward", usual)]
+    assert _launch.settings("guided_step", "forward") == usual != usual | {"BLOCK": 1}
 
 
 def test_the_launch_file_is_whole():

@@ -43,6 +43,17 @@ def test_agrees_with_float64(shape, dtype, device, rng):
         assert_as_good_as(*three, name=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_only_the_result_is_rounded(dtype, device, rng):
+    """Sums are in float32 whatever the type, so a result errs half a unit in its last place."""
+    tensors, scale, coefficients = sample((2, 40), device, rng, dtype)
+    got = guided_step(*tensors, scale, coefficients)
+    exact = formula([t.double() for t in tensors], scale.double(), coefficients.double())
+    for result, wanted in zip(got, exact, strict=True):
+        allowed = torch.finfo(dtype).eps / 2 * wanted.abs() + 1e-5
+        assert ((result.double() - wanted).abs() <= allowed).all()
+
+
 def test_reads_any_strides(device, rng):
     tensors, scale, coefficients = sample((3, 4, 5), device, rng)
     strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
@@ -113,6 +124,8 @@ def test_gradient(device, rng):
             r"guidance_scale must be \[clips\] .* clips = 2, got \[\] and \[2, 6\]",
         ),
         (6, torch.zeros(2, 5), r"coefficients \[clips, 6\] .* got \[2\] and \[2, 5\]"),
+        (0, torch.zeros(2, 4).int(), "sample must be of a floating type, got torch.int32"),
+        (5, torch.zeros(2).long(), "guidance_scale must be of a floating type, got torch.int64"),
     ],
 )
 def test_says_what_is_wrong(place, tensor, message):

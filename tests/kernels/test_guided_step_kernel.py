@@ -182,6 +182,10 @@ def test_refuses_tensors_of_another_device():
 
 def test_cost_counts_each_tensor_once():
     assert operator.cost(2, 10) == operator.Cost(bytes=4 * (7 * 20 + 2 + 12), flops=2 * 10 * 13)
+    mixed = operator.cost(2, 10, output_itemsize=2)
+    assert mixed.bytes == 4 * (5 * 20 + 2 + 12) + 2 * 2 * 20
+    assert mixed.least_seconds(1e3, 1e3) == mixed.bytes / 1e3
+    assert mixed.least_seconds(1e6, 1e3) == mixed.flops / 1e3
 
 
 def test_compiles_at_production_shapes():

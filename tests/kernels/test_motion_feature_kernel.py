@@ -311,6 +311,10 @@ def test_compiles_at_production_shapes():
         for target in ("sm_80", "sm_90")
         for kind, forward in kinds
     ]
+    requests += [
+        _compile.Request("motion_feature", "longest_region", True, "fp16", "sm_80"),
+        _compile.Request("motion_feature", "animatediff_channels", False, "fp16", "gfx942"),
+    ]
     accounts = list(_compile.compile_apart(requests))
     assert len(accounts) == len(requests)
     for account in accounts:

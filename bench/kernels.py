@@ -1,0 +1,928 @@
+"""Each operator against the other ways to compute the same, at production shapes, in one run.
+
+A contestant is timed only after its result was compared with float64, and only if it exists on
+this machine; what does not run, or is wrong, is named as skipped. The contestants of a case are
+timed in turn. On a GPU a round is one replay of a CUDA graph after the L2 cache was overwritten;
+on a CPU it is one call.
+
+The roof of a case is what the machine itself takes to move its bytes, or to do its operations,
+whichever is slower, at the rates of a copy and of a matrix product that the same run measures. On
+a CPU whose cache holds all tensors a share of it can exceed 1.
+
+With `--out`, `kernels.json` and `kernels.md` have every contestant's line.
+"""
+
+import functools
+import gc
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812  the name everyone knows
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+from kinetiq.bench.figures import Figure
+from kinetiq.bench.harness import Bench, BenchOptions, Progress
+from kinetiq.bench.measure import Timing
+from kinetiq.errors import OutputError, WorkError
+from kinetiq.files import write_text
+from kinetiq.kernels import (
+    frame_attention,
+    guided_step,
+    motion_feature,
+    query_attention,
+    temporal_block,
+)
+from kinetiq.kernels._compile import TYPES
+from kinetiq.kernels._cost import Cost
+from kinetiq.kernels.frame_attention import cost as frame_cost
+from kinetiq.kernels.frame_attention import frame_attention_reference
+from kinetiq.kernels.guided_step import cost as step_cost
+from kinetiq.kernels.guided_step import guided_step_reference
+from kinetiq.kernels.motion_feature import cost as feature_cost
+from kinetiq.kernels.motion_feature import motion_feature_reference
+from kinetiq.kernels.query_attention import cost as query_cost
+from kinetiq.kernels.query_attention import query_attention_reference
+from kinetiq.kernels.temporal_block import cost as block_cost
+from kinetiq.kernels.temporal_block import temporal_block_reference
+
+Outputs = tuple[Tensor, ...]
+Call = Callable[[], Outputs]
+Prepare = Callable[[], Call]
+Function = Callable[..., Any]  # of a case's inputs; returns a tensor or several
+OURS, USUAL, COMPILED, FLEX = "ours", "usual", "compiled_reference", "flex"
+COMPILED_USUAL = "compiled_usual"
+COMPILED_ONES = (COMPILED, COMPILED_USUAL, FLEX)
+BACKENDS = {
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa_math": SDPBackend.MATH,
+}
+SLACK = {False: 2.0, True: 3.0}  # times the usual way's error, forward and backward
+_SANE = 32  # units in the last place of the largest value that the usual way may err
+_RESAMPLES = 2000
+_ROUNDS = (3, 50)  # at least and at most
+_CHECKED = 64  # positions that are compared with float64 where positions do not depend on others
+_WEIGHTS = (
+    *("norm_weight", "norm_bias", "query_weight", "key_weight", "value_weight"),
+    *("out_weight", "out_bias"),
+)
+_MOTION = 0.04  # share of the channels that carry motion
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place of a network where an operator is called.
+
+    `rows` are the halves of guidance; query attention adds a source that they may read.
+    """
+
+    name: str
+    frames: int
+    tokens: int
+    heads: int
+    d: int
+    rows: int = 2
+
+    @property
+    def width(self) -> int:
+        """Channels."""
+        return self.heads * self.d
+
+
+SITES = (
+    Site("animatediff_64x64", 16, 4096, 8, 40),
+    Site("animatediff_32x32", 16, 1024, 8, 80),
+    Site("animatediff_16x16", 16, 256, 8, 160),
+    Site("zeroscope_40x72", 24, 2880, 5, 64),
+    Site("zeroscope_20x36", 24, 720, 10, 64),
+    Site("videocrafter2_40x64", 16, 2560, 5, 64),
+    Site("videocrafter2_20x32", 16, 640, 10, 64),
+    Site("embedded_16x16", 8, 256, 2, 32),
+    Site("embedded_8x8", 8, 64, 4, 32),
+)
+TAPS = (  # what motion is read from: the output of up block 1; heads * d are its channels
+    Site("animatediff", 16, 32 * 32, 1, 1280),
+    Site("zeroscope", 24, 20 * 36, 1, 1280),
+    Site("videocrafter2", 16, 20 * 32, 1, 1280),
+    Site("embedded", 8, 16 * 16, 1, 128),
+)
+LATENTS = {  # of eight clips
+    "animatediff": (8, 4, 16, 64, 64),
+    "zeroscope": (8, 4, 24, 40, 72),
+    "videocrafter2": (8, 4, 16, 40, 64),
+    "embedded": (8, 4, 8, 16, 16),
+}
+SPEEDUP = Site("16_frames_1024_positions", 16, 1024, 8, 40, rows=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one shape, and the other ways to compute the same.
+
+    Args:
+        operator: name of the operator.
+        shape: name of the shape, as in figures.
+        element: type of the activations, a key of `TYPES`.
+        cost: the least work of one call.
+        ways: contestant → what prepares it and returns the call that is timed; `OURS` and `USUAL`
+            are always there.
+        part: what of the outputs is compared with float64.
+        exact: that part in float64.
+        backward: whether the outputs are gradients.
+    """
+
+    operator: str
+    shape: str
+    element: str
+    cost: Cost
+    ways: Mapping[str, Prepare]
+    part: Callable[[Outputs], Outputs]
+    exact: Call
+    backward: bool = False
+
+    @property
+    def name(self) -> str:
+        """The stem of its figures."""
+        return f"kernels.{self.operator}.{self.shape}.{self.element}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A case to be built when its turn comes, since all cases together fill any memory.
+
+    `uncompiled` is why contestants that are compiled first take no part; empty if they do.
+    """
+
+    build: Callable[[], Case]
+    element: str
+    uncompiled: str = ""
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What the machine was seen to do: bytes a second of a copy, operations of a product."""
+
+    bytes_per_second: float
+    flops_per_second: Mapping[str, float]
+
+    def seconds(self, cost: Cost, element: str) -> float:
+        """The least time of this cost here."""
+        return cost.least_seconds(self.bytes_per_second, self.flops_per_second[element])
+
+
+@dataclass(frozen=True)
+class Line:
+    """What became of one contestant of one case.
+
+    Args:
+        operator: as the case says.
+        shape: likewise.
+        element: likewise.
+        contestant: its name.
+        skipped: why it was not timed; empty if it was.
+        seconds: of one call.
+        useful_tflops: operations of the cost, which counts no padding, a second.
+        gigabytes_per_second: bytes of the cost a second.
+        share_of_roof: time that the machine's rates allow, over its time.
+        times_ours: its time over ours.
+        rounds: seconds of each round.
+    """
+
+    operator: str
+    shape: str
+    element: str
+    contestant: str
+    skipped: str = ""
+    seconds: Timing | None = None
+    useful_tflops: float = 0.0
+    gigabytes_per_second: float = 0.0
+    share_of_roof: float = 0.0
+    times_ours: float = 0.0
+    rounds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where contestants run: prepares calls so that they can be timed, and times them."""
+
+    device: str
+
+    def prepare(self, make: Prepare) -> tuple[Callable[[], object], Outputs]:
+        """What is timed, and the outputs that it has filled once."""
+        if not self.device.startswith("cuda"):
+            call = make()
+            return call, call()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):  # where a gradient's forward direction must have run too
+            call = make()
+            for _ in range(3):  # what is loaded or chosen at first use must not be captured
+                call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            outputs = call()
+        graph.replay()
+        torch.cuda.synchronize()
+        return graph.replay, outputs
+
+    def time(
+        self,
+        runs: Mapping[str, Callable[[], object]],
+        seconds: float,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> dict[str, list[float]]:
+        """Seconds of each run, round by round; as many rounds as `seconds` allow, in bounds."""
+        measure = self._gpu_round if self.device.startswith("cuda") else _cpu_round
+        measure(runs, clock)  # the first one finds caches as no later one does
+        least, most = _ROUNDS
+        taken: list[dict[str, float]] = []
+        end = clock() + seconds
+        while len(taken) < least or (len(taken) < most and clock() < end):
+            taken.append(measure(runs, clock))
+        return {name: [one[name] for one in taken] for name in runs}
+
+    def _gpu_round(
+        self, runs: Mapping[str, Callable[[], object]], _: Callable[[], float]
+    ) -> dict[str, float]:
+        marks = {}
+        for name, run in runs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            _flush_buffer(
+                self.device
+            ).zero_()  # runs while the next ones are queued: no launch is timed
+            start.record()
+            run()
+            end.record()
+            marks[name] = (start, end)
+        torch.cuda.synchronize()
+        return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in marks.items()}
+
+    def roof(self, elements: Sequence[str]) -> Roof:
+        """Measure a copy, and a square matrix product of each type."""
+        gpu = self.device.startswith("cuda")
+        size, side = (2**30, 8192) if gpu else (2**27, 1024)
+        source = torch.ones(size, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        runs: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
+        for element in elements:
+            left = torch.randn(side, side, device=self.device).to(TYPES[element])
+            runs[element] = functools.partial(torch.mm, left, left)
+        times = self.time(runs, seconds=2.0)
+        middle = {name: float(np.median(taken)) for name, taken in times.items()}
+        rates = {element: 2 * side**3 / middle[element] for element in elements}
+        return Roof(2 * size / middle["copy"], rates)
+
+
+def _cpu_round(
+    runs: Mapping[str, Callable[[], object]], clock: Callable[[], float]
+) -> dict[str, float]:
+    seconds = {}
+    for name, run in runs.items():
+        start = clock()
+        run()
+        seconds[name] = clock() - start
+    return seconds
+
+
+@functools.cache
+def _flush_buffer(device: str) -> Tensor:
+    cache = int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return torch.empty(max(4 * cache, 2**28), dtype=torch.uint8, device=device)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Random tensors of a case."""
+
+    device: str
+    element: str
+    seed: int = 0
+
+    def start(self) -> Callable[..., Tensor]:
+        """What makes the next tensor of a shape, in the case's type unless another is named."""
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+
+        def randn(*shape: int, dtype: torch.dtype = TYPES[self.element]) -> Tensor:
+            return torch.randn(shape, generator=generator, device=self.device).to(dtype)
+
+        return randn
+
+
+def plan(device: str, *, quick: bool, seed: int = 0) -> list[Plan]:
+    """All cases of this device.
+
+    On a GPU all sites, in bf16 and fp16; contestants that are compiled first take part in bf16.
+    On a CPU the embedded model as it is, and of the others one row, and one frame where attention
+    stays within a frame, in fp32. A quick run has the embedded model, on a GPU AnimateDiff's
+    largest site in bf16 as well, and compiles nothing.
+    """
+    gpu = device.startswith("cuda")
+    elements = ("fp32",) if not gpu else ("bf16",) if quick else ("bf16", "fp16")
+    plans = []
+    for element in elements:
+        reason = "compiled for bf16 only" if element == "fp16" else ""
+        reason = "not in a quick run" if quick else reason
+        inputs = Inputs(device, element, seed)
+        for builds in builders(inputs, quick=quick).values():
+            plans += [Plan(build, element, reason) for build in builds]
+    return plans
+
+
+def builders(inputs: Inputs, *, quick: bool = False) -> dict[str, list[Callable[[], Case]]]:
+    """What builds the cases of each operator."""
+    gpu = inputs.device != "cpu"
+    quick_ones = ("embedded", "animatediff_64x64") if gpu else ("embedded",)
+    found: dict[str, list[Callable[[], Case]]] = {
+        "query_attention": [],
+        "frame_attention": [],
+        "temporal_block": [],
+        "motion_feature": [],
+        "guided_step": [],
+    }
+    for site in SITES:
+        if quick and not site.name.startswith(quick_ones):
+            continue
+        whole = gpu or site.name.startswith("embedded")
+        frame = replace(site, rows=site.rows + 1)  # with a source whose queries may be read
+        row = site
+        if not whole:
+            frame = replace(site, name=f"{site.name}_one_frame", frames=1, rows=1)
+            row = replace(site, name=f"{site.name}_one_row", rows=1)
+        kinds: list[dict[str, Any]] = [{}, {"backward": True}]
+        kinds += [{"injected": True}] if whole else []
+        kinds += [{"keys": 77}] if site.name in ("animatediff_64x64", "embedded_16x16") else []
+        for kind in kinds:
+            found["query_attention"].append(functools.partial(query_case, frame, inputs, **kind))
+        for kind in kinds[:2]:
+            found["frame_attention"].append(functools.partial(frame_case, row, inputs, **kind))
+        if site.tokens >= 32 * 20 or site.name == "embedded_16x16":
+            found["temporal_block"].append(functools.partial(block_case, row, inputs))
+    for tap in TAPS:
+        if quick and tap.name != "embedded":
+            continue
+        whole = gpu or tap.name == "embedded"
+        row = tap if whole else replace(tap, name=f"{tap.name}_one_row", rows=1)
+        every = ("channels", "all", "projection", "region")
+        asked = every if tap.name in ("animatediff", "embedded") else every[:1]
+        for way in asked:
+            for backward in (False, True):
+                build = functools.partial(feature_case, row, way, inputs, backward=backward)
+                found["motion_feature"].append(build)
+    for name, latents in LATENTS.items():
+        if not quick or name == "embedded":
+            found["guided_step"].append(functools.partial(step_case, name, latents, inputs))
+    if not gpu:
+        found["frame_attention"].append(functools.partial(frame_case, SPEEDUP, inputs))
+    return found
+
+
+def query_case(
+    site: Site,
+    inputs: Inputs,
+    *,
+    injected: bool = False,
+    keys: int | None = None,
+    backward: bool = False,
+) -> Case:
+    """Attention within a frame; `injected` from the last row's queries, `keys` of a prompt."""
+    randn = inputs.start()
+    shape = (site.rows, site.frames, site.tokens, site.width)
+    of_keys = shape if keys is None else (site.rows, 1, keys, site.width)
+    query, key, value = randn(*shape), randn(*of_keys), randn(*of_keys)
+    row = None
+    if injected:
+        row = torch.full((site.rows,), site.rows - 1, device=inputs.device)
+    name = site.name + ("_injected" if injected else "") + ("" if keys is None else "_prompt")
+    given = (query, key, value)
+    grad = randn(*shape) if backward else None
+    ours = functools.partial(query_attention, heads=site.heads, query_row=row)
+    reference = functools.partial(query_attention_reference, heads=site.heads, query_row=row)
+    ways: dict[str, Prepare] = {OURS: _way(lambda: ours, given, grad)}
+    for word, attend in _attentions(inputs.device).items():
+        ways[word] = _way(functools.partial(_usual_within, attend, site.heads, row), given, grad)
+    ways[COMPILED] = _way(lambda: _compiled_definition(reference), given, grad)
+    first = (slice(None), slice(1), slice(None), slice(site.d))  # one frame of one head
+    one_head = functools.partial(query_attention_reference, heads=1, query_row=row)
+    return Case(
+        "query_attention",
+        name + ("_backward" if backward else ""),
+        inputs.element,
+        query_cost(shape, of_keys, query.element_size(), backward=backward),
+        ways,
+        lambda outputs: tuple(tensor[first] for tensor in outputs),
+        _exact(one_head, given, grad, first),
+        backward,
+    )
+
+
+def frame_case(site: Site, inputs: Inputs, *, backward: bool = False) -> Case:
+    """Attention over frames; the others get sequences, and move one tensor there and one back."""
+    randn = inputs.start()
+    shape = (site.rows, site.frames, site.tokens, site.width)
+    given = (randn(*shape), randn(*shape), randn(*shape))
+    grad = randn(*shape) if backward else None
+    ours = functools.partial(frame_attention, heads=site.heads)
+    reference = functools.partial(frame_attention_reference, heads=site.heads)
+    ways: dict[str, Prepare] = {
+        OURS: _way(lambda: ours, given, grad),
+        COMPILED: _way(lambda: _compiled_definition(reference), given, grad),
+    }
+    for word, attend in _attentions(inputs.device).items():
+        ways[word] = functools.partial(_over_sequences, attend, site.heads, given, grad)
+    some = (slice(None), slice(None), slice(_CHECKED))
+    return Case(
+        "frame_attention",
+        site.name + ("_backward" if backward else ""),
+        inputs.element,
+        frame_cost(*shape[:3], site.heads, site.d, given[0].element_size(), backward=backward),
+        ways,
+        lambda outputs: tuple(tensor[some] for tensor in outputs),
+        _exact(reference, given, grad, some),
+        backward,
+    )
+
+
+def block_case(site: Site, inputs: Inputs) -> Case:
+    """A temporal layer with a motion embedding; the usual way adds it before the projections."""
+    randn = inputs.start()
+    rows, frames, tokens, width = site.rows, site.frames, site.tokens, site.width
+    x = randn(rows, frames, tokens, width)
+    norm, bias = (1 + 0.1 * randn(width), 0.1 * randn(width))
+    matrices = [randn(width, width) * width**-0.5 for _ in range(4)]
+    position = randn(frames, width)
+    of_frame, of_token = randn(frames, width), randn(frames, tokens, width)
+
+    def bank(motion: Tensor, matrix: Tensor) -> Tensor:
+        projected = (motion.float() @ matrix.float().T).to(x.dtype)
+        return torch.stack([torch.zeros_like(projected), projected])
+
+    banks: dict[str, Any] = {
+        "query_bank": bank(of_frame, matrices[0]),
+        "key_bank": bank(of_frame, matrices[1]),
+        "value_bank": bank(of_token, matrices[2]),
+    }
+    weights: dict[str, Any] = dict(
+        zip(_WEIGHTS, (norm, bias, *matrices, 0.1 * randn(width)), strict=True)
+    )
+    settings: dict[str, Any] = {
+        "heads": site.heads,
+        "position": position,
+        "motion_slot": torch.ones(rows, dtype=torch.int64, device=inputs.device),
+    }
+    ours = functools.partial(temporal_block, **weights, **settings, **banks)
+
+    def reference(x: Tensor, banks: Mapping[str, Any] = banks) -> Tensor:
+        wide: dict[str, Any] = {name: tensor.to(x.dtype) for name, tensor in weights.items()}
+        return temporal_block_reference(x, **wide, **settings, **banks)
+
+    def usual(x: Tensor) -> Tensor:
+        normed = F.layer_norm(x, (width,), norm, bias) + position[:, None]
+        sequences = normed.permute(0, 2, 1, 3).flatten(0, 1)  # [rows * tokens, frames, width]
+        moved = sequences + of_frame
+        of_value = sequences.unflatten(0, (rows, tokens)) + of_token.transpose(0, 1)
+        parts = (moved, moved, of_value.flatten(0, 1))
+        q, k, v = (
+            F.linear(part, matrix).unflatten(-1, (site.heads, -1)).transpose(1, 2)
+            for part, matrix in zip(parts, matrices[:3], strict=True)
+        )
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = F.linear(out, matrices[3], weights["out_bias"]).unflatten(0, (rows, tokens))
+        y: Tensor = x + out.permute(0, 2, 1, 3)
+        return y
+
+    def exact() -> Outputs:
+        some = {k: v[:, :, :_CHECKED] if v.ndim == 4 else v for k, v in banks.items()}
+        return (reference(x[:, :, :_CHECKED].double(), {k: v.double() for k, v in some.items()}),)
+
+    return Case(
+        "temporal_block",
+        site.name,
+        inputs.element,
+        block_cost(rows, frames, tokens, site.heads, site.d, x.element_size()),
+        {
+            OURS: _way(lambda: ours, (x,)),
+            USUAL: _way(lambda: usual, (x,)),
+            COMPILED: _way(lambda: _compiled_definition(reference), (x,)),
+            COMPILED_USUAL: _way(lambda: _compiled(usual), (x,)),
+        },
+        lambda outputs: tuple(tensor[:, :, :_CHECKED] for tensor in outputs),
+        exact,
+    )
+
+
+def feature_case(tap: Site, kind: str, inputs: Inputs, *, backward: bool = False) -> Case:
+    """What changes over the frames of a tap; `kind` is what is asked for of it."""
+    randn = inputs.start()
+    x = randn(tap.rows, tap.frames, tap.tokens, tap.width)
+    # What all positions share, as a camera makes it: else the mean over a region is all rounding.
+    x += torch.linspace(-1, 1, tap.frames, device=x.device, dtype=x.dtype)[:, None, None]
+    count = math.ceil(_MOTION * tap.width)
+    asked: dict[str, Any] = {}
+    if kind == "channels":
+        asked["channels"] = torch.arange(count, device=inputs.device) * (tap.width // count)
+    if kind == "projection":
+        asked["projection"] = randn(tap.width, count) * tap.width**-0.5
+    weights = torch.full((1, tap.tokens), 1 / tap.tokens, device=inputs.device)
+    region = {"region": weights[0]} if kind == "region" else {}
+    ours: Function = functools.partial(motion_feature, **asked, **region)
+
+    def reference(x: Tensor) -> Tensor:
+        known = {k: v.to(x.dtype) if k == "projection" else v for k, v in asked.items()}
+        return motion_feature_reference(x, weights=weights if region else None, **known)
+
+    def usual(x: Tensor) -> Tensor:
+        y = x - x.mean(1, keepdim=True)
+        if kind == "channels":
+            y = y[..., asked["channels"]]
+        if kind == "projection":
+            y = y @ asked["projection"]
+        # A product is quicker than to weight and add up, and reads what changes once.
+        return weights.to(y.dtype) @ y if kind == "region" else y
+
+    with torch.no_grad():
+        grad = randn(*ours(x).shape) if backward else None
+    chosen = {"chosen": count} if kind == "channels" else {}
+    if kind == "projection":
+        chosen = {"projected": count}
+    cost = feature_cost(
+        tap.rows, tap.frames, tap.tokens, tap.width, x.element_size(), **chosen, region=bool(region)
+    )
+    if grad is not None:  # the gradient is read, and that of every channel written
+        cost = replace(cost, bytes=x.element_size() * (x.numel() + grad.numel()))
+    ways = {
+        OURS: _way(lambda: ours, (x,), grad),
+        USUAL: _way(lambda: usual, (x,), grad),
+        COMPILED: _way(lambda: _compiled_definition(reference), (x,), grad),
+        COMPILED_USUAL: _way(lambda: _compiled(usual), (x,), grad),
+    }
+    return Case(
+        "motion_feature",
+        f"{tap.name}_{kind}" + ("_backward" if backward else ""),
+        inputs.element,
+        cost,
+        ways,
+        lambda outputs: tuple(tensor[:1] for tensor in outputs),
+        _exact(reference, (x,), grad, (slice(1),)),
+        backward,
+    )
+
+
+def step_case(name: str, latents: tuple[int, ...], inputs: Inputs) -> Case:
+    """Guidance and the sampler's update, for a float32 sample and a network's output."""
+    randn = inputs.start()
+    sample, former, noise = (randn(*latents, dtype=torch.float32) for _ in range(3))
+    conditional, unconditional = randn(*latents), randn(*latents)
+    scale = 5 + randn(latents[0], dtype=torch.float32)
+    numbers = randn(latents[0], 6, dtype=torch.float32)
+    given = (sample, conditional, unconditional, former, noise, scale, numbers)
+
+    def usual(x: Tensor, wanted: Tensor, other: Tensor, *rest: Tensor) -> Outputs:
+        former, noise, scale, numbers = rest
+        spread = [1] * (x.ndim - 1)
+        a, b, c, s, p, q = numbers.reshape(-1, 6, *spread).unbind(1)
+        mixed = other.float() + scale.reshape(-1, *spread) * (wanted.float() - other.float())
+        return a * x + b * mixed + c * former + s * noise, p * x + q * mixed
+
+    return Case(
+        "guided_step",
+        name,
+        inputs.element,
+        step_cost(
+            latents[0],
+            math.prod(latents[1:]),
+            sample.element_size(),
+            output_itemsize=conditional.element_size(),
+        ),
+        {
+            OURS: _way(lambda: guided_step, given),
+            USUAL: _way(lambda: usual, given),
+            COMPILED: _way(lambda: _compiled_definition(guided_step_reference), given),
+        },
+        lambda outputs: outputs,
+        _exact(guided_step_reference, given, None, (slice(None),)),
+    )
+
+
+def _attentions(device: str) -> dict[str, Callable[[], Function]]:
+    """Ways of scaled dot product attention over [batch, heads, tokens, d]."""
+
+    def by(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            out: Tensor = F.scaled_dot_product_attention(query, key, value)
+            return out
+
+    ways: dict[str, Callable[[], Function]] = {USUAL: lambda: F.scaled_dot_product_attention}
+    for name, backend in BACKENDS.items():
+        ways[name] = functools.partial(functools.partial, by, backend)
+    ways[FLEX] = lambda: _compiled(flex_attention)
+    return ways
+
+
+def _usual_within(attend: Callable[[], Function], heads: int, row: Tensor | None) -> Function:
+    return functools.partial(_within_frames, attend(), heads, row)
+
+
+def _within_frames(
+    attend: Function,
+    heads: int,
+    row: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
+    """The usual way: copy the queries that are read, repeat keys that frames share, attend."""
+    query = query if row is None else query[row]
+    rows, frames = query.shape[:2]
+    q, k, v = (
+        t.expand(-1, frames, -1, -1).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for t in (query, key, value)
+    )
+    out: Tensor = attend(q, k, v).transpose(1, 2).flatten(2).unflatten(0, (rows, frames))
+    return out
+
+
+def _over_sequences(
+    make: Callable[[], Function], heads: int, given: Outputs, grad: Tensor | None
+) -> Call:
+    """The usual way over frames, which finds its q, k and v in order: a projection wrote them.
+
+    What it pays for is to bring the hidden states into that order before, and the result back.
+    """
+    attend = make()
+    rows, _, tokens, _ = given[0].shape
+    hidden = given[0]
+    sequences = [t.permute(0, 2, 1, 3).flatten(0, 1).contiguous() for t in given]
+
+    def forward(*parts: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in parts)
+        out = attend(q, k, v).transpose(1, 2).flatten(2).unflatten(0, (rows, tokens))
+        back: Tensor = out.permute(0, 2, 1, 3).contiguous()
+        return back
+
+    if grad is None:
+
+        def call() -> Outputs:
+            with torch.no_grad():
+                hidden.permute(0, 2, 1, 3).contiguous()
+                return (forward(*sequences),)
+
+        return call
+
+    gradients = _way(lambda: forward, tuple(sequences), grad)()
+
+    def back() -> Outputs:
+        found = [g.unflatten(0, (rows, tokens)).permute(0, 2, 1, 3) for g in gradients()]
+        found[0].contiguous()
+        return tuple(found)
+
+    return back
+
+
+def _way(make: Callable[[], Function], given: Outputs, grad: Tensor | None = None) -> Prepare:
+    """What prepares a function's call on `given`, or with `grad` the call of its gradient."""
+
+    def prepare() -> Call:
+        function = make()
+        if grad is None:
+
+            def forward() -> Outputs:
+                with torch.no_grad():
+                    return _several(function(*given))
+
+            return forward
+        leaves = [tensor.detach().requires_grad_() for tensor in given]
+        out = function(*leaves)
+        return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+    return prepare
+
+
+def _exact(
+    reference: Function, given: Outputs, grad: Tensor | None, part: tuple[slice, ...]
+) -> Call:
+    """The same by the reference in float64, of a part that does not depend on the rest."""
+
+    def exact() -> Outputs:
+        some = tuple(tensor[part].double() for tensor in given)
+        return _way(lambda: reference, some, None if grad is None else grad[part].double())()()
+
+    return exact
+
+
+def _several(result: Tensor | Outputs) -> Outputs:
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def _compiled(function: Function) -> Function:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _compiled_definition(reference: Function) -> Function:
+    # What torch 2.13 puts in the place of attention over tensors of five axes is wrong by more
+    # than the values themselves, so it must not look for attention here.
+    options: dict[str, str | int | bool | Callable[..., Any]] = {"pattern_matcher": False}
+    return torch.compile(reference, fullgraph=True, dynamic=False, options=options)
+
+
+def errors(case: Case, outputs: Outputs, exact: Outputs) -> list[float]:
+    """Greatest error of the checked part of each output; infinite where one is not finite."""
+    found = []
+    for got, wanted in zip(case.part(outputs), exact, strict=True):
+        worst = (got.double() - wanted).abs().max().item()
+        found.append(worst if math.isfinite(worst) else math.inf)
+    return found
+
+
+class Gate:
+    """Whether results are right: at most twice as far from float64 as the usual way (gradients 3).
+
+    Raises:
+        WorkError: the usual way is itself far from float64, so that nothing could be judged by it.
+    """
+
+    def __init__(self, case: Case, usual: Outputs) -> None:
+        self.case, self.exact = case, case.exact()
+        units = [
+            torch.finfo(got.dtype).eps * wanted.abs().max().item()
+            for got, wanted in zip(case.part(usual), self.exact, strict=True)
+        ]
+        found = errors(case, usual, self.exact)
+        if any(error > _SANE * unit for error, unit in zip(found, units, strict=True)):
+            raise WorkError(
+                f"{case.name}: the usual way must err at most {_SANE} units in the last place, "
+                f"errs {found} where one unit is {units}"
+            )
+        slack = SLACK[case.backward]
+        self.allowed = [slack * e + u for e, u in zip(found, units, strict=True)]
+
+    def complaint(self, outputs: Outputs) -> str:
+        """What is wrong with `outputs`; empty if nothing is."""
+        for error, allowed in zip(
+            errors(self.case, outputs, self.exact), self.allowed, strict=True
+        ):
+            if error > allowed:
+                return f"wrong: errs {error:.3g}, allowed {allowed:.3g}"
+        return ""
+
+
+def run_case(
+    case: Case, machine: Machine, roof: Roof, *, seconds: float, uncompiled: str = ""
+) -> list[Line]:
+    """Prepare all contestants, compare them with float64, and time those that are right.
+
+    Raises:
+        WorkError: ours, or the usual way, is wrong.
+    """
+    empty = functools.partial(Line, case.operator, case.shape, case.element)
+    usual, of_usual = machine.prepare(case.ways[USUAL])
+    gate = Gate(case, of_usual)
+    runs: dict[str, Callable[[], object]] = {USUAL: usual}
+    runs[OURS], outputs = machine.prepare(case.ways[OURS])
+    if complaint := gate.complaint(outputs):
+        raise WorkError(f"{case.name}: ours must be right before it is timed, it is {complaint}")
+    skipped: dict[str, str] = {}
+    for name, way in case.ways.items():
+        if name in runs:
+            continue
+        if name in COMPILED_ONES and uncompiled:
+            skipped[name] = uncompiled
+            continue
+        try:
+            run, outputs = _try(machine, way)
+        except RuntimeError as error:  # as all of PyTorch's back ends and compilers say no
+            skipped[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            continue
+        if complaint := gate.complaint(outputs):
+            skipped[name] = complaint
+        else:
+            runs[name] = run
+    times = machine.time({name: runs[name] for name in case.ways if name in runs}, seconds)
+    ours = float(np.median(times[OURS]))
+    lines = []
+    for name in case.ways:
+        if name in skipped:
+            lines.append(empty(name, skipped[name]))
+            continue
+        p20, p50, p80 = (float(value) for value in np.percentile(times[name], [20, 50, 80]))
+        lines.append(
+            empty(
+                name,
+                seconds=Timing(p20, p50, p80),
+                useful_tflops=case.cost.flops / p50 / 1e12,
+                gigabytes_per_second=case.cost.bytes / p50 / 1e9,
+                share_of_roof=roof.seconds(case.cost, case.element) / p50,
+                times_ours=p50 / ours,
+                rounds=tuple(times[name]),
+            )
+        )
+    return lines
+
+
+def _try(machine: Machine, way: Prepare) -> tuple[Callable[[], object], Outputs]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they say at length what the error then says in short
+        return machine.prepare(way)
+
+
+def figures_of(lines: Sequence[Line]) -> dict[str, Figure]:
+    """The figures of one case. A ratio is the time of the other over ours: above 1, ours is faster.
+
+    Its interval is a bootstrap over the rounds, in which the two were timed in turn.
+    """
+    timed = {line.contestant: line for line in lines if line.seconds is not None}
+    ours = timed.pop(OURS)
+    stem = f"kernels.{ours.operator}.{ours.shape}.{ours.element}"
+    best = min(timed.values(), key=lambda line: line.times_ours)
+    rivals = {"best": best, "usual": timed[USUAL]}
+    if COMPILED in timed:
+        rivals["compiled"] = timed[COMPILED]
+    n = len(ours.rounds)
+    figures = {f"{stem}.ratio_to_{word}": _ratio(line, ours) for word, line in rivals.items()}
+    figures[f"{stem}.share_of_roof"] = Figure(ours.share_of_roof, n=n)
+    figures[f"{stem}.useful_tflops"] = Figure(ours.useful_tflops, n=n, unit="TFLOP/s")
+    return figures
+
+
+def _ratio(other: Line, ours: Line) -> Figure:
+    pair = np.array([other.rounds, ours.rounds])  # [2, rounds]
+    n = pair.shape[1]
+    picks = np.random.default_rng(0).integers(n, size=(_RESAMPLES, n))
+    medians = np.median(pair[:, picks], axis=-1)  # [2, resamples]
+    low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
+    return Figure(other.times_ours, float(low), float(high), n=n)
+
+
+def render(lines: Sequence[Line]) -> str:
+    """A Markdown table, one line a contestant."""
+    names = ["operator", "shape", "type", "contestant", "p20 µs", "p50 µs", "p80 µs"]
+    names += ["useful TFLOP/s", "GB/s", "share of roof", "times ours"]
+    rows = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    for line in lines:
+        words = [line.operator, line.shape, line.element, line.contestant]
+        if line.seconds is None:
+            words += ["skipped: " + line.skipped.replace("|", "/"), *[""] * 6]
+        else:
+            taken = (line.seconds.p20, line.seconds.p50, line.seconds.p80)
+            words += [f"{1e6 * seconds:.1f}" for seconds in taken]
+            words += [f"{line.useful_tflops:.3g}", f"{line.gigabytes_per_second:.4g}"]
+            words += [f"{line.share_of_roof:.2f}", f"{line.times_ours:.2f}"]
+        rows.append(f"| {' | '.join(words)} |")
+    return "\n".join(rows) + "\n"
+
+
+def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
+    """Time every case of this device, and write the lines where they are wanted."""
+    machine = Machine(options.device)
+    plans = plan(options.device, quick=options.quick, seed=options.seed)
+    elements = sorted({p.element for p in plans})
+    roof = machine.roof(elements)
+    figures = {"kernels.roof.copy": Figure(roof.bytes_per_second / 1e9, unit="GB/s")}
+    for element in elements:
+        rate = Figure(roof.flops_per_second[element] / 1e12, unit="TFLOP/s")
+        figures[f"kernels.roof.{element}"] = rate
+    lines: list[Line] = []
+    for one in progress.track(plans, "kernels"):
+        torch.compiler.reset()  # else its limit of shapes a function sends the next one to eager
+        found = run_case(
+            one.build(),
+            machine,
+            roof,
+            seconds=0.8 if options.quick else 4.0,
+            uncompiled=one.uncompiled,
+        )
+        lines += found
+        figures |= figures_of(found)
+        gc.collect()
+        if options.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    speedup = f"kernels.frame_attention.{SPEEDUP.name}.fp32.ratio_to_usual"
+    if speedup in figures:
+        figures["kernels.frame_attention.cpu_speedup"] = figures[speedup]
+    if options.out is not None:
+        _write(options.out, lines)
+    print(render(lines))  # noqa: T201  goes to standard error
+    return figures
+
+
+def _write(folder: Path, lines: Sequence[Line]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: must be a folder, got: {error}") from error
+    rows = [asdict(line) for line in lines]
+    write_text(folder / "kernels.json", json.dumps(rows, indent=1) + "\n", "bench kernels")
+    write_text(folder / "kernels.md", render(lines), "bench kernels")
+
+
+BENCH = Bench("kernels", "each operator against the other ways to compute the same", measure)

@@ -1,0 +1,333 @@
+"""Launch settings for the GPU at hand: each candidate checked, then timed, the best one kept.
+
+The candidates of a kernel are a small grid that is written down here, laid over the settings that
+it has now. An entry of the launch file (operator and key) is judged by all cases of
+`kinetiq.bench.kernels` whose timed call asks for it: a candidate must be right in every one, also
+in float32 where types share an entry, and its score is the geometric mean of its times over those
+of the settings that it would replace. What a GPU takes that is not in the file, and has not been
+tuned, `kinetiq.kernels._launch` says.
+"""
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kinetiq.bench.harness import Progress
+from kinetiq.bench.kernels import OURS, USUAL, Gate, Inputs, Machine, Outputs, Prepare, builders
+from kinetiq.errors import InputError, MissingDependencyError, RequestError, WorkError
+from kinetiq.files import check_target, write_text
+from kinetiq.kernels._launch import LAUNCH_FILE, Table, architecture, choosing, read_table
+
+Settings = dict[str, int]
+Entry = tuple[str, str]  # operator and key of the launch file
+Run = Callable[[], object]
+Timer = Callable[[Mapping[str, Run]], Mapping[str, Sequence[float]]]
+_ATTENTION = {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)}
+_GRADIENT = {"BLOCK_M": (32, 64), "BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
+_FRAMES = {"TILE": (4096, 8192, 16384), "num_warps": (2, 4, 8)}
+_STREAM = {"TILE": (1024, 2048, 4096, 8192), "num_warps": (2, 4, 8)}
+_PRODUCT = {"ROWS": (64, 128), "CHANNELS": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3)}
+GRIDS: dict[Entry, Mapping[str, Sequence[int]]] = {  # key "*" is every key not named
+    ("query_attention", "*"): {**_ATTENTION, "num_stages": (2, 3, 4)},
+    ("query_attention_query_gradient", "*"): _GRADIENT,
+    ("query_attention_key_gradient", "*"): _GRADIENT,
+    ("query_attention_return_gradient", "*"): {"BLOCK": (512, 1024, 2048), "num_warps": (4, 8)},
+    ("frame_attention", "*"): _FRAMES,
+    ("frame_attention_controlled", "*"): _FRAMES,
+    ("frame_attention_backward", "*"): _FRAMES,
+    ("frame_attention_backward_controlled", "*"): _FRAMES,
+    ("temporal_block", "*"): {
+        "ROWS": (32, 64),
+        "CHANNELS": (32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+    },
+    ("motion_feature", "centre"): _STREAM,
+    ("motion_feature", "gather"): _STREAM,
+    ("motion_feature", "scatter"): {**_STREAM, "CHANNELS": (32, 64, 128)},
+    ("motion_feature", "spread"): {**_STREAM, "CHANNELS": (32, 64, 128)},
+    ("motion_feature", "region"): {**_STREAM, "BLOCK": (32, 64, 128)},
+    ("motion_feature", "project"): {**_PRODUCT, "OUT": (32, 64)},
+    ("motion_feature", "project_backward"): {**_PRODUCT, "OUT": (32, 64)},
+    ("guided_step", "*"): {"BLOCK": (512, 1024, 2048, 4096), "num_warps": (2, 4, 8)},
+}
+OPERATORS = (
+    "frame_attention",
+    "guided_step",
+    "motion_feature",
+    "query_attention",
+    "temporal_block",
+)
+_WORTH = 0.98  # of the present time; less of a gain may be noise
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call that settings are judged by.
+
+    Args:
+        name: of its case.
+        prepare: makes the call under the settings that hold meanwhile; what is timed, and the
+            outputs that it filled.
+        complaint: what is wrong with outputs; empty if nothing is.
+        asked: entries that the timed call asks for, with the settings that it gets.
+        timed: whether it is timed, or only has to be right.
+    """
+
+    name: str
+    prepare: Callable[[], tuple[Run, Outputs]]
+    complaint: Callable[[Outputs], str]
+    asked: Mapping[Entry, Settings]
+    timed: bool = True
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate: its time over that of the present settings, or why it is out."""
+
+    settings: Settings
+    score: float | None = None
+    rejected: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one entry; `best` is `present` where nothing was worth a change."""
+
+    entry: Entry
+    present: Settings
+    best: Settings
+    score: float
+    trials: tuple[Trial, ...]
+
+
+def candidates(entry: Entry, present: Settings) -> list[Settings]:
+    """The present settings with each point of the entry's grid laid over them, except themselves.
+
+    Raises:
+        WorkError: the grid has a name that the settings do not have.
+    """
+    operator, key = entry
+    grid = GRIDS.get(entry) or GRIDS.get((operator, "*"), {})
+    unknown = [name for name in grid if name not in present and name != "num_stages"]
+    if unknown:
+        raise WorkError(f"bench tune: {operator} {key} must have {unknown}, has {present}")
+    points = itertools.product(*grid.values())
+    laid = [present | dict(zip(grid, point, strict=True)) for point in points]
+    return [settings for settings in laid if settings != present]
+
+
+def asked_by(make: Prepare) -> dict[Entry, Settings]:
+    """Entries that a prepared call asks for, not those of its preparation."""
+    call = make()
+    seen: dict[Entry, Settings] = {}
+
+    def note(operator: str, key: str, found: Settings) -> Settings:
+        seen[operator, key] = dict(found)
+        return found
+
+    with choosing(note):
+        call()
+    return seen
+
+
+def search(entry: Entry, workloads: Sequence[Workload], timer: Timer) -> Outcome:
+    """Try every candidate of one entry on the workloads that ask for it."""
+    present = next(w.asked[entry] for w in workloads if entry in w.asked)
+    judges = [w for w in workloads if entry in w.asked]
+    usual = {w.name: w.prepare()[0] for w in judges if w.timed}
+    trials = tuple(
+        _try(entry, settings, judges, usual, timer) for settings in candidates(entry, present)
+    )
+    best, score = present, 1.0
+    for trial in trials:
+        if trial.score is not None and trial.score < min(score, _WORTH):
+            best, score = trial.settings, trial.score
+    return Outcome(entry, present, best, score, trials)
+
+
+def _try(
+    entry: Entry,
+    settings: Settings,
+    judges: Sequence[Workload],
+    usual: Mapping[str, Run],
+    timer: Timer,
+) -> Trial:
+    def choose(operator: str, key: str, found: Settings) -> Settings:
+        return dict(settings) if (operator, key) == entry else found
+
+    logs = []
+    for judge in judges:
+        try:
+            with choosing(choose):
+                run, outputs = judge.prepare()
+        except _refusals() as error:  # too much shared memory, too many registers, and the like
+            words = str(error).strip().splitlines() or [""]
+            return Trial(settings, rejected=f"{judge.name}: {type(error).__name__}: {words[0]}")
+        if complaint := judge.complaint(outputs):
+            return Trial(settings, rejected=f"{judge.name}: {complaint}")
+        if judge.timed:
+            times = timer({"present": usual[judge.name], "candidate": run})
+            medians = {name: float(np.median(taken)) for name, taken in times.items()}
+            logs.append(math.log(medians["candidate"] / medians["present"]))
+    return Trial(settings, score=math.exp(sum(logs) / len(logs)))
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    from triton.errors import TritonError
+
+    return (RuntimeError, TritonError)
+
+
+def workloads_of(machine: Machine, operator: str, seed: int = 0) -> list[Workload]:
+    """All cases of one operator: timed in bf16, and required to be right in fp32.
+
+    Where a half type and float32 share an entry its candidates must run in both; an entry that
+    float32 has for itself is left as it is.
+    """
+    found = []
+    for element in ("bf16", "fp32"):
+        inputs = Inputs(machine.device, element, seed)
+        for build in builders(inputs)[operator]:
+            case = build()
+            gate = Gate(case, machine.prepare(case.ways[USUAL])[1])
+            found.append(
+                Workload(
+                    case.name,
+                    functools.partial(machine.prepare, case.ways[OURS]),
+                    gate.complaint,
+                    asked_by(case.ways[OURS]),
+                    timed=element == "bf16",
+                )
+            )
+    return found
+
+
+def tune(
+    device: str, path: Path, operators: Sequence[str], *, seed: int, progress: Progress
+) -> Iterator[Outcome]:
+    """Tune operators on a GPU; a better entry is in the file before the next one is tried.
+
+    Args:
+        device: "cuda" or "cuda:N".
+        path: launch file to change; a new one begins as a copy of the package's.
+        operators: names out of `OPERATORS`; none for all of them.
+        seed: of the inputs.
+        progress: shows how far it is.
+
+    Yields:
+        What became of each entry.
+
+    Raises:
+        RequestError: there is no such operator.
+        MissingDependencyError: `device` is not a GPU.
+        InputError: the file cannot be read, or written.
+        WorkError: a kernel is wrong with its present settings.
+    """
+    unknown = [name for name in operators if name not in OPERATORS]
+    if unknown:
+        raise RequestError(
+            f"bench tune: operators must be among {', '.join(OPERATORS)}, got {', '.join(unknown)}"
+        )
+    if not device.startswith("cuda"):
+        raise MissingDependencyError(
+            f"bench tune: needs an NVIDIA GPU, whose settings it finds (the device is {device})"
+        )
+    check_target(path, "bench tune")
+    with torch.cuda.device(device):
+        machine, name = Machine(device), architecture()
+        timer = functools.partial(machine.time, seconds=0.3)
+        for operator in operators or OPERATORS:
+            workloads = workloads_of(machine, operator, seed)
+            yield from improve(workloads, timer, path, name, progress)
+
+
+def improve(
+    workloads: Sequence[Workload], timer: Timer, path: Path, name: str, progress: Progress
+) -> Iterator[Outcome]:
+    """Search every entry that a timed workload asks for, and keep what is better in the file.
+
+    Raises:
+        WorkError: a workload is wrong with the settings that it has now.
+    """
+    for workload in workloads:
+        if complaint := workload.complaint(workload.prepare()[1]):
+            raise WorkError(f"{workload.name}: must be right before it is tuned, it is {complaint}")
+    entries = sorted({entry for w in workloads if w.timed for entry in w.asked})
+    for entry in progress.track(entries, "tune"):
+        outcome = search(entry, workloads, timer)
+        if outcome.best != outcome.present:
+            write_table(path, with_entry(load_table(path), entry, name, outcome.best))
+        yield outcome
+
+
+def with_entry(table: Table, entry: Entry, name: str, settings: Settings) -> Table:
+    """A copy of `table` in which an architecture has these settings for an entry."""
+    operator, key = entry
+    targets = table.get(operator, {})
+    keys = {**targets.get(name, {}), key: settings}
+    return {**table, operator: {**targets, name: keys}}
+
+
+def load_table(path: Path) -> Table:
+    """The launch file at `path`, or the package's where there is none yet.
+
+    Raises:
+        InputError: it is not operator → architecture → key → settings.
+    """
+    source = path if path.exists() else LAUNCH_FILE
+    try:
+        table = read_table(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source}: must be a launch file, got: {error}") from error
+    if not _is_nested(table, 3):
+        raise InputError(
+            f"{source}: must be a launch file, operator → architecture → key → settings, got "
+            "something else"
+        )
+    return table
+
+
+def _is_nested(entries: object, depth: int) -> bool:
+    """Whether these are numbers by name, `depth` names deep."""
+    if depth < 0:
+        return isinstance(entries, int)
+    return isinstance(entries, dict) and all(_is_nested(e, depth - 1) for e in entries.values())
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Write a launch file, one line an entry; it is replaced when it is whole.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    operators = []
+    for operator, targets in table.items():
+        blocks = []
+        for target, keys in targets.items():
+            lines = ",\n".join(f'      "{key}": {json.dumps(keys[key])}' for key in keys)
+            blocks.append(f'    "{target}": {{\n{lines}\n    }}')
+        operators.append(f'  "{operator}": {{\n' + ",\n".join(blocks) + "\n  }")
+    write_text(path, "{\n" + ",\n".join(operators) + "\n}\n", "bench tune")
+
+
+def describe(outcome: Outcome) -> str:
+    """One line a person can read."""
+    operator, key = outcome.entry
+    out = sum(bool(trial.rejected) for trial in outcome.trials)
+    tried = f"{len(outcome.trials)} tried, {out} of them out"
+    if outcome.best == outcome.present:
+        return f"{operator} {key}: kept {_words(outcome.present)}; {tried}"
+    gain = f"{outcome.score:.2f} of the time of {_words(outcome.present)}"
+    return f"{operator} {key}: {_words(outcome.best)}, {gain}; {tried}"
+
+
+def _words(settings: Settings) -> str:
+    return " ".join(f"{name}={value}" for name, value in settings.items())

@@ -1,0 +1,235 @@
+"""The search for launch settings: with a timer of its own, so that no GPU is needed."""
+
+import functools
+import importlib
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from kinetiq.bench import command, tune
+from kinetiq.bench.harness import Progress
+from kinetiq.bench.tune import GRIDS, Workload, candidates, search
+from kinetiq.errors import InputError, MissingDependencyError, RequestError, WorkError
+from kinetiq.kernels import _launch
+
+guided = importlib.import_module("kinetiq.kernels.guided_step")  # not the function
+ENTRY = ("query_attention_return_gradient", "*")  # whose grid is BLOCK and num_warps
+PRESENT = {"BLOCK": 1024, "num_warps": 4}
+
+
+def workload(name="a", *, timed=True, broken=None, wrong=None):
+    """A call whose output says which settings it was prepared with."""
+
+    def prepare():
+        settings = _launch.settings(*ENTRY)
+        if broken is not None and settings == broken:
+            raise RuntimeError("out of resource: shared memory\nand more")
+        out = torch.tensor([settings["BLOCK"], settings["num_warps"]])
+        return functools.partial(tuple, settings.values()), (out,)
+
+    def complaint(outputs):
+        return "wrong: errs 1" if outputs[0].tolist() == list((wrong or {}).values()) else ""
+
+    return Workload(name, prepare, complaint, {ENTRY: PRESENT}, timed)
+
+
+def timer(seconds):
+    """A timer by BLOCK and warps, of what `workload` prepared; anything else takes a second."""
+
+    def time(runs):
+        return {name: [seconds.get(run(), 1.0)] * 3 for name, run in runs.items()}
+
+    return time
+
+
+def test_candidates_are_the_grid_over_the_present_settings():
+    found = candidates(ENTRY, PRESENT)
+    assert len(found) == 3 * 2 - 1 and PRESENT not in found
+    assert {"BLOCK": 2048, "num_warps": 8} in found
+    present = {"TILE": 8192, "WHOLE": 5120, "ONE_TILE": 1, "ONE_WARPS": 2, "num_warps": 4}
+    for settings in candidates(("frame_attention", "frames16_d48"), present):
+        assert {name: settings[name] for name in ("WHOLE", "ONE_TILE", "ONE_WARPS")} == {
+            "WHOLE": 5120,
+            "ONE_TILE": 1,
+            "ONE_WARPS": 2,
+        }
+    with pytest.raises(WorkError, match=r"guided_step \* must have \['BLOCK'\], has"):
+        candidates(("guided_step", "*"), {"num_warps": 4})
+
+
+def test_every_grid_fits_the_launch_file():
+    """Every kernel whose settings are in the file has a grid; what float32 has for itself, none."""
+    table, tried = _launch._table(), Counter()
+    for operator, targets in table.items():
+        for keys in targets.values():
+            for key, settings in keys.items():
+                tried[operator] += len(candidates((operator, key), dict(settings)))
+    assert {operator for operator, _ in GRIDS} == {
+        operator for operator in tried if tried[operator]
+    }
+    kernels = {o for o in table if "num_warps" in next(iter(table[o]["default"].values()))}
+    kernels = {operator for operator in kernels if not operator.endswith("_fp32")}
+    assert kernels == {operator for operator in tried if tried[operator]}
+
+
+def test_the_quickest_right_candidate_wins():
+    seconds = {(512, 4): 0.5, (2048, 8): 0.8, (512, 8): 0.6}
+    outcome = search(ENTRY, [workload()], timer(seconds))
+    assert (outcome.best, outcome.score) == ({"BLOCK": 512, "num_warps": 4}, 0.5)
+    assert outcome.present == PRESENT and len(outcome.trials) == 5
+    bad = {"BLOCK": 512, "num_warps": 4}
+    judges = [
+        (workload(wrong=bad), "a: wrong: errs 1"),
+        (workload(broken=bad), "a: RuntimeError: out of resource: shared memory"),
+    ]
+    for judge, why in judges:
+        outcome = search(ENTRY, [judge], timer(seconds))
+        assert outcome.best == {"BLOCK": 512, "num_warps": 8}
+        (out,) = [trial for trial in outcome.trials if trial.rejected]
+        assert (out.settings, out.rejected, out.score) == (bad, why, None)
+    # right in the type that is timed is not enough where another type shares the entry
+    outcome = search(ENTRY, [workload(), workload("b", timed=False, wrong=bad)], timer(seconds))
+    assert outcome.best == {"BLOCK": 512, "num_warps": 8}
+
+
+def test_workloads_count_alike_however_long_they_take():
+    def time(runs):  # half the time in the short one, one and a half in the long one
+        block = runs["candidate"]()[0]
+        long = len(seen) % 2
+        seen.append(block)
+        usual = 100.0 if long else 1.0
+        change = 1.5 if long else 0.5
+        return {"present": [usual], "candidate": [usual * (change if block == 512 else 1)]}
+
+    seen = []
+    outcome = search(ENTRY, [workload("short"), workload("long")], time)
+    assert outcome.best["BLOCK"] == 512
+    assert outcome.score == pytest.approx((0.5 * 1.5) ** 0.5)
+
+
+def test_a_gain_that_may_be_noise_changes_nothing():
+    outcome = search(ENTRY, [workload()], timer({(512, 4): 0.99}))
+    assert (outcome.best, outcome.score) == (PRESENT, 1.0)
+    everything = [trial.settings for trial in outcome.trials]
+    judge = replace(workload(), complaint=lambda _: "wrong")
+    outcome = search(ENTRY, [judge], timer({}))
+    assert outcome.best == PRESENT and len(outcome.trials) == len(everything)
+
+
+def test_a_better_entry_is_in_the_file_at_once(tmp_path):
+    path = tmp_path / "launch.json"
+    judges = [workload(), replace(workload("fp32", timed=False), asked={("g", "fp32"): {}})]
+    found = tune.improve(judges, timer({(512, 8): 0.5}), path, "sm_90", Progress())
+    (outcome,) = found  # an entry that only an untimed workload asks for is left alone
+    assert outcome.best == {"BLOCK": 512, "num_warps": 8}
+    table, package = json.loads(path.read_text()), _launch.read_table(_launch.LAUNCH_FILE)
+    operator, key = ENTRY
+    assert table[operator].pop("sm_90") == {key: outcome.best}
+    assert table == package
+    assert list(tmp_path.iterdir()) == [path]  # nothing half written beside it
+    kept = tune.improve([workload()], timer({}), tmp_path / "none.json", "sm_90", Progress())
+    assert [outcome.best for outcome in kept] == [PRESENT]
+    assert not (tmp_path / "none.json").exists()
+    with pytest.raises(WorkError, match="a: must be right before it is tuned, it is wrong"):
+        list(tune.improve([workload(wrong=PRESENT)], timer({}), path, "sm_90", Progress()))
+
+
+def test_the_package_takes_what_was_written(tmp_path, monkeypatch):
+    path, best = tmp_path / "launch.json", {"BLOCK": 512, "num_warps": 8}
+    table = tune.with_entry(tune.load_table(path), ("guided_step", "forward"), "sm_90", best)
+    tune.write_table(path, table)
+    monkeypatch.setattr(_launch, "_table", lambda: _launch.read_table(path))
+    _launch._settings.cache_clear()
+    for name, key in (("sm_80", "forward"), ("sm_90", "backward")):
+        with _launch.pretend(name):
+            assert _launch.settings("guided_step", key) == PRESENT
+    with _launch.pretend("sm_90"):
+        assert _launch.settings("guided_step", "forward") == best
+    _launch._settings.cache_clear()
+
+
+def test_a_file_keeps_its_form(tmp_path):
+    path = tmp_path / "launch.json"
+    tune.write_table(path, tune.load_table(_launch.LAUNCH_FILE))
+    assert path.read_text() == _launch.LAUNCH_FILE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"f": {"sm_90": {"*": 3}}}', '{"f": {"*": {"B": []}}}']
+)
+def test_a_file_that_is_none_is_refused(tmp_path, text):
+    path = tmp_path / "launch.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"launch\.json: must be a launch file"):
+        tune.load_table(path)
+
+
+def test_a_real_kernel_is_searched(device, rng):
+    """Each candidate of the kernel runs, and is compared with the reference."""
+    tensors = tuple(torch.randn(2, 700, generator=rng, device=device) for _ in range(5))
+    scale, numbers = (torch.randn(2, *n, generator=rng, device=device) for n in ((), (6,)))
+    exact = guided.guided_step_reference(*(t.double() for t in (*tensors, scale, numbers)))
+    entry = ("guided_step", "forward")
+    ran = []
+
+    def call():
+        results = (torch.empty_like(tensors[0]), torch.empty_like(tensors[0]))
+        guided._launch_forward(tensors, scale, numbers, results)
+        return results
+
+    def prepare():
+        outputs = call()
+        ran.append(_launch.settings(*entry))
+        return functools.partial(tuple, ran[-1].values()), outputs
+
+    def complaint(outputs):
+        close = (
+            torch.allclose(a.double(), b, atol=1e-5) for a, b in zip(outputs, exact, strict=True)
+        )
+        return "" if all(close) else "wrong"
+
+    asked = tune.asked_by(lambda: call)
+    assert asked == {entry: _launch.settings(*entry)}
+    judge = Workload("guided_step", prepare, complaint, asked)
+    outcome = search(entry, [judge], timer({(2048, 2): 0.5}))
+    assert outcome.best == {"BLOCK": 2048, "num_warps": 2}
+    assert len(ran) == 1 + 11 and not any(trial.rejected for trial in outcome.trials)
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    ask = functools.partial(tune.tune, seed=0, progress=Progress())
+    with pytest.raises(MissingDependencyError, match="bench tune: needs an NVIDIA GPU"):
+        list(ask("cpu", tmp_path / "launch.json", ()))
+    with pytest.raises(RequestError, match=r"must be among frame_attention, .* got g"):
+        list(ask("cpu", tmp_path / "launch.json", ("g",)))
+
+
+def test_the_command(monkeypatch, tmp_path):
+    result = CliRunner().invoke(command.bench, ["tune", "--device", "cpu"])
+    assert isinstance(result.exception, SystemExit) and result.exit_code == 1
+    assert "needs an NVIDIA GPU" in result.stderr and not result.stdout
+    seen = []
+
+    def tuned(device, path, operators, *, seed, progress):
+        seen.append((device, path, operators, seed))
+        yield search(
+            ENTRY, [workload(wrong={"BLOCK": 512, "num_warps": 4})], timer({(512, 8): 0.5})
+        )
+        yield search(ENTRY, [workload()], timer({}))
+
+    monkeypatch.setattr(tune, "tune", tuned)
+    path = tmp_path / "x.json"
+    words = ["tune", "--device", "cpu", "--operator", "guided_step", "--path", str(path)]
+    result = CliRunner().invoke(command.bench, words)
+    changed, kept = result.stdout.splitlines()
+    words_of_it = "BLOCK=512 num_warps=8, 0.50 of the time of BLOCK=1024 num_warps=4"
+    assert changed == f"{ENTRY[0]} *: {words_of_it}; 5 tried, 1 of them out"
+    assert kept == f"{ENTRY[0]} *: kept BLOCK=1024 num_warps=4; 5 tried, 0 of them out"
+    result = CliRunner().invoke(command.bench, [*words, "--json"])
+    printed = json.loads(result.stdout)
+    assert printed["outcomes"][0]["best"] == {"BLOCK": 512, "num_warps": 8}
+    assert seen == [("cpu", path, ("guided_step",), 0)] * 2
