@@ -23,6 +23,7 @@ attention); the running maximum, FlashAttention-2, arXiv:2307.08691, sec. 3.
 
 import functools
 import math
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
@@ -36,7 +37,7 @@ from kinetiq.kernels._triton import tl, triton
 
 MAX_HEAD_DIM = 256  # on a GPU: a tile of queries and its sums must fit in registers
 KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
-_SMALL = 128  # keys; below it, and in bf16 at any length, the products beat the fused CPU kernel
+_SMALL = 128  # tokens or keys; below it, plain products often beat the fused kernel of a CPU
 _LOG2E = tl.constexpr(math.log2(math.e))
 
 
@@ -76,15 +77,13 @@ def query_attention(
         ShapeError: a shape, type or device does not match, or an index that is on the CPU is out
             of range; one on a GPU is not read, and must be checked where it is made.
     """
-    _check(query, key, value, heads, query_row, query_blend)
-    _check_keys(key, key_rows, key_log_mask)
-    if key_log_mask is not None:
-        key_log_mask = key_log_mask.detach()
-    inputs = (query, key, value, query_row, query_blend, key_rows, key_log_mask, heads)
+    inputs = Inputs(query, key, value, query_row, query_blend, key_rows, key_log_mask, heads)
+    _check(inputs)
     if not query.is_cuda and not torch.compiler.is_compiling():
-        return _attend_on_cpu(*inputs)  # an operator is only overhead there, most in training
+        return _attend_on_cpu(inputs)  # an operator is only overhead there, most in training
     out: Tensor
-    if query.is_cuda and _is_trained(query, key, value, query_blend):
+    recorded = _is_recorded(query, key, value, query_blend)
+    if query.is_cuda and recorded and not torch.compiler.is_exporting():
         out, _ = _query_attention_training(*inputs)
     else:
         out = _query_attention(*inputs)
@@ -197,368 +196,399 @@ def split_head_dim(d: int) -> tuple[int, int]:
     return (main, tail) if main >= 16 and main + tail < whole else (whole, 0)
 
 
+# In the kernels below
+#   a tensor is (pointer, stride of rows, of frames, of places, of columns), where a place is a
+#   token of the queries or a key;
+#   a matrix is what it holds of one row, frame and head: (pointer, stride of places, of columns);
+#   a tile is some places of a matrix in two parts, [places, MAIN] and [places, TAIL], or in one
+#   where TAIL is 0;
+#   scores are q k^T + sqrt(d) M, and SCALE = 1 / sqrt(d) makes them those of the formula.
+
+
 @triton.jit
-def _tile(
-    ptr, places, columns, inside, stride_token, stride_column,
-    D: tl.constexpr, EVEN: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+def _program(blocks, frames, HEADS: tl.constexpr):
+    """The row, frame, head and block of this program; neighbours share what they loop over."""
+    block = tl.program_id(0) % blocks
+    rest = tl.program_id(0) // blocks
+    head = (rest % HEADS).to(tl.int64)  # int32 offsets overflow past 2**31 elements
+    frame = (rest // HEADS % frames).to(tl.int64)
+    row = (rest // HEADS // frames).to(tl.int64)
+    return row, frame, head, block
+
+
+@triton.jit
+def _matrix(tensor, row, frame, head, D: tl.constexpr):
+    corner = tensor[0] + row * tensor[1] + frame * tensor[2] + head * D * tensor[4]
+    return corner, tensor[3], tensor[4]
+
+
+@triton.jit
+def _dense_matrix(ptr, first, head, HEADS: tl.constexpr, D: tl.constexpr):
+    """The same of a tensor without gaps, where `first` places come before the row's frame."""
+    return ptr + first * (HEADS * D) + head * D, HEADS * D, 1
+
+
+@triton.jit
+def _behind(matrix, start):
+    """The matrix without its first `start` places."""
+    return matrix[0] + tl.cast(start, tl.int64) * matrix[1], matrix[1], matrix[2]
+
+
+@triton.jit
+def _addresses(matrix, places, columns):
+    by_place = tl.cast(places, tl.int64)[:, None] * matrix[1]
+    return matrix[0] + by_place + tl.cast(columns, tl.int64)[None, :] * matrix[2]
+
+
+@triton.jit
+def _load_part(
+    matrix, places, inside,
+    D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Load [places, columns]; zeros where not `inside`, unless EVEN says that all are."""
-    places = tl.cast(places, tl.int64)[:, None] * stride_token
-    address = ptr + places + tl.cast(columns, tl.int64)[None, :] * stride_column
-    if EVEN and EVEN_COLUMNS:
-        tile = tl.load(address)
+    """WIDTH columns; zeros past the D of a head and, unless EVEN, where not `inside`."""
+    columns = FROM + tl.arange(0, WIDTH)
+    address = _addresses(matrix, places, columns)
+    if EVEN and FROM + WIDTH <= D:
+        part = tl.load(address)
     elif EVEN:
-        tile = tl.load(address, mask=columns[None, :] < D, other=0.0)
-    elif EVEN_COLUMNS:
-        tile = tl.load(address, mask=inside[:, None], other=0.0)
+        part = tl.load(address, mask=columns[None, :] < D, other=0.0)
+    elif FROM + WIDTH <= D:
+        part = tl.load(address, mask=inside[:, None], other=0.0)
     else:
-        tile = tl.load(address, mask=inside[:, None] & (columns[None, :] < D), other=0.0)
-    return tile
+        part = tl.load(address, mask=inside[:, None] & (columns[None, :] < D), other=0.0)
+    return part
 
 
 @triton.jit
-def _query_tile(
-    own_ptr, other_ptr, share, places, columns, inside, stride_token, stride_column,
-    D: tl.constexpr, MODE: tl.constexpr, EVEN: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+def _load(
+    matrix, places, inside,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries: the other row's in MODE 1, a blend in MODE 2 and 3, else the own."""
-    if MODE == 0:
-        tile = _tile(
-            own_ptr, places, columns, inside, stride_token, stride_column, D, EVEN, EVEN_COLUMNS
-        )
-    else:
-        tile = _tile(
-            other_ptr, places, columns, inside, stride_token, stride_column, D, EVEN, EVEN_COLUMNS
-        )
-        if MODE > 1:
-            own = _tile(
-                own_ptr, places, columns, inside, stride_token, stride_column,
-                D, EVEN, EVEN_COLUMNS,
-            ).to(tl.float32)  # fmt: skip
-            way = tile.to(tl.float32) - own
-            weight = share[:, None]
-            # as torch.lerp: exact at both ends
-            moved = tl.where(
-                weight < 0.5, own + weight * way, tile.to(tl.float32) - way * (1.0 - weight)
-            )
-            tile = moved.to(tile.dtype)
-    return tile
+    """A tile; zeros past the D columns of a head and, unless EVEN, where not `inside`."""
+    main = _load_part(matrix, places, inside, D, 0, MAIN, EVEN)
+    return (main, _load_part(matrix, places, inside, D, MAIN, TAIL, EVEN)) if TAIL else (main,)
 
 
 @triton.jit
-def _shares(
-    blend_ptr, row, frame, places, inside, frames, tokens, like,
-    MODE: tl.constexpr, BLOCK: tl.constexpr,
+def _store_part(matrix, places, inside, part, D: tl.constexpr, FROM: tl.constexpr):
+    columns = FROM + tl.arange(0, part.shape[1])
+    mask = inside[:, None] & (columns[None, :] < D)
+    address = _addresses(matrix, places, columns)
+    tl.store(address, part.to(matrix[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store(matrix, places, inside, tile, D: tl.constexpr):
+    """Put a tile where `inside`."""
+    _store_part(matrix, places, inside, tile[0], D, 0)
+    if len(tile) > 1:
+        _store_part(matrix, places, inside, tile[1], D, tile[0].shape[1])
+
+
+@triton.jit
+def _zeros(PLACES: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """A tile of sums."""
+    main = tl.zeros((PLACES, MAIN), tl.float32)
+    return (main, tl.zeros((PLACES, TAIL), tl.float32)) if TAIL else (main,)
+
+
+@triton.jit
+def _scaled(tile, factor):
+    main = tile[0] * factor
+    return (main, tile[1] * factor) if len(tile) > 1 else (main,)
+
+
+@triton.jit
+def _product(left, right, PRECISION: tl.constexpr):
+    """[places of left, places of right], the products summed over columns."""
+    product = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION)
+    if len(left) > 1:
+        product = tl.dot(left[1], tl.trans(right[1]), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def _add_product(sums, weights, tile, PRECISION: tl.constexpr):
+    """`sums` + weights [places of sums, places of tile] times the tile."""
+    weights = weights.to(tile[0].dtype)
+    main = tl.dot(weights, tile[0], sums[0], input_precision=PRECISION)
+    if len(tile) > 1:
+        tail = tl.dot(weights, tile[1], sums[1], input_precision=PRECISION)
+    return (main, tail) if len(tile) > 1 else (main,)
+
+
+@triton.jit
+def _dots(left, right):
+    """[places]: the dot product of each place of one tile with that of the other."""
+    dots = tl.sum(left[0].to(tl.float32) * right[0].to(tl.float32), 1)
+    if len(left) > 1:
+        dots += tl.sum(left[1].to(tl.float32) * right[1].to(tl.float32), 1)
+    return dots
+
+
+@triton.jit
+def _own_and_other(query, query_row_ptr, row, frame, head, D: tl.constexpr):
+    """The matrices that a row's queries are chosen from; both its own without `query_row`."""
+    source = row
+    if query_row_ptr is not None:
+        source = tl.load(query_row_ptr + row)
+    return _matrix(query, row, frame, head, D), _matrix(query, source, frame, head, D)
+
+
+@triton.jit
+def _share(blend_ptr, row, first, places, inside, PER_TOKEN: tl.constexpr):
+    """[places], a row's share of the other row's queries; None for all of them.
+
+    `first` is where the row's frame begins in a blend of tokens.
+    """
+    share = None
+    if PER_TOKEN:
+        share = tl.load(blend_ptr + first + places, mask=inside, other=0.0).to(tl.float32)
+    elif blend_ptr is not None:
+        share = tl.zeros(places.shape, tl.float32) + tl.load(blend_ptr + row).to(tl.float32)
+    return share
+
+
+@triton.jit
+def _choose_part(
+    own, other, share, places, inside,
+    D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The share of the other row's queries at each place, rounded to their type."""
-    if MODE == 3:
-        address = blend_ptr + (row * frames + frame) * tokens + places
-        share = tl.load(address, mask=inside, other=0.0).to(tl.float32)
-    elif MODE == 2:
-        share = tl.load(blend_ptr + row).to(tl.float32) + tl.zeros([BLOCK], tl.float32)
-    else:
-        share = tl.zeros([BLOCK], tl.float32)
-    return share.to(like).to(tl.float32)
+    part = _load_part(other, places, inside, D, FROM, WIDTH, EVEN)
+    if share is not None:  # as torch.lerp: exact at both ends
+        far = part.to(tl.float32)
+        near = _load_part(own, places, inside, D, FROM, WIDTH, EVEN).to(tl.float32)
+        way, share = far - near, share[:, None]
+        blend = tl.where(share < 0.5, near + share * way, far - (1.0 - share) * way)
+        part = blend.to(part.dtype)
+    return part
 
 
 @triton.jit
-def _log2_scores(
-    q_main, q_tail, k_main, k_tail, SCALE: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Q k^T / sqrt(d) in units of log2(e), so that exp2 can follow."""
-    scores = tl.dot(q_main, tl.trans(k_main), input_precision=PRECISION)
+def _choose(
+    own, other, share, places, inside,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries: the other row's, or a blend of both."""
+    main = _choose_part(own, other, share, places, inside, D, 0, MAIN, EVEN)
     if TAIL:
-        scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
-    return scores * (SCALE * _LOG2E)
+        tail = _choose_part(own, other, share, places, inside, D, MAIN, TAIL, EVEN)
+    return (main, tail) if TAIL else (main,)
 
 
 @triton.jit
-def _seen_row(key_rows_ptr, row, index, further, keys):
-    """The row whose keys come at `index`, the own first, and how many of them there are to see."""
-    listed = tl.load(key_rows_ptr + row * further + index - 1, mask=index > 0, other=0)
-    seen = tl.where(index > 0, listed, row)
-    return seen, tl.where((index > 0) & (listed == row), 0, keys)
+def _entry(key_rows_ptr, row, index, entries, keys):
+    """The row whose keys come at `index`, how many of them to see, and whether they are masked.
+
+    The own come first and unmasked, so that the maximum is finite whatever the masks say.
+    """
+    seen, count, masked = row, keys, index > 0
+    if key_rows_ptr is not None:
+        listed = key_rows_ptr + row * (entries - 1) + index - 1
+        seen = tl.load(listed, mask=masked, other=0)
+        seen = tl.where(masked, seen, row)
+        count = tl.where(masked & (seen == row), 0, keys)
+    return seen, count, masked
+
+
+@triton.jit
+def _mask_of(mask_ptr, row, frame, by_row, by_frame):
+    """Where the log-mask of a row's and frame's keys begins; None without one."""
+    mask = mask_ptr
+    if mask_ptr is not None:
+        mask = mask_ptr + row * by_row + frame * by_frame
+    return mask
+
+
+@triton.jit
+def _scores(
+    q, k, mask_ptr, places, inside, masked,
+    SCALE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[queries, keys]; -inf where a key is not `inside`."""
+    scores = _product(q, k, PRECISION)
+    if mask_ptr is not None:
+        mask = tl.load(mask_ptr + places, mask=inside & masked, other=0.0)
+        scores += (mask * (1.0 / SCALE))[None, :]
+    if not EVEN:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    return scores
 
 
 @triton.jit
 def _see_keys(
-    q_main, q_tail, out_main, out_tail, high, total,
-    key_ptr, value_ptr, mask_ptr, masked, count,
-    key_stride_token, key_stride_column, value_stride_token, value_stride_column,
-    SCALE: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_N: tl.constexpr, EVEN_KEYS: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, out, high, total, key, value, mask_ptr, masked, count,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr, EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take `count` keys into the running maximum, total and sums of values."""
-    places = tl.arange(0, BLOCK_N)
-    mains, tails = tl.arange(0, MAIN), MAIN + tl.arange(0, 16 if TAIL == 0 else TAIL)
+    """Take `count` keys into the weighted sums of values, the maximum and the sum of weights."""
+    lanes = tl.arange(0, BLOCK_N)
     for start in range(0, count, BLOCK_N):
-        inside = start + places < count
-        key = key_ptr + tl.cast(start, tl.int64) * key_stride_token
-        value = value_ptr + tl.cast(start, tl.int64) * value_stride_token
-        k_main = _tile(
-            key, places, mains, inside, key_stride_token, key_stride_column,
-            D, EVEN_KEYS, EVEN_COLUMNS or TAIL > 0,
-        )  # fmt: skip
-        k_tail = k_main
-        if TAIL:
-            k_tail = _tile(
-                key, places, tails, inside, key_stride_token, key_stride_column,
-                D, EVEN_KEYS, EVEN_COLUMNS,
-            )  # fmt: skip
-        scores = _log2_scores(q_main, q_tail, k_main, k_tail, SCALE, TAIL, PRECISION)
-        if mask_ptr is not None:
-            mask = tl.load(mask_ptr + start + places, mask=inside & masked, other=0.0)
-            scores += (mask * _LOG2E)[None, :]
-        if not EVEN_KEYS:
-            scores = tl.where(inside[None, :], scores, float("-inf"))
+        inside = start + lanes < count
+        k = _load(_behind(key, start), lanes, inside, D, MAIN, TAIL, EVEN_KEYS)
+        scores = _scores(q, k, mask_ptr, start + lanes, inside, masked, SCALE, EVEN_KEYS, PRECISION)
         higher = tl.maximum(high, tl.max(scores, 1))
-        weights = tl.math.exp2(scores - higher[:, None])  # [BLOCK_M, BLOCK_N]
-        fade = tl.math.exp2(high - higher)
+        # Scaled after the difference, which is exactly 0 at the maximum: a fused multiply-add of
+        # scores beyond 2**30 would be off by more than exp2 can bear.
+        weights = tl.exp2((scores - higher[:, None]) * (SCALE * _LOG2E))
+        fade = tl.exp2((high - higher) * (SCALE * _LOG2E))
         total = total * fade + tl.sum(weights, 1)
         high = higher
-        v_main = _tile(
-            value, places, mains, inside, value_stride_token, value_stride_column,
-            D, EVEN_KEYS, EVEN_COLUMNS or TAIL > 0,
-        )  # fmt: skip
-        weights = weights.to(v_main.dtype)
-        out_main = tl.dot(weights, v_main, out_main * fade[:, None], input_precision=PRECISION)
-        if TAIL:
-            v_tail = _tile(
-                value, places, tails, inside, value_stride_token, value_stride_column,
-                D, EVEN_KEYS, EVEN_COLUMNS,
-            )  # fmt: skip
-            out_tail = tl.dot(weights, v_tail, out_tail * fade[:, None], input_precision=PRECISION)
-    return out_main, out_tail, high, total
+        v = _load(_behind(value, start), lanes, inside, D, MAIN, TAIL, EVEN_KEYS)
+        out = _add_product(_scaled(out, fade[:, None]), weights, v, PRECISION)
+    return out, high, total
 
 
 @triton.jit
 def _query_attention_kernel(
     query_ptr, key_ptr, value_ptr, query_row_ptr, blend_ptr, key_rows_ptr, mask_ptr,
-    frames, tokens, keys, further,
-    query_stride_row, query_stride_frame, query_stride_token, query_stride_column,
-    key_stride_row, key_stride_frame, key_stride_token, key_stride_column,
-    value_stride_row, value_stride_frame, value_stride_token, value_stride_column,
-    mask_stride_row, mask_stride_frame,
+    frames, tokens, keys, entries,
+    query_by_row, query_by_frame, query_by_token, query_by_column,
+    key_by_row, key_by_frame, key_by_key, key_by_column,
+    value_by_row, value_by_frame, value_by_key, value_by_column,
+    mask_by_row, mask_by_frame,
     out_ptr, log2_total_ptr,
     HEADS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    SCALE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN_KEYS: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    SCALE: tl.constexpr, PER_TOKEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_KEYS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(tokens, BLOCK_M)
-    block = tl.program_id(0) % blocks  # neighbours share keys, which then stay in the cache
-    rest = tl.program_id(0) // blocks
-    head = (rest % HEADS).to(tl.int64)
-    frame = (rest // HEADS % frames).to(tl.int64)
-    row = (rest // HEADS // frames).to(tl.int64)  # int32 offsets overflow past 2**31 elements
-
+    """Attention of a tile of one row's queries, and the logarithm of their sums of exponentials."""
+    row, frame, head, block = _program(tl.cdiv(tokens, BLOCK_M), frames, HEADS)
+    query = (query_ptr, query_by_row, query_by_frame, query_by_token, query_by_column)
+    key = (key_ptr, key_by_row, key_by_frame, key_by_key, key_by_column)
+    value = (value_ptr, value_by_row, value_by_frame, value_by_key, value_by_column)
     places = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = places < tokens
-    mains, tails = tl.arange(0, MAIN), MAIN + tl.arange(0, 16 if TAIL == 0 else TAIL)
-    source = row
-    if MODE > 0:
-        source = tl.load(query_row_ptr + row)
-    share = _shares(
-        blend_ptr, row, frame, places, inside, frames, tokens, query_ptr.dtype.element_ty,
-        MODE, BLOCK_M,
-    )  # fmt: skip
-    query = query_ptr + frame * query_stride_frame + head * D * query_stride_column
-    own, other = query + row * query_stride_row, query + source * query_stride_row
-    q_main = _query_tile(
-        own, other, share, places, mains, inside, query_stride_token, query_stride_column,
-        D, MODE, False, EVEN_COLUMNS or TAIL > 0,
-    )  # fmt: skip
-    q_tail = q_main
-    if TAIL:
-        q_tail = _query_tile(
-            own, other, share, places, tails, inside, query_stride_token, query_stride_column,
-            D, MODE, False, EVEN_COLUMNS,
+
+    own, other = _own_and_other(query, query_row_ptr, row, frame, head, D)
+    first = (row * frames + frame) * tokens
+    share = _share(blend_ptr, row, first, places, inside, PER_TOKEN)
+    q = _choose(own, other, share, places, inside, D, MAIN, TAIL, False)
+
+    sums = _zeros(BLOCK_M, MAIN, TAIL)
+    high = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for index in range(entries if key_rows_ptr is not None else 1):
+        seen, count, masked = _entry(key_rows_ptr, row, index, entries, keys)
+        sums, high, total = _see_keys(
+            q, sums, high, total,
+            _matrix(key, seen, frame, head, D), _matrix(value, seen, frame, head, D),
+            _mask_of(mask_ptr, seen, frame, mask_by_row, mask_by_frame), masked, count,
+            D, MAIN, TAIL, SCALE, BLOCK_N, EVEN_KEYS, PRECISION,
         )  # fmt: skip
 
-    out_main = tl.zeros([BLOCK_M, MAIN], tl.float32)
-    out_tail = tl.zeros([BLOCK_M, 16 if TAIL == 0 else TAIL], tl.float32)
-    high = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    key = key_ptr + frame * key_stride_frame + head * D * key_stride_column
-    value = value_ptr + frame * value_stride_frame + head * D * value_stride_column
-    if key_rows_ptr is None:
-        out_main, out_tail, high, total = _see_keys(
-            q_main, q_tail, out_main, out_tail, high, total,
-            key + row * key_stride_row, value + row * value_stride_row, None, False, keys,
-            key_stride_token, key_stride_column, value_stride_token, value_stride_column,
-            SCALE, D, MAIN, TAIL, BLOCK_N, EVEN_KEYS, EVEN_COLUMNS, PRECISION,
-        )  # fmt: skip
-    else:
-        # the own keys come first and unmasked, so the maximum is finite whatever the masks say
-        for index in range(further + 1):
-            seen, count = _seen_row(key_rows_ptr, row, index, further, keys)
-            mask = mask_ptr
-            if mask_ptr is not None:
-                mask = mask_ptr + seen * mask_stride_row + frame * mask_stride_frame
-            out_main, out_tail, high, total = _see_keys(
-                q_main, q_tail, out_main, out_tail, high, total,
-                key + seen * key_stride_row, value + seen * value_stride_row,
-                mask, index > 0, count,
-                key_stride_token, key_stride_column, value_stride_token, value_stride_column,
-                SCALE, D, MAIN, TAIL, BLOCK_N, EVEN_KEYS, EVEN_COLUMNS, PRECISION,
-            )  # fmt: skip
-
-    out = out_ptr + ((row * frames + frame) * tokens + places[:, None]) * (HEADS * D) + head * D
-    main = (out_main / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out + mains[None, :], main, mask=inside[:, None] & (mains[None, :] < D))
-    if TAIL:
-        tail = (out_tail / total[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out + tails[None, :], tail, mask=inside[:, None] & (tails[None, :] < D))
+    out = _dense_matrix(out_ptr, first, head, HEADS, D)
+    _store(out, places, inside, _scaled(sums, 1.0 / total[:, None]), D)
     if log2_total_ptr is not None:
-        line = ((row * frames + frame) * HEADS + head) * tokens + places
-        tl.store(log2_total_ptr + line, high + tl.math.log2(total), mask=inside)
+        line = first * HEADS + head * tokens + places
+        log2_total = high * (SCALE * _LOG2E) + tl.log2(total)
+        tl.store(log2_total_ptr + line, log2_total, mask=inside)
+
+
+@triton.jit
+def _gather_from_keys(
+    q, grad, log2_total, dots, sums, key, value, mask_ptr, masked, count,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr, EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to the gradient of a tile of queries what `count` keys say of it."""
+    lanes = tl.arange(0, BLOCK_N)
+    for start in range(0, count, BLOCK_N):
+        inside = start + lanes < count
+        k = _load(_behind(key, start), lanes, inside, D, MAIN, TAIL, EVEN_KEYS)
+        scores = _scores(q, k, mask_ptr, start + lanes, inside, masked, SCALE, EVEN_KEYS, PRECISION)
+        weights = tl.exp2(scores * (SCALE * _LOG2E) - log2_total[:, None])
+        v = _load(_behind(value, start), lanes, inside, D, MAIN, TAIL, EVEN_KEYS)
+        push = weights * (_product(grad, v, PRECISION) - dots[:, None])  # gradient of the scores
+        sums = _add_product(sums, push, k, PRECISION)
+    return sums
 
 
 @triton.jit
 def _query_gradient_kernel(
     grad_ptr, result_ptr, log2_total_ptr,
     query_ptr, key_ptr, value_ptr, query_row_ptr, blend_ptr, key_rows_ptr, mask_ptr,
-    frames, tokens, keys, further,
-    query_stride_row, query_stride_frame, query_stride_token, query_stride_column,
-    key_stride_row, key_stride_frame, key_stride_token, key_stride_column,
-    value_stride_row, value_stride_frame, value_stride_token, value_stride_column,
-    mask_stride_row, mask_stride_frame,
-    query_grad_ptr, dots_ptr,
+    frames, tokens, keys, entries,
+    query_by_row, query_by_frame, query_by_token, query_by_column,
+    key_by_row, key_by_frame, key_by_key, key_by_column,
+    value_by_row, value_by_frame, value_by_key, value_by_column,
+    mask_by_row, mask_by_frame,
+    chosen_grad_ptr, dots_ptr, share_grad_ptr,
     HEADS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    SCALE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN_KEYS: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    SCALE: tl.constexpr, PER_TOKEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries as chosen, and of each the dot product of output and gradient."""
-    blocks = tl.cdiv(tokens, BLOCK_M)
-    block = tl.program_id(0) % blocks
-    rest = tl.program_id(0) // blocks
-    head = (rest % HEADS).to(tl.int64)
-    frame = (rest // HEADS % frames).to(tl.int64)
-    row = (rest // HEADS // frames).to(tl.int64)
+    """Gradients of a tile of queries as chosen and of their shares, and their output's part in it.
 
+    With P the weights and G the gradient of the output, that of the scores is P (G v^T - dots),
+    where `dots` is the dot product of a query's output and gradient.
+    """
+    row, frame, head, block = _program(tl.cdiv(tokens, BLOCK_M), frames, HEADS)
+    query = (query_ptr, query_by_row, query_by_frame, query_by_token, query_by_column)
+    key = (key_ptr, key_by_row, key_by_frame, key_by_key, key_by_column)
+    value = (value_ptr, value_by_row, value_by_frame, value_by_key, value_by_column)
     places = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = places < tokens
-    mains, tails = tl.arange(0, MAIN), MAIN + tl.arange(0, 16 if TAIL == 0 else TAIL)
-    source = row
-    if MODE > 0:
-        source = tl.load(query_row_ptr + row)
-    share = _shares(
-        blend_ptr, row, frame, places, inside, frames, tokens, query_ptr.dtype.element_ty,
-        MODE, BLOCK_M,
-    )  # fmt: skip
-    query = query_ptr + frame * query_stride_frame + head * D * query_stride_column
-    own, other = query + row * query_stride_row, query + source * query_stride_row
-    q_main = _query_tile(
-        own, other, share, places, mains, inside, query_stride_token, query_stride_column,
-        D, MODE, False, EVEN_COLUMNS or TAIL > 0,
-    )  # fmt: skip
-    width = HEADS * D
-    corner = (row * frames + frame) * tokens * width + head * D
-    grad_main = _tile(
-        grad_ptr + corner, places, mains, inside, width, 1, D, False, EVEN_COLUMNS or TAIL > 0
-    )
-    result = _tile(
-        result_ptr + corner, places, mains, inside, width, 1, D, False, EVEN_COLUMNS or TAIL > 0
-    )
-    dots = tl.sum(grad_main.to(tl.float32) * result.to(tl.float32), 1)  # [BLOCK_M]
-    q_tail, grad_tail = q_main, grad_main
-    if TAIL:
-        q_tail = _query_tile(
-            own, other, share, places, tails, inside, query_stride_token, query_stride_column,
-            D, MODE, False, EVEN_COLUMNS,
-        )  # fmt: skip
-        grad_tail = _tile(
-            grad_ptr + corner, places, tails, inside, width, 1, D, False, EVEN_COLUMNS
-        )
-        result = _tile(result_ptr + corner, places, tails, inside, width, 1, D, False, EVEN_COLUMNS)
-        dots += tl.sum(grad_tail.to(tl.float32) * result.to(tl.float32), 1)
-    line = ((row * frames + frame) * HEADS + head) * tokens + places
+
+    own, other = _own_and_other(query, query_row_ptr, row, frame, head, D)
+    first = (row * frames + frame) * tokens
+    share = _share(blend_ptr, row, first, places, inside, PER_TOKEN)
+    q = _choose(own, other, share, places, inside, D, MAIN, TAIL, False)
+
+    grad = _dense_matrix(grad_ptr, first, head, HEADS, D)
+    grad = _load(grad, places, inside, D, MAIN, TAIL, False)
+    result = _dense_matrix(result_ptr, first, head, HEADS, D)
+    dots = _dots(grad, _load(result, places, inside, D, MAIN, TAIL, False))
+    line = first * HEADS + head * tokens + places
     tl.store(dots_ptr + line, dots, mask=inside)
     log2_total = tl.load(log2_total_ptr + line, mask=inside, other=float("inf"))
 
-    sum_main = tl.zeros([BLOCK_M, MAIN], tl.float32)
-    sum_tail = tl.zeros([BLOCK_M, 16 if TAIL == 0 else TAIL], tl.float32)
-    key = key_ptr + frame * key_stride_frame + head * D * key_stride_column
-    value = value_ptr + frame * value_stride_frame + head * D * value_stride_column
-    if key_rows_ptr is None:
-        sum_main, sum_tail = _gather_from_keys(
-            q_main, q_tail, grad_main, grad_tail, log2_total, dots, sum_main, sum_tail,
-            key + row * key_stride_row, value + row * value_stride_row, None, False, keys,
-            key_stride_token, key_stride_column, value_stride_token, value_stride_column,
-            SCALE, D, MAIN, TAIL, BLOCK_N, EVEN_KEYS, EVEN_COLUMNS, PRECISION,
+    sums = _zeros(BLOCK_M, MAIN, TAIL)
+    for index in range(entries if key_rows_ptr is not None else 1):
+        seen, count, masked = _entry(key_rows_ptr, row, index, entries, keys)
+        sums = _gather_from_keys(
+            q, grad, log2_total, dots, sums,
+            _matrix(key, seen, frame, head, D), _matrix(value, seen, frame, head, D),
+            _mask_of(mask_ptr, seen, frame, mask_by_row, mask_by_frame), masked, count,
+            D, MAIN, TAIL, SCALE, BLOCK_N, EVEN_KEYS, PRECISION,
         )  # fmt: skip
-    else:
-        for index in range(further + 1):
-            seen, count = _seen_row(key_rows_ptr, row, index, further, keys)
-            mask = mask_ptr
-            if mask_ptr is not None:
-                mask = mask_ptr + seen * mask_stride_row + frame * mask_stride_frame
-            sum_main, sum_tail = _gather_from_keys(
-                q_main, q_tail, grad_main, grad_tail, log2_total, dots, sum_main, sum_tail,
-                key + seen * key_stride_row, value + seen * value_stride_row,
-                mask, index > 0, count,
-                key_stride_token, key_stride_column, value_stride_token, value_stride_column,
-                SCALE, D, MAIN, TAIL, BLOCK_N, EVEN_KEYS, EVEN_COLUMNS, PRECISION,
-            )  # fmt: skip
 
-    out = query_grad_ptr + corner + tl.cast(places, tl.int64)[:, None] * width
-    main = (sum_main * SCALE).to(query_grad_ptr.dtype.element_ty)
-    tl.store(out + mains[None, :], main, mask=inside[:, None] & (mains[None, :] < D))
-    if TAIL:
-        tail = (sum_tail * SCALE).to(query_grad_ptr.dtype.element_ty)
-        tl.store(out + tails[None, :], tail, mask=inside[:, None] & (tails[None, :] < D))
+    sums = _scaled(sums, SCALE)
+    _store(_dense_matrix(chosen_grad_ptr, first, head, HEADS, D), places, inside, sums, D)
+    if share_grad_ptr is not None:
+        far = _dots(_load(other, places, inside, D, MAIN, TAIL, False), sums)
+        near = _dots(_load(own, places, inside, D, MAIN, TAIL, False), sums)
+        tl.store(share_grad_ptr + line, far - near, mask=inside)
 
 
 @triton.jit
-def _gather_from_keys(
-    q_main, q_tail, grad_main, grad_tail, log2_total, dots, sum_main, sum_tail,
-    key_ptr, value_ptr, mask_ptr, masked, count,
-    key_stride_token, key_stride_column, value_stride_token, value_stride_column,
-    SCALE: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_N: tl.constexpr, EVEN_KEYS: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+def _gather_from_queries(
+    k, v, key_sums, value_sums, bias, own, other, grad, log2_total_ptr, dots_ptr,
+    blend_ptr, reader, first, tokens,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, SCALE: tl.constexpr,
+    PER_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to the gradient of a tile of queries what `count` keys say of it."""
-    places = tl.arange(0, BLOCK_N)
-    mains, tails = tl.arange(0, MAIN), MAIN + tl.arange(0, 16 if TAIL == 0 else TAIL)
-    for start in range(0, count, BLOCK_N):
-        inside = start + places < count
-        key = key_ptr + tl.cast(start, tl.int64) * key_stride_token
-        value = value_ptr + tl.cast(start, tl.int64) * value_stride_token
-        k_main = _tile(
-            key, places, mains, inside, key_stride_token, key_stride_column,
-            D, EVEN_KEYS, EVEN_COLUMNS or TAIL > 0,
-        )  # fmt: skip
-        v_main = _tile(
-            value, places, mains, inside, value_stride_token, value_stride_column,
-            D, EVEN_KEYS, EVEN_COLUMNS or TAIL > 0,
-        )  # fmt: skip
-        k_tail = k_main
-        slope = tl.dot(grad_main, tl.trans(v_main), input_precision=PRECISION)
-        if TAIL:
-            k_tail = _tile(
-                key, places, tails, inside, key_stride_token, key_stride_column,
-                D, EVEN_KEYS, EVEN_COLUMNS,
-            )  # fmt: skip
-            v_tail = _tile(
-                value, places, tails, inside, value_stride_token, value_stride_column,
-                D, EVEN_KEYS, EVEN_COLUMNS,
-            )  # fmt: skip
-            slope = tl.dot(grad_tail, tl.trans(v_tail), slope, input_precision=PRECISION)
-        scores = _log2_scores(q_main, q_tail, k_main, k_tail, SCALE, TAIL, PRECISION)
-        if mask_ptr is not None:
-            mask = tl.load(mask_ptr + start + places, mask=inside & masked, other=0.0)
-            scores += (mask * _LOG2E)[None, :]
-        if not EVEN_KEYS:
-            scores = tl.where(inside[None, :], scores, float("-inf"))
-        weights = tl.math.exp2(scores - log2_total[:, None])
-        push = (weights * (slope - dots[:, None])).to(k_main.dtype)  # gradient of the scores
-        sum_main = tl.dot(push, k_main, sum_main, input_precision=PRECISION)
-        if TAIL:
-            sum_tail = tl.dot(push, k_tail, sum_tail, input_precision=PRECISION)
-    return sum_main, sum_tail
+    """Add to the gradients of a tile of keys and values what one row's queries say of them."""
+    lanes = tl.arange(0, BLOCK_M)
+    for start in range(0, tokens, BLOCK_M):
+        places = start + lanes
+        inside = places < tokens
+        share = _share(blend_ptr, reader, first, places, inside, PER_TOKEN)
+        q = _choose(own, other, share, places, inside, D, MAIN, TAIL, EVEN_TOKENS)
+        # a query that is not there has an infinite total, and so no weight
+        log2_total = tl.load(log2_total_ptr + places, mask=inside, other=float("inf"))
+        scores = _product(k, q, PRECISION)  # [keys, queries]
+        if bias is not None:
+            scores += bias[:, None]
+        weights = tl.exp2(scores * (SCALE * _LOG2E) - log2_total[None, :])
+        g = _load(grad, places, inside, D, MAIN, TAIL, EVEN_TOKENS)
+        slopes = _product(v, g, PRECISION)  # gradient of the weights
+        dots = tl.load(dots_ptr + places, mask=inside, other=0.0)
+        push = weights * (slopes - dots[None, :])  # gradient of the scores
+        value_sums = _add_product(value_sums, weights, g, PRECISION)
+        key_sums = _add_product(key_sums, push, q, PRECISION)
+    return key_sums, value_sums
 
 
 @triton.jit
@@ -566,279 +596,203 @@ def _key_gradient_kernel(
     grad_ptr, log2_total_ptr, dots_ptr,
     query_ptr, key_ptr, value_ptr, query_row_ptr, blend_ptr, mask_ptr, order_ptr, start_ptr,
     frames, tokens, keys, entries,
-    query_stride_row, query_stride_frame, query_stride_token, query_stride_column,
-    key_stride_row, key_stride_frame, key_stride_token, key_stride_column,
-    value_stride_row, value_stride_frame, value_stride_token, value_stride_column,
-    mask_stride_row, mask_stride_frame,
+    query_by_row, query_by_frame, query_by_token, query_by_column,
+    key_by_row, key_by_frame, key_by_key, key_by_column,
+    value_by_row, value_by_frame, value_by_key, value_by_column,
+    mask_by_row, mask_by_frame,
     key_grad_ptr, value_grad_ptr,
     HEADS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    SCALE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN_TOKENS: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    SCALE: tl.constexpr, PER_TOKEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of one row's keys and values, from all rows that see them."""
-    blocks = tl.cdiv(keys, BLOCK_N)
-    block = tl.program_id(0) % blocks
-    rest = tl.program_id(0) // blocks
-    head = (rest % HEADS).to(tl.int64)
-    frame = (rest // HEADS % frames).to(tl.int64)
-    row = (rest // HEADS // frames).to(tl.int64)
+    """Gradients of a tile of one row's keys and values, from all rows that see them.
 
+    Those are order[start[row] : start[row + 1]], each as `entries` times the row that sees plus
+    its entry, of which 0 is its own keys; without `order`, the row alone.
+    """
+    row, frame, head, block = _program(tl.cdiv(keys, BLOCK_N), frames, HEADS)
+    query = (query_ptr, query_by_row, query_by_frame, query_by_token, query_by_column)
+    key = (key_ptr, key_by_row, key_by_frame, key_by_key, key_by_column)
+    value = (value_ptr, value_by_row, value_by_frame, value_by_key, value_by_column)
     places = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = places < keys
-    mains, tails = tl.arange(0, MAIN), MAIN + tl.arange(0, 16 if TAIL == 0 else TAIL)
-    key = key_ptr + row * key_stride_row + frame * key_stride_frame + head * D * key_stride_column
-    value = value_ptr + row * value_stride_row + frame * value_stride_frame
-    value += head * D * value_stride_column
-    k_main = _tile(
-        key, places, mains, inside, key_stride_token, key_stride_column,
-        D, False, EVEN_COLUMNS or TAIL > 0,
-    )  # fmt: skip
-    v_main = _tile(
-        value, places, mains, inside, value_stride_token, value_stride_column,
-        D, False, EVEN_COLUMNS or TAIL > 0,
-    )  # fmt: skip
-    k_tail, v_tail = k_main, v_main
-    if TAIL:
-        k_tail = _tile(
-            key, places, tails, inside, key_stride_token, key_stride_column, D, False, EVEN_COLUMNS
-        )
-        v_tail = _tile(
-            value, places, tails, inside, value_stride_token, value_stride_column,
-            D, False, EVEN_COLUMNS,
-        )  # fmt: skip
+    k = _load(_matrix(key, row, frame, head, D), places, inside, D, MAIN, TAIL, False)
+    v = _load(_matrix(value, row, frame, head, D), places, inside, D, MAIN, TAIL, False)
+    mask = _mask_of(mask_ptr, row, frame, mask_by_row, mask_by_frame)
 
-    k_sum_main = tl.zeros([BLOCK_N, MAIN], tl.float32)
-    v_sum_main = tl.zeros([BLOCK_N, MAIN], tl.float32)
-    k_sum_tail = tl.zeros([BLOCK_N, 16 if TAIL == 0 else TAIL], tl.float32)
-    v_sum_tail = tl.zeros([BLOCK_N, 16 if TAIL == 0 else TAIL], tl.float32)
-    bias = tl.zeros([BLOCK_N], tl.float32)
-    if order_ptr is None:
-        k_sum_main, k_sum_tail, v_sum_main, v_sum_tail = _gather_from_queries(
-            k_main, k_tail, v_main, v_tail, k_sum_main, k_sum_tail, v_sum_main, v_sum_tail,
-            bias, grad_ptr, log2_total_ptr, dots_ptr, query_ptr, query_row_ptr, blend_ptr,
-            row, frame, head, frames, tokens,
-            query_stride_row, query_stride_frame, query_stride_token, query_stride_column,
-            HEADS, D, MAIN, TAIL, SCALE, MODE, PRECISION, BLOCK_M, EVEN_TOKENS, EVEN_COLUMNS,
-        )  # fmt: skip
-    else:
-        for index in range(tl.load(start_ptr + row), tl.load(start_ptr + row + 1)):
+    key_sums, value_sums = _zeros(BLOCK_N, MAIN, TAIL), _zeros(BLOCK_N, MAIN, TAIL)
+    start, stop = 0, 1
+    if order_ptr is not None:
+        start, stop = tl.load(start_ptr + row), tl.load(start_ptr + row + 1)
+    for index in range(start, stop):
+        reader, bias = row, None
+        if order_ptr is not None:
             pair = tl.load(order_ptr + index)
+            reader = pair // entries
             if mask_ptr is not None:
-                mask = mask_ptr + row * mask_stride_row + frame * mask_stride_frame + places
-                bias = tl.load(mask, mask=inside & (pair % entries != 0), other=0.0) * _LOG2E
-            k_sum_main, k_sum_tail, v_sum_main, v_sum_tail = _gather_from_queries(
-                k_main, k_tail, v_main, v_tail, k_sum_main, k_sum_tail, v_sum_main, v_sum_tail,
-                bias, grad_ptr, log2_total_ptr, dots_ptr, query_ptr, query_row_ptr, blend_ptr,
-                pair // entries, frame, head, frames, tokens,
-                query_stride_row, query_stride_frame, query_stride_token, query_stride_column,
-                HEADS, D, MAIN, TAIL, SCALE, MODE, PRECISION, BLOCK_M, EVEN_TOKENS, EVEN_COLUMNS,
-            )  # fmt: skip
-
-    corner = (row * frames + frame) * keys * (HEADS * D) + head * D
-    corner += tl.cast(places, tl.int64)[:, None] * (HEADS * D)
-    kept = inside[:, None] & (mains[None, :] < D)
-    kind = key_grad_ptr.dtype.element_ty
-    tl.store(key_grad_ptr + corner + mains[None, :], (k_sum_main * SCALE).to(kind), mask=kept)
-    tl.store(value_grad_ptr + corner + mains[None, :], v_sum_main.to(kind), mask=kept)
-    if TAIL:
-        kept = inside[:, None] & (tails[None, :] < D)
-        tl.store(key_grad_ptr + corner + tails[None, :], (k_sum_tail * SCALE).to(kind), mask=kept)
-        tl.store(value_grad_ptr + corner + tails[None, :], v_sum_tail.to(kind), mask=kept)
-
-
-@triton.jit
-def _gather_from_queries(
-    k_main, k_tail, v_main, v_tail, k_sum_main, k_sum_tail, v_sum_main, v_sum_tail,
-    bias, grad_ptr, log2_total_ptr, dots_ptr, query_ptr, query_row_ptr, blend_ptr,
-    reader, frame, head, frames, tokens,
-    query_stride_row, query_stride_frame, query_stride_token, query_stride_column,
-    HEADS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    SCALE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, EVEN_TOKENS: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Add to the gradients of a tile of keys and values what one row's queries say of them."""
-    mains, tails = tl.arange(0, MAIN), MAIN + tl.arange(0, 16 if TAIL == 0 else TAIL)
-    width = HEADS * D
-    source = reader
-    if MODE > 0:
-        source = tl.load(query_row_ptr + reader)
-    query = query_ptr + frame * query_stride_frame + head * D * query_stride_column
-    own, other = query + reader * query_stride_row, query + source * query_stride_row
-    grad = grad_ptr + (reader * frames + frame) * tokens * width + head * D
-    line = ((reader * frames + frame) * HEADS + head) * tokens
-    for start in range(0, tokens, BLOCK_M):
-        places = start + tl.arange(0, BLOCK_M)
-        inside = places < tokens
-        share = _shares(
-            blend_ptr, reader, frame, places, inside, frames, tokens, query_ptr.dtype.element_ty,
-            MODE, BLOCK_M,
+                masked = inside & (pair % entries != 0)
+                bias = tl.load(mask + places, mask=masked, other=0.0) * (1.0 / SCALE)
+        own, other = _own_and_other(query, query_row_ptr, reader, frame, head, D)
+        begin = (reader * frames + frame) * tokens
+        line = begin * HEADS + head * tokens
+        key_sums, value_sums = _gather_from_queries(
+            k, v, key_sums, value_sums, bias, own, other,
+            _dense_matrix(grad_ptr, begin, head, HEADS, D), log2_total_ptr + line, dots_ptr + line,
+            blend_ptr, reader, begin, tokens,
+            D, MAIN, TAIL, SCALE, PER_TOKEN, BLOCK_M, EVEN_TOKENS, PRECISION,
         )  # fmt: skip
-        q_main = _query_tile(
-            own, other, share, places, mains, inside, query_stride_token, query_stride_column,
-            D, MODE, EVEN_TOKENS, EVEN_COLUMNS or TAIL > 0,
-        )  # fmt: skip
-        grad_main = _tile(
-            grad, places, mains, inside, width, 1, D, EVEN_TOKENS, EVEN_COLUMNS or TAIL > 0
-        )
-        q_tail, grad_tail = q_main, grad_main
-        slope = tl.dot(v_main, tl.trans(grad_main), input_precision=PRECISION)
-        if TAIL:
-            q_tail = _query_tile(
-                own, other, share, places, tails, inside, query_stride_token, query_stride_column,
-                D, MODE, EVEN_TOKENS, EVEN_COLUMNS,
-            )  # fmt: skip
-            grad_tail = _tile(grad, places, tails, inside, width, 1, D, EVEN_TOKENS, EVEN_COLUMNS)
-            slope = tl.dot(v_tail, tl.trans(grad_tail), slope, input_precision=PRECISION)
-        # a query that is not there has an infinite total, and so no weight
-        log2_total = tl.load(log2_total_ptr + line + places, mask=inside, other=float("inf"))
-        dots = tl.load(dots_ptr + line + places, mask=inside, other=0.0)
-        scores = _log2_scores(k_main, k_tail, q_main, q_tail, SCALE, TAIL, PRECISION)
-        weights = tl.math.exp2(scores + bias[:, None] - log2_total[None, :])  # [keys, queries]
-        push = (weights * (slope - dots[None, :])).to(q_main.dtype)
-        weights = weights.to(grad_main.dtype)
-        v_sum_main = tl.dot(weights, grad_main, v_sum_main, input_precision=PRECISION)
-        k_sum_main = tl.dot(push, q_main, k_sum_main, input_precision=PRECISION)
-        if TAIL:
-            v_sum_tail = tl.dot(weights, grad_tail, v_sum_tail, input_precision=PRECISION)
-            k_sum_tail = tl.dot(push, q_tail, k_sum_tail, input_precision=PRECISION)
-    return k_sum_main, k_sum_tail, v_sum_main, v_sum_tail
+
+    first = (row * frames + frame) * keys
+    of_key = _dense_matrix(key_grad_ptr, first, head, HEADS, D)
+    _store(of_key, places, inside, _scaled(key_sums, SCALE), D)
+    of_value = _dense_matrix(value_grad_ptr, first, head, HEADS, D)
+    _store(of_value, places, inside, value_sums, D)
 
 
 @triton.jit
 def _return_gradient_kernel(
     chosen_grad_ptr, blend_ptr, order_ptr, start_ptr,
-    size, width, tokens_of_row,
+    frames, tokens,
     query_grad_ptr,
-    MODE: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Hand the gradient of queries as chosen back to the rows that they were chosen from."""
+    positions = tl.cast(frames, tl.int64) * tokens
+    size = positions * WIDTH
     blocks = tl.cdiv(size, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) // blocks
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
-    token = place // width
-    kind = query_grad_ptr.dtype.element_ty
-    total = tl.zeros([BLOCK], tl.float32)
-    if MODE > 1:
-        share = _share_of(blend_ptr, row, token, inside, tokens_of_row, kind, MODE)
-        grad = tl.load(chosen_grad_ptr + row * size + place, mask=inside, other=0.0)
-        total += (1.0 - share) * grad.to(tl.float32)
+    position = place // WIDTH
+    total = tl.zeros((BLOCK,), tl.float32)
+    if blend_ptr is not None:  # what is not the other row's is the own
+        share = _share(blend_ptr, row, row * positions, position, inside, PER_TOKEN)
+        grad = tl.load(chosen_grad_ptr + row * size + place, mask=inside, other=0.0).to(tl.float32)
+        total += (1.0 - share) * grad
     for index in range(tl.load(start_ptr + row), tl.load(start_ptr + row + 1)):
         reader = tl.load(order_ptr + index)
         grad = tl.load(chosen_grad_ptr + reader * size + place, mask=inside, other=0.0)
-        if MODE > 1:
-            share = _share_of(blend_ptr, reader, token, inside, tokens_of_row, kind, MODE)
-            total += share * grad.to(tl.float32)
-        else:
-            total += grad.to(tl.float32)
+        grad = grad.to(tl.float32)
+        if blend_ptr is not None:
+            share = _share(blend_ptr, reader, reader * positions, position, inside, PER_TOKEN)
+            grad *= share
+        total += grad
+    kind = query_grad_ptr.dtype.element_ty
     tl.store(query_grad_ptr + row * size + place, total.to(kind), mask=inside)
 
 
-@triton.jit
-def _share_of(blend_ptr, row, token, inside, tokens_of_row, like, MODE: tl.constexpr):
-    if MODE == 3:
-        share = tl.load(blend_ptr + row * tokens_of_row + token, mask=inside, other=0.0)
-    else:
-        share = tl.load(blend_ptr + row)
-    return share.to(like).to(tl.float32)
+class Inputs(NamedTuple):
+    """What the operators take, in their order; each as in `query_attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_row: Tensor | None
+    query_blend: Tensor | None
+    key_rows: Tensor | None
+    key_log_mask: Tensor | None
+    heads: int
+
+    @property
+    def entries(self) -> int:
+        """How many rows' keys each row looks through, its own among them."""
+        return 1 if self.key_rows is None else 1 + self.key_rows.shape[1]
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether all frames of a row have the same keys."""
+        return self.key.shape[1] != self.query.shape[1]
+
+    def with_plain_controls(self) -> Self:
+        """The same, with controls as the kernels read them: contiguous, the mask in float32."""
+        row, blend, rows = (
+            None if t is None else t.contiguous()
+            for t in (self.query_row, self.query_blend, self.key_rows)
+        )
+        mask = None if self.key_log_mask is None else self.key_log_mask.float().contiguous()
+        return self._replace(query_row=row, query_blend=blend, key_rows=rows, key_log_mask=mask)
 
 
-def _launch_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_row: Tensor | None,
-    query_blend: Tensor | None,
-    key_rows: Tensor | None,
-    key_log_mask: Tensor | None,
-    heads: int,
-    out: Tensor,
-    log2_total: Tensor | None,
-) -> None:
-    """Fill `out`, contiguous like `query`, and `log2_total`, float32 [rows, frames, heads, tokens].
+def _launch_forward(inputs: Inputs, out: Tensor, log2_total: Tensor | None) -> None:
+    """Fill `out`, contiguous like the query, and `log2_total`, if given.
 
-    `log2_total` is the logarithm to base 2 of the sum of the exponentials of a query's scores.
+    `log2_total`, float32 [rows, frames, heads, tokens], is the logarithm to base 2 of the sum of
+    the exponentials of a query's scores.
     """
-    rows, frames, tokens, width = query.shape
-    keys, d = key.shape[2], width // heads
-    key_rows, key_log_mask = _plain(key_rows), _plain_mask(key_log_mask)
-    sizes = _settings("query_attention", d, query.dtype, tokens, keys)
-    grid = (rows * frames * heads * triton.cdiv(tokens, sizes["BLOCK_M"]),)
-    _query_attention_kernel[grid](
-        query, key, value, _plain(query_row), _plain(query_blend), key_rows, key_log_mask,
-        frames, tokens, keys, 0 if key_rows is None else key_rows.shape[1],
-        *_strides(query, key, value, key_log_mask),
+    inputs = inputs.with_plain_controls()
+    query, key, value, row, blend, key_rows, mask, _ = inputs
+    sizes = _settings("query_attention", inputs)
+    _query_attention_kernel[_grid(inputs, query, sizes["BLOCK_M"])](
+        query, key, value, row, blend, key_rows, mask, *_sizes(inputs), *_strides(inputs),
         out, log2_total,
-        **_constants(query, query_row, query_blend, heads),
-        **sizes,
-        EVEN_KEYS=keys % sizes["BLOCK_N"] == 0,
+        **_constants(inputs), **sizes, EVEN_KEYS=key.shape[2] % sizes["BLOCK_N"] == 0,
     )  # fmt: skip
 
 
-def _launch_backward(
+def _launch_query_gradient(
     grad: Tensor,
     out: Tensor,
     log2_total: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_row: Tensor | None,
-    query_blend: Tensor | None,
-    key_rows: Tensor | None,
-    key_log_mask: Tensor | None,
-    heads: int,
+    inputs: Inputs,
     chosen_grad: Tensor,
     dots: Tensor,
-    query_grad: Tensor,
+    share_grad: Tensor | None,
+) -> None:
+    """Fill the last three from the others; `grad` and `out` are contiguous.
+
+    `chosen_grad`, contiguous like the query, is the gradient of the queries as chosen. The others
+    are like `log2_total`: `dots`, which the keys' gradients need, and `share_grad`, if given, which
+    is each head's part of the gradient of a query's blend.
+    """
+    inputs = inputs.with_plain_controls()
+    query, key, value, row, blend, key_rows, mask, _ = inputs
+    sizes = _settings("query_attention_query_gradient", inputs)
+    _query_gradient_kernel[_grid(inputs, query, sizes["BLOCK_M"])](
+        grad, out, log2_total, query, key, value, row, blend, key_rows, mask,
+        *_sizes(inputs), *_strides(inputs),
+        chosen_grad, dots, share_grad,
+        **_constants(inputs), **sizes, EVEN_KEYS=key.shape[2] % sizes["BLOCK_N"] == 0,
+    )  # fmt: skip
+
+
+def _launch_key_gradient(
+    grad: Tensor,
+    log2_total: Tensor,
+    dots: Tensor,
+    inputs: Inputs,
     key_grad: Tensor,
     value_grad: Tensor,
 ) -> None:
-    """Fill the last five from the others; `grad` and `out` are contiguous.
-
-    `chosen_grad`, like `query`, is the gradient of the queries as chosen, and the same tensor as
-    `query_grad` where there is no `query_row`; `dots` is float32 like `log2_total`; `key_grad` and
-    `value_grad` are [rows, frames, keys, width] whether or not the frames share keys.
-    """
-    rows, frames, tokens, width = query.shape
-    keys, d = key.shape[2], width // heads
-    blend, row, mask = _plain(query_blend), _plain(query_row), _plain_mask(key_log_mask)
-    key_rows = _plain(key_rows)
-    further = 0 if key_rows is None else key_rows.shape[1]
-    constants = _constants(query, query_row, query_blend, heads)
-    strides = _strides(query, key, value, mask)
-
-    sizes = _settings("query_attention_query_gradient", d, query.dtype, tokens, keys)
-    grid = (rows * frames * heads * triton.cdiv(tokens, sizes["BLOCK_M"]),)
-    _query_gradient_kernel[grid](
-        grad, out, log2_total, query, key, value, row, blend, key_rows, mask,
-        frames, tokens, keys, further, *strides,
-        chosen_grad, dots,
-        **constants, **sizes, EVEN_KEYS=keys % sizes["BLOCK_N"] == 0,
-    )  # fmt: skip
-
+    """Fill the last two, contiguous [rows, frames, keys, width] even where frames share keys."""
+    inputs = inputs.with_plain_controls()
+    query, key, value, row, blend, key_rows, mask, _ = inputs
     order = start = None
     if key_rows is not None:
+        rows = query.shape[0]
         own = torch.arange(rows, device=key.device)[:, None]
-        nobody = torch.where(key_rows == own, rows, key_rows)  # sorts behind all rows
-        order, start = _readers(torch.cat([own, nobody], 1).flatten(), rows)
-    sizes = _settings("query_attention_key_gradient", d, query.dtype, tokens, keys)
-    grid = (rows * frames * heads * triton.cdiv(keys, sizes["BLOCK_N"]),)
-    _key_gradient_kernel[grid](
+        others = torch.where(key_rows == own, rows, key_rows)  # nobody's, behind all rows
+        order, start = _readers(torch.cat([own, others], 1).flatten(), rows)
+    sizes = _settings("query_attention_key_gradient", inputs)
+    _key_gradient_kernel[_grid(inputs, key, sizes["BLOCK_N"])](
         grad, log2_total, dots, query, key, value, row, blend, mask, order, start,
-        frames, tokens, keys, 1 + further, *strides,
+        *_sizes(inputs), *_strides(inputs),
         key_grad, value_grad,
-        **constants, **sizes, EVEN_TOKENS=tokens % sizes["BLOCK_M"] == 0,
+        **_constants(inputs), **sizes, EVEN_TOKENS=query.shape[2] % sizes["BLOCK_M"] == 0,
     )  # fmt: skip
 
-    if row is not None:
-        order, start = _readers(row, rows)
-        size = frames * tokens * width
-        chosen = settings("query_attention_return_gradient")
-        _return_gradient_kernel[(rows * triton.cdiv(size, chosen["BLOCK"]),)](
-            chosen_grad, blend, order, start, size, width, frames * tokens, query_grad,
-            MODE=constants["MODE"], **chosen,
-        )  # fmt: skip
+
+def _launch_return_gradient(chosen_grad: Tensor, inputs: Inputs, query_grad: Tensor) -> None:
+    """Fill `query_grad` with what the rows that read a row say of its queries."""
+    inputs = inputs.with_plain_controls()
+    rows, frames, tokens, width = inputs.query.shape
+    assert inputs.query_row is not None  # noqa: S101  else both gradients are one
+    order, start = _readers(inputs.query_row, rows)
+    sizes = settings("query_attention_return_gradient")
+    grid = (rows * triton.cdiv(frames * tokens * width, sizes["BLOCK"]),)
+    _return_gradient_kernel[grid](
+        chosen_grad, inputs.query_blend, order, start, frames, tokens, query_grad,
+        WIDTH=width, PER_TOKEN=_constants(inputs)["PER_TOKEN"], **sizes,
+    )  # fmt: skip
 
 
 def _readers(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -848,48 +802,46 @@ def _readers(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(ordered, bounds)
 
 
-def _plain(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _grid(inputs: Inputs, tiled: Tensor, block: int) -> tuple[int]:
+    """Programs for the blocks of places of each row, frame and head, on the axis without limit."""
+    rows, frames, *_ = inputs.query.shape
+    return (rows * frames * inputs.heads * triton.cdiv(tiled.shape[2], block),)
 
 
-def _plain_mask(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.float().contiguous()
+def _sizes(inputs: Inputs) -> tuple[int, int, int, int]:
+    _, frames, tokens, _ = inputs.query.shape
+    return frames, tokens, inputs.key.shape[2], inputs.entries
 
 
-def _strides(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[int, ...]:
-    """Strides of the four, those of shared keys with 0 in place of the frame's."""
-    of_mask = (0, 0) if mask is None else mask.stride()[:2]
-    strides = (*query.stride(), *key.stride(), *value.stride(), *of_mask)
-    if key.shape[1] == query.shape[1]:
-        return strides
-    return tuple(0 if at in (5, 9, 13) else stride for at, stride in enumerate(strides))
+def _strides(inputs: Inputs) -> tuple[int, ...]:
+    """Strides of query, key, value and of the mask's rows and frames; 0 between shared frames."""
+    by_row, by_frame = (0, 0) if inputs.key_log_mask is None else inputs.key_log_mask.stride()[:2]
+    of_keys = [*inputs.key.stride(), *inputs.value.stride(), by_row, by_frame]
+    if inputs.shares_keys:
+        of_keys[1] = of_keys[5] = of_keys[9] = 0
+    return *inputs.query.stride(), *of_keys
 
 
-def _constants(
-    query: Tensor, query_row: Tensor | None, query_blend: Tensor | None, heads: int
-) -> dict[str, int | float | str | bool]:
-    d = query.shape[-1] // heads
+def _constants(inputs: Inputs) -> dict[str, Any]:
+    d = inputs.query.shape[-1] // inputs.heads
     main, tail = split_head_dim(d)
-    mode = 0 if query_row is None else 1
-    if query_blend is not None:
-        mode = 2 if query_blend.ndim == 1 else 3
     return {
-        "HEADS": heads,
+        "HEADS": inputs.heads,
         "D": d,
         "MAIN": main,
         "TAIL": tail,
         "SCALE": d**-0.5,
-        "MODE": mode,
+        "PER_TOKEN": inputs.query_blend is not None and inputs.query_blend.ndim == 3,
         "PRECISION": "ieee",  # of float32: TF32 would lose the 1e-4 that is promised
-        "EVEN_COLUMNS": main + tail == d,
     }
 
 
-def _settings(kernel: str, d: int, dtype: torch.dtype, tokens: int, keys: int) -> dict[str, int]:
+def _settings(kernel: str, inputs: Inputs) -> dict[str, int]:
     """Settings of the padded head dim, with tiles no larger than the tensors need."""
-    wide = "_fp32" if dtype == torch.float32 else ""
-    chosen = settings(kernel, f"d{sum(split_head_dim(d))}{wide}")
-    for name, size in {"BLOCK_M": tokens, "BLOCK_N": keys}.items():
+    query, key = inputs.query, inputs.key
+    wide = "_fp32" if query.dtype == torch.float32 else ""
+    chosen = settings(kernel, f"d{sum(split_head_dim(query.shape[-1] // inputs.heads))}{wide}")
+    for name, size in {"BLOCK_M": query.shape[2], "BLOCK_N": key.shape[2]}.items():
         needed = max(16, triton.next_power_of_2(size))
         if needed < chosen[name]:
             chosen[name] = needed
@@ -908,25 +860,24 @@ def _query_attention(
     key_log_mask: Tensor | None,
     heads: int,
 ) -> Tensor:
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    _launch_forward(
-        query, key, value, query_row, query_blend, key_rows, key_log_mask, heads, out, None
-    )
+    out = _empty_like(query)
+    with torch.cuda.device_of(query):
+        _launch_forward(
+            Inputs(query, key, value, query_row, query_blend, key_rows, key_log_mask, heads),
+            out,
+            None,
+        )
     return out
 
 
 @_query_attention.register_fake
-def _(query, key, value, query_row, query_blend, key_rows, key_log_mask, heads):
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
+def _(query, *_):
+    return _empty_like(query)
 
 
 @_query_attention.register_kernel("cpu")
-def _(query, key, value, query_row, query_blend, key_rows, key_log_mask, heads):
-    with torch.autocast("cpu", enabled=False):  # the operator's type is that of `query`
-        out = _attend_on_cpu(
-            query, key, value, query_row, query_blend, key_rows, key_log_mask, heads
-        )
-    return out.contiguous()
+def _(*inputs):
+    return _attend_on_cpu(Inputs(*inputs)).contiguous()
 
 
 @torch.library.custom_op("kinetiq::query_attention_training", mutates_args=(), device_types="cuda")
@@ -941,18 +892,20 @@ def _query_attention_training(
     heads: int,
 ) -> tuple[Tensor, Tensor]:
     """The same, and what the backward direction would else have to compute again."""
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    log2_total = _per_query(query, heads)
-    _launch_forward(
-        query, key, value, query_row, query_blend, key_rows, key_log_mask, heads, out, log2_total
-    )
+    out, log2_total = _empty_like(query), _empty_per_query(query, heads)
+    with torch.cuda.device_of(query):
+        _launch_forward(
+            Inputs(query, key, value, query_row, query_blend, key_rows, key_log_mask, heads),
+            out,
+            log2_total,
+        )
     return out, log2_total
 
 
 @_query_attention_training.register_fake
-def _(query, key, value, query_row, query_blend, key_rows, key_log_mask, heads):
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    return out, _per_query(query, heads)
+def _(*inputs):
+    given = Inputs(*inputs)
+    return _empty_like(given.query), _empty_per_query(given.query, given.heads)
 
 
 @torch.library.custom_op("kinetiq::query_attention_backward", mutates_args=(), device_types="cuda")
@@ -968,53 +921,60 @@ def _query_attention_backward(
     key_rows: Tensor | None,
     key_log_mask: Tensor | None,
     heads: int,
+    keys_needed: bool,
     blend_needed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query_grad, key_grad, value_grad, blend_grad = _gradients(
-        query, key, query_blend if blend_needed else None
-    )
-    chosen_grad = query_grad if query_row is None else torch.empty_like(query_grad)
-    # one gradient a frame, added up after: a frame's keys then need not wait for the others
-    shared = key.shape[1] != query.shape[1]
-    parts = [
-        t.new_empty(t.shape[0], query.shape[1], *t.shape[2:], dtype=torch.float32) if shared else t
-        for t in (key_grad, value_grad)
-    ]
-    _launch_backward(
-        grad.contiguous(), out, log2_total, query, key, value, query_row, query_blend, key_rows,
-        key_log_mask, heads, chosen_grad, torch.empty_like(log2_total), query_grad, *parts,
-    )  # fmt: skip
-    if shared:
-        key_grad, value_grad = (part.sum(1, keepdim=True).to(key.dtype) for part in parts)
-    if query_row is not None and query_blend is not None and blend_needed:
-        way = query[query_row].float() - query.float()
-        along = (chosen_grad.float() * way).sum(-1)  # [rows, frames, tokens]
-        along = along.sum((1, 2)) if query_blend.ndim == 1 else along
-        blend_grad = along.to(query_blend.dtype)
-    return query_grad, key_grad, value_grad, blend_grad
+    """Gradients of query, key, value and blend; one that is not needed has no elements."""
+    inputs = Inputs(query, key, value, query_row, query_blend, key_rows, key_log_mask, heads)
+    with torch.cuda.device_of(query):
+        return _differentiate(grad.contiguous(), out, log2_total, inputs, keys_needed, blend_needed)
 
 
 @_query_attention_backward.register_fake
-def _(
-    grad, out, log2_total, query, key, value, query_row, query_blend, key_rows, key_log_mask,
-    heads, blend_needed,
-):  # fmt: skip
-    return _gradients(query, key, query_blend if blend_needed else None)
+def _(grad, out, log2_total, query, key, value, query_row, query_blend, *options):
+    *_, keys_needed, blend_needed = options
+    kept = ((query, True), (key, keys_needed), (value, keys_needed), (query_blend, blend_needed))
+    return tuple(_empty_like(like) if needed else query.new_empty(0) for like, needed in kept)
 
 
-def _gradients(
-    query: Tensor, key: Tensor, blend: Tensor | None
+def _differentiate(
+    grad: Tensor,
+    out: Tensor,
+    log2_total: Tensor,
+    inputs: Inputs,
+    keys_needed: bool,
+    blend_needed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty gradients of query, key, value and blend; the last has no elements without one."""
-    whole = torch.contiguous_format
-    query_grad = torch.empty_like(query, memory_format=whole)
-    key_grad, value_grad = (torch.empty_like(key, memory_format=whole) for _ in range(2))
-    if blend is None:
-        return query_grad, key_grad, value_grad, query.new_empty(0)
-    return query_grad, key_grad, value_grad, torch.empty_like(blend, memory_format=whole)
+    """What the backward operator returns."""
+    query, key, value, query_row, query_blend, *_ = inputs
+    query_grad, dots = _empty_like(query), torch.empty_like(log2_total)
+    chosen_grad = query_grad if query_row is None else _empty_like(query)
+    share_grad = torch.empty_like(log2_total) if blend_needed else None
+    _launch_query_gradient(grad, out, log2_total, inputs, chosen_grad, dots, share_grad)
+    if query_row is not None:
+        _launch_return_gradient(chosen_grad, inputs, query_grad)
+
+    key_grad, value_grad, blend_grad = (query.new_empty(0) for _ in range(3))
+    if keys_needed and inputs.shares_keys:
+        # one gradient a frame, added up after: a frame's keys then need not wait for the others
+        size = (key.shape[0], query.shape[1], *key.shape[2:])
+        parts = [key.new_empty(size, dtype=torch.float32) for _ in range(2)]
+        _launch_key_gradient(grad, log2_total, dots, inputs, *parts)
+        key_grad, value_grad = (part.sum(1, keepdim=True).to(key.dtype) for part in parts)
+    elif keys_needed:
+        key_grad, value_grad = _empty_like(key), _empty_like(value)
+        _launch_key_gradient(grad, log2_total, dots, inputs, key_grad, value_grad)
+    if query_blend is not None and share_grad is not None:
+        axes = (2,) if query_blend.ndim == 3 else (1, 2, 3)
+        blend_grad = share_grad.sum(axes).to(query_blend.dtype)
+    return query_grad, key_grad, value_grad, blend_grad
 
 
-def _per_query(query: Tensor, heads: int) -> Tensor:
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _empty_per_query(query: Tensor, heads: int) -> Tensor:
     rows, frames, tokens, _ = query.shape
     return query.new_empty(rows, frames, heads, tokens, dtype=torch.float32)
 
@@ -1030,80 +990,72 @@ def _save_training(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx, grad: Tensor):
-    """The gradient of an operator that saved nothing but its inputs."""
-    tensors = ctx.saved_tensors
+def _backward(ctx, grad: Tensor):
+    """The gradient of the operator that keeps nothing but its inputs."""
+    tensors = list(ctx.saved_tensors)
     if grad.is_cuda:
-        kept = _query_attention_training(*tensors, ctx.heads)
-        return _launch_saved(ctx, grad, tensors, kept)
+        inputs = Inputs._make((*tensors, ctx.heads))
+        out, log2_total = _query_attention_training(*inputs)
+        return _run_backward(ctx, grad, out, log2_total, inputs)
     wanted = [at for at in (0, 1, 2, 4) if ctx.needs_input_grad[at]]
+    for at in wanted:
+        tensors[at] = tensors[at].detach().requires_grad_()
     with torch.enable_grad():
-        leaves = [
-            t.detach().requires_grad_() if at in wanted else t for at, t in enumerate(tensors)
-        ]
-        query, key, value, row, blend, key_rows, mask = leaves
-        out = _attend_on_cpu(query, key, value, row, blend, key_rows, mask, ctx.heads)
-    found = torch.autograd.grad(out, [leaves[at] for at in wanted], grad)
-    grads: list[Tensor | None] = [None] * 8
-    for at, gradient in zip(wanted, found, strict=True):
-        grads[at] = gradient
-    return tuple(grads)
+        out = _attend_on_cpu(Inputs._make((*tensors, ctx.heads)))
+    found = torch.autograd.grad(out, [tensors[at] for at in wanted], grad)
+    grads = dict(zip(wanted, found, strict=True))
+    return tuple(grads.get(at) for at in range(len(Inputs._fields)))
 
 
-def _differentiate_training(ctx, grad: Tensor, _: Tensor | None):
+def _backward_training(ctx, grad: Tensor, _: Tensor | None):
     *tensors, out, log2_total = ctx.saved_tensors
-    return _launch_saved(ctx, grad, tensors, (out, log2_total))
+    return _run_backward(ctx, grad, out, log2_total, Inputs._make((*tensors, ctx.heads)))
 
 
-def _launch_saved(ctx, grad: Tensor, tensors, kept):
-    blend_needed = ctx.needs_input_grad[4]
-    query_grad, key_grad, value_grad, blend_grad = _query_attention_backward(
-        grad, *kept, *tensors, ctx.heads, blend_needed
-    )
-    blend_grad = blend_grad if blend_needed else None
-    return query_grad, key_grad, value_grad, None, blend_grad, None, None, None
+def _run_backward(ctx, grad: Tensor, out: Tensor, log2_total: Tensor, inputs: Inputs):
+    _, key_needed, value_needed, _, blend_needed, *_ = ctx.needs_input_grad
+    keys_needed = key_needed or value_needed
+    grads = _query_attention_backward(grad, out, log2_total, *inputs, keys_needed, blend_needed)
+    needed = (True, keys_needed, keys_needed, blend_needed)
+    query, key, value, blend = (t if need else None for t, need in zip(grads, needed, strict=True))
+    return query, key, value, None, blend, None, None, None
 
 
-_query_attention.register_autograd(_differentiate, setup_context=_save)
-_query_attention_training.register_autograd(_differentiate_training, setup_context=_save_training)
+_query_attention.register_autograd(_backward, setup_context=_save)
+_query_attention_training.register_autograd(_backward_training, setup_context=_save_training)
 
 
-def _attend_on_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_row: Tensor | None,
-    query_blend: Tensor | None,
-    key_rows: Tensor | None,
-    key_log_mask: Tensor | None,
-    heads: int,
-) -> Tensor:
-    if query_row is not None:
-        query = choose_queries(query, query_row, query_blend)
-    rows, frames, tokens, width = query.shape
-    mask = None
-    if key_rows is not None:
-        key, value, mask = extend_keys(key, value, key_rows, key_log_mask)
-        mask = mask.flatten(0, 1)[:, None, None]
-    if key.shape[1] == 1:  # keys shared by all frames: fold the frames into the tokens
-        query = query.reshape(rows, 1, frames * tokens, width)
-    q, k, v = (
-        t.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value)
-    )
-    out = _attend(q, k, v) if mask is None else _attend(q, k, v, mask)
-    return out.transpose(1, 2).reshape(rows, frames, tokens, width)
+def _attend_on_cpu(inputs: Inputs) -> Tensor:
+    """The same in PyTorch's own operators, which autograd records."""
+    query, key, value, query_row, query_blend, key_rows, key_log_mask, heads = inputs
+    with torch.autocast("cpu", enabled=False):  # the result has the type of `query`
+        if query_row is not None:
+            query = choose_queries(query, query_row, query_blend)
+        rows, frames, tokens, width = query.shape
+        mask = None
+        if key_rows is not None:
+            known = None if key_log_mask is None else key_log_mask.detach()
+            key, value, mask = extend_keys(key, value, key_rows, known)
+            mask = mask.flatten(0, 1)[:, None, None]
+        if key.shape[1] == 1:  # keys shared by all frames: fold the frames into the tokens
+            query = query.reshape(rows, 1, frames * tokens, width)
+        q, k, v = (
+            t.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value)
+        )
+        return _attend(q, k, v, mask).transpose(1, 2).reshape(rows, frames, tokens, width)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention over [batch, heads, tokens, d], by whichever way is quicker on a CPU."""
+    recorded = _is_recorded(query, key, value)
+    fused = F.scaled_dot_product_attention
     if min(query.shape[-2], key.shape[-2]) >= _SMALL:
-        if query.dtype == torch.bfloat16 and query.requires_grad:
-            q, k, v = query.float(), key.float(), value.float()
+        if query.dtype == torch.bfloat16 and recorded:
             wide = None if mask is None else mask.float()
-            return F.scaled_dot_product_attention(q, k, v, wide).to(query.dtype)
-        return F.scaled_dot_product_attention(query, key, value, mask)
-    if query.dtype == torch.float32 and not query.requires_grad:
-        return F.scaled_dot_product_attention(query, key, value, mask)
+            return fused(query.float(), key.float(), value.float(), wide).to(query.dtype)
+        return fused(query, key, value, mask)
+    if query.dtype == torch.float32 and not recorded:
+        return fused(query, key, value, mask)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if mask is not None:
         scores = scores + mask
@@ -1111,21 +1063,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = Non
     return scores.softmax(-1, dtype=wider).to(value.dtype) @ value
 
 
-def _is_trained(query: Tensor, key: Tensor, value: Tensor, blend: Tensor | None) -> bool:
-    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
-        return False
-    return any(t is not None and t.requires_grad for t in (query, key, value, blend))
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    heads: int,
-    query_row: Tensor | None,
-    query_blend: Tensor | None,
-) -> None:
+def _check(inputs: Inputs) -> None:
     where = "query_attention"
+    query, key, value, query_row, query_blend, key_rows, key_log_mask, heads = inputs
     if query.ndim != 4 or heads < 1 or query.shape[-1] % heads:
         raise ShapeError(
             f"{where}: query must be [rows, frames, tokens, heads * d] with heads = {heads}, "
@@ -1137,6 +1081,8 @@ def _check(
             f"{where}: query must be float32, float16 or bfloat16 with d <= {MAX_HEAD_DIM} on a "
             f"GPU, got {query.dtype} with d = {width // heads}"
         )
+    if not query.is_floating_point():
+        raise ShapeError(f"{where}: query must be of a floating type, got {query.dtype}")
     for name, tensor in {"key": key, "value": value}.items():
         if tensor.ndim != 4 or tensor.shape[0] != rows or tensor.shape[-1] != width:
             raise ShapeError(
@@ -1162,17 +1108,29 @@ def _check(
     check_blend(where, "query_blend", query_blend, (rows, frames, tokens))
     if query_blend is not None and query_row is None:
         raise ShapeError(f"{where}: query_blend needs query_row, got query_blend alone")
+    _check_further(where, key, key_rows, key_log_mask)
+    controls = {
+        "query_row": query_row,
+        "query_blend": query_blend,
+        "key_rows": key_rows,
+        "key_log_mask": key_log_mask,
+    }
+    for name, control in controls.items():
+        check_device(where, name, control, query)
 
 
-def _check_keys(key: Tensor, key_rows: Tensor | None, key_log_mask: Tensor | None) -> None:
-    where = "query_attention"
+def _check_further(
+    where: str, key: Tensor, key_rows: Tensor | None, key_log_mask: Tensor | None
+) -> None:
+    """Require rows whose keys are seen too, and a mask of all keys if there is one."""
+    rows = key.shape[0]
     if key_rows is not None:
-        if key_rows.ndim != 2 or len(key_rows) != len(key) or key_rows.dtype != torch.int64:
+        if key_rows.ndim != 2 or key_rows.shape[0] != rows or key_rows.dtype != torch.int64:
             raise ShapeError(
-                f"{where}: key_rows must be int64 [rows = {len(key)}, n], "
+                f"{where}: key_rows must be int64 [rows = {rows}, n], "
                 f"got {key_rows.dtype} {list(key_rows.shape)}"
             )
-        _check_range(where, "key_rows", key_rows, len(key))
+        _check_range(where, "key_rows", key_rows, rows)
     if key_log_mask is None:
         return
     if key_rows is None:
@@ -1190,6 +1148,15 @@ def check_kind(where: str, name: str, tensor: Tensor, query: Tensor) -> None:
         raise ShapeError(
             f"{where}: {name} must be {query.dtype} on {query.device} like query, "
             f"got {tensor.dtype} on {tensor.device}"
+        )
+
+
+def check_device(where: str, name: str, control: Tensor | None, query: Tensor) -> None:
+    """Require `control`, if there is one, to be on the device of `query`."""
+    if control is not None and control.device != query.device:
+        raise ShapeError(
+            f"{where}: {name} must be on {query.device} like query, got {control.device}; "
+            f"move it when it is made, since to move it here would wait for the device"
         )
 
 
@@ -1218,12 +1185,16 @@ def _check_range(where: str, name: str, index: Tensor, rows: int) -> None:
 
 
 def check_blend(where: str, name: str, blend: Tensor | None, full: tuple[int, int, int]) -> None:
-    """Require `blend` to be [rows] or [rows, frames, tokens]."""
-    if blend is not None and tuple(blend.shape) not in (full[:1], full):
+    """Require `blend` to be floating [rows] or [rows, frames, tokens]."""
+    if blend is None:
+        return
+    if tuple(blend.shape) not in (full[:1], full):
         raise ShapeError(
             f"{where}: {name} must be [rows] or [rows, frames, tokens] = {list(full)}, "
             f"got {list(blend.shape)}"
         )
+    if not blend.is_floating_point():
+        raise ShapeError(f"{where}: {name} must be of a floating type, got {blend.dtype}")
 
 
 def _compile_case(
@@ -1267,13 +1238,12 @@ def _launch_empty(
     query_blend = empty((rows, frames, tokens)[:blend], dtype=dtype) if blend else None
     key_rows = empty(rows, further, dtype=torch.int64) if further else None
     mask = empty(key.shape[:3]) if further else None
-    inputs = (query, key, key, query_row, query_blend, key_rows, mask, heads)
-    if not backward:
-        _launch_forward(*inputs, query, _per_query(query, heads))
-        return
-    kept = _per_query(query, heads)
-    key_grad = empty((rows, frames, *key.shape[2:]), dtype=dtype if keys is None else None)
-    _launch_backward(query, query, kept, *inputs, query, kept, query, key_grad, key_grad)
+    inputs = Inputs(query, key, key, query_row, query_blend, key_rows, mask, heads)
+    log2_total = _empty_per_query(query, heads)
+    if backward:
+        _differentiate(query, query, log2_total, inputs, keys_needed=True, blend_needed=False)
+    else:
+        _launch_forward(inputs, query, log2_total)
 
 
 COMPILED = (

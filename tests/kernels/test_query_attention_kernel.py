@@ -34,13 +34,13 @@ def plain(query, key, value, blend=None, *, heads, row=None, key_rows=None, mask
     for r in range(len(query)):
         q, seen = query[r], [r]
         if row is not None:
-            share = torch.ones((), dtype=q.dtype) if blend is None else blend[r].to(q.dtype)
+            share = q.new_ones(()) if blend is None else blend[r].to(q.dtype)
             share = share.reshape(share.shape + (1,) * (3 - share.ndim))
             q = q + share * (query[row[r]] - q)
         if key_rows is not None:
             seen += [s for s in key_rows[r].tolist() if s != r]
         k, v = (split(torch.cat([t[s] for s in seen], 1)) for t in (key, value))
-        bias = torch.zeros(key.shape[1:3], dtype=q.dtype)
+        bias = q.new_zeros(key.shape[1:3])
         others = [bias if mask is None else mask[s].to(q.dtype) for s in seen[1:]]
         scores = split(q) @ k.transpose(-1, -2) / d**0.5
         weights = (scores + torch.cat([bias, *others], 1)[:, None, None]).softmax(-1)
@@ -77,34 +77,44 @@ class Outputs:
         assert all((store[-TAIL:] == 7).all() for store in self._stores)
 
 
-def run_forward(query, key, value, blend=None, *, heads, row=None, key_rows=None, mask=None):
-    outputs = Outputs()
-    out = outputs.like(query)
-    rows, frames, tokens, _ = query.shape
-    total = outputs.new((rows, frames, heads, tokens), torch.float32, query.device)
-    operator._launch_forward(query, key, value, row, blend, key_rows, mask, heads, out, total)
+def collect(query, key, value, blend=None, *, heads, row=None, key_rows=None, mask=None):
+    return operator.Inputs(query, key, value, row, blend, key_rows, mask, heads)
+
+
+def run_forward(*tensors, **options):
+    inputs, outputs = collect(*tensors, **options), Outputs()
+    rows, frames, tokens, _ = inputs.query.shape
+    out = outputs.like(inputs.query)
+    total = outputs.new((rows, frames, inputs.heads, tokens), torch.float32, out.device)
+    operator._launch_forward(inputs, out, total)
     outputs.assert_tails_untouched()
     return out, total
 
 
-def run_backward(grad, out, total, query, key, value, blend=None, *, heads, row, key_rows, mask):
-    outputs = Outputs()
-    rows, frames, *_ = query.shape
-    shared = key.shape[1] != frames
+def run_backward(grad, out, total, *tensors, **options):
+    """Gradients of query, key, value and, if there is one, blend."""
+    inputs, outputs = collect(*tensors, **options), Outputs()
+    query, key, _, row, blend, *_ = inputs
     chosen, dots = outputs.like(query), outputs.like(total)
-    query_grad = chosen if row is None else outputs.like(query)
-    size, kind = (rows, frames, *key.shape[2:]), torch.float32 if shared else key.dtype
+    share_grad = None if blend is None else outputs.like(total)
+    operator._launch_query_gradient(grad, out, total, inputs, chosen, dots, share_grad)
+    query_grad = chosen
+    if row is not None:
+        query_grad = outputs.like(query)
+        operator._launch_return_gradient(chosen, inputs, query_grad)
+    size = (*query.shape[:2], *key.shape[2:])
+    kind = torch.float32 if inputs.shares_keys else key.dtype
     key_grad, value_grad = (outputs.new(size, kind, key.device) for _ in range(2))
-    operator._launch_backward(
-        grad, out, total, query, key, value, row, blend, key_rows, mask, heads,
-        chosen, dots, query_grad, key_grad, value_grad,
-    )  # fmt: skip
+    operator._launch_key_gradient(grad, total, dots, inputs, key_grad, value_grad)
     outputs.assert_tails_untouched()
-    if shared:
+    if inputs.shares_keys:
         key_grad, value_grad = (
             t.sum(1, keepdim=True).to(key.dtype) for t in (key_grad, value_grad)
         )
-    return query_grad, key_grad, value_grad
+    if share_grad is None:
+        return query_grad, key_grad, value_grad
+    blend_grad = share_grad.sum(2 if blend.ndim == 3 else (1, 2, 3)).to(blend.dtype)
+    return query_grad, key_grad, value_grad, blend_grad
 
 
 def sample(rows, frames, key_frames, tokens, keys, heads, d, dtype, device, rng):
@@ -115,22 +125,22 @@ def sample(rows, frames, key_frames, tokens, keys, heads, d, dtype, device, rng)
 
 def check(inputs, blend, options, rng):
     """Forward and backward against float64, each as good as plain PyTorch in the same type."""
-    options = {"row": None, "key_rows": None, "mask": None} | options
     strided = [among_nans(t) for t in inputs]
     out, total = run_forward(*strided, blend, **options)
     grad = torch.randn(out.shape, generator=rng, device=out.device).to(out.dtype)
     got = run_backward(grad, out, total, *strided, blend, **options)
+    trained = inputs if blend is None else [*inputs, blend]
 
     def differentiate(dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in inputs]
-        share = None if blend is None else blend.to(dtype)
-        result = plain(*leaves, share, **options)
+        leaves = [t.to(dtype).requires_grad_() for t in trained]
+        result = plain(*leaves, **options)
         return result.detach(), torch.autograd.grad(result, leaves, grad.to(dtype))
 
     naive, naive_grads = differentiate(out.dtype)
     exact, exact_grads = differentiate(torch.float64)
     assert_as_good_as(out, naive, exact)
-    for name, *three in zip("qkv", got, naive_grads, exact_grads, strict=True):
+    names = ("query", "key", "value", "blend")[: len(trained)]
+    for name, *three in zip(names, got, naive_grads, exact_grads, strict=True):
         assert_as_good_as(*three, slack=3.0, name=f"gradient of {name}")
     return out, total
 
@@ -159,7 +169,7 @@ def test_kernels_read_rows_by_index(dtype, frames, key_frames, blend, further, d
     sizes = {None: None, "rows": (rows,), "tokens": (rows, frames, tokens)}
     share = None
     if blend is not None:  # past one half and below, where the formula differs
-        share = torch.rand(sizes[blend], generator=rng, device=device).to(dtype)
+        share = torch.rand(sizes[blend], generator=rng, device=device)
     options = {"heads": 1, "row": torch.tensor([2, 2, 1], device=device)}
     if further:  # the row itself, twice the same, and one from each of two
         options["key_rows"] = torch.tensor([[0, 1], [2, 2], [0, 1]], device=device)[:, :further]
@@ -176,6 +186,54 @@ def test_the_total_is_the_logarithm_of_the_sum_of_exponentials(device, rng):
     scores = query.double() @ key.double().transpose(-1, -2) / 8**0.5
     exact = scores.logsumexp(-1)[:, :, None]
     torch.testing.assert_close(total.double() * math.log(2), exact, rtol=0, atol=1e-5)
+
+
+def spread(tensor, store, offset, strides):
+    """The same values in `store`, with these strides."""
+    view = store.as_strided(tensor.shape, strides, offset)
+    return view.copy_(tensor)
+
+
+def test_offsets_reach_beyond_2_to_the_31(device, rng):
+    """Rows, keys and frames that far apart, in memory of which hardly a page is touched."""
+    inputs = sample(3, 3, 3, 3, 3, 1, 8, torch.float16, device, rng)
+    store = torch.empty(2**31 + 2**12, dtype=torch.float16, device=device)
+    layouts = (0, (2**30, 128, 16, 1)), (1024, (256, 64, 2**30, 1)), (2048, (128, 2**30, 16, 1))
+    apart = [spread(t, store, *layout) for t, layout in zip(inputs, layouts, strict=True)]
+    results = []
+    for tensors in (inputs, apart):
+        out, total = run_forward(*tensors, heads=1)
+        results.append((out, total, *run_backward(out, out, total, *tensors, heads=1)))
+    for near, far in zip(*results, strict=True):
+        assert torch.equal(near, far)
+
+
+def test_programs_are_counted_on_the_axis_that_has_no_end_at_65535(monkeypatch):
+    grids = {}
+
+    class Caught:
+        def __init__(self, name):
+            self._name = name
+
+        def __getitem__(self, grid):
+            grids[self._name] = grid
+            return lambda *_, **__: None
+
+    for name in ("query_attention", "query_gradient", "key_gradient", "return_gradient"):
+        monkeypatch.setattr(operator, f"_{name}_kernel", Caught(name))
+    query = torch.empty(65_536, 3, 20, 16, device="meta")
+    key, row = query[:, :, :16], torch.empty(65_536, device="meta", dtype=torch.int64)
+    inputs = collect(query, key, key, heads=2, row=row)
+    total = operator._empty_per_query(query, 2)
+    operator._launch_forward(inputs, query, total)
+    operator._differentiate(query, query, total, inputs, keys_needed=True, blend_needed=False)
+    sequences = 65_536 * 3 * 2
+    assert grids == {
+        "query_attention": (sequences * 2,),  # tiles of 16 of 20 tokens
+        "query_gradient": (sequences * 2,),
+        "key_gradient": (sequences,),
+        "return_gradient": (65_536 * 4,),  # of 256 of 960 elements
+    }
 
 
 @pytest.mark.parametrize("case", ["beyond float16", "all equal", "others masked out"])
@@ -226,7 +284,7 @@ def test_operator_with_further_keys_agrees_with_float64(tokens, key_frames, dtyp
     mask = torch.randn(3, key_frames, tokens, generator=rng, device=device)
     mask[:, :, 1::2] = -math.inf
     run = lambda f, t: f(*t, heads=2, key_rows=key_rows, key_log_mask=mask)
-    own = {"heads": 2, "key_rows": key_rows, "mask": mask.to(dtype)}
+    own = {"heads": 2, "key_rows": key_rows, "mask": mask}
     naive, exact = plain(*inputs, **own), plain(*(t.double() for t in inputs), **own)
     got = run(query_attention, inputs)
     assert got.dtype == dtype and got.is_contiguous()
@@ -273,6 +331,10 @@ def test_gradient_of_the_operator(device, rng):
 
     assert torch.autograd.gradcheck(run, (query, key, value, blend))
     assert torch.autograd.gradcheck(public, (query, key, value, blend))
+    mask.requires_grad_()
+    for function in (run, public):
+        function(query, key, value, blend).sum().backward()
+        assert mask.grad is None
 
 
 @pytest.fixture
@@ -306,6 +368,16 @@ def test_gradient_of_the_operator_for_training(frames, training, device, rng):
         assert_as_good_as(*three, slack=3.0, name=name)
 
 
+def test_gradients_that_nobody_needs_are_not_computed(training, device, rng, monkeypatch):
+    query, key, value = sample(1, 1, 1, 5, 7, 1, 8, torch.float32, device, rng)
+    expected = training(query.requires_grad_(), key, value, None, None, None, None, 1)[0]
+    every = [t.detach().requires_grad_() for t in (query, key, value)]
+    whole = torch.autograd.grad(training(*every, None, None, None, None, 1)[0].sum(), every)
+    monkeypatch.delattr(operator, "_launch_key_gradient")  # to call it would be an error
+    (alone,) = torch.autograd.grad(expected.sum(), [query])
+    assert torch.equal(alone, whole[0])
+
+
 def test_is_a_well_formed_operator_for_training(training, device, rng):
     given = sample(1, 1, 1, 3, 4, 1, 8, torch.float32, device, rng)
     given = *(t.requires_grad_() for t in given), None, None, None, None, 1
@@ -313,23 +385,33 @@ def test_is_a_well_formed_operator_for_training(training, device, rng):
 
 
 class Site(torch.nn.Module):
-    def forward(self, query, key, value, row):
-        return query_attention(query, key, value, heads=2, query_row=row)
+    def forward(self, query, key, value, row, blend=None, key_rows=None, mask=None):
+        return query_attention(
+            query, key, value, heads=2, query_row=row, query_blend=blend,
+            key_rows=key_rows, key_log_mask=mask,
+        )  # fmt: skip
 
 
-def test_export_keeps_one_node(device, rng):
-    inputs = sample(2, 2, 2, 6, 6, 2, 8, torch.float32, device, rng)
-    row = torch.tensor([1, 1], device=device)
+@pytest.mark.parametrize("everything", [False, True])
+def test_export_keeps_one_node(everything, device, rng):
+    def given(rows, tokens):
+        inputs = sample(rows, 2, 2, tokens, tokens, 2, 8, torch.float32, device, rng)
+        row = torch.arange(rows, device=device).roll(1)
+        if not everything:
+            return *inputs, row
+        blend = torch.rand(rows, 2, tokens, generator=rng, device=device)
+        mask = torch.randn(rows, 2, tokens, generator=rng, device=device)
+        return *inputs, row, blend, row[:, None], mask
+
     rows, tokens = torch.export.Dim("rows", min=2, max=9), torch.export.Dim("tokens", min=2)
-    sizes = {0: rows, 2: tokens}
-    program = torch.export.export(
-        Site(), (*inputs, row), dynamic_shapes=(sizes, sizes, sizes, {0: rows})
-    )
+    by_token = {0: rows, 2: tokens}
+    sizes = (by_token, by_token, by_token, {0: rows}, by_token, {0: rows}, by_token)
+    first = given(2, 6)
+    program = torch.export.export(Site(), first, dynamic_shapes=sizes[: len(first)])
     called = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert called == [torch.ops.kinetiq.query_attention.default]
-    other = sample(3, 2, 2, 9, 9, 2, 8, torch.float32, device, rng)
-    row = torch.tensor([2, 0, 1], device=device)
-    torch.testing.assert_close(program.module()(*other, row), Site()(*other, row))
+    other = given(3, 9)
+    torch.testing.assert_close(program.module()(*other), Site()(*other))
 
 
 def test_compiles_into_one_graph_with_its_gradient(device, rng):
@@ -346,9 +428,39 @@ def test_compiles_into_one_graph_with_its_gradient(device, rng):
         torch.testing.assert_close(got, expected)
 
 
+def test_a_captured_graph_reads_the_rows_that_it_is_given_later(device, rng):
+    if device == "cpu":
+        pytest.skip("graphs are captured on a GPU")
+    inputs = sample(3, 2, 2, 17, 21, 2, 40, torch.float16, device, rng)
+    row = torch.tensor([1, 1, 2], device=device)
+    kept = torch.ops.kinetiq.query_attention_training
+
+    def run():
+        out, total = kept(*inputs, row, None, None, None, 2)
+        return out, *torch.ops.kinetiq.query_attention_backward(
+            out, out, total, *inputs, row, None, None, None, 2, True, False
+        )  # fmt: skip
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()  # kernels are compiled, which a capture does not allow
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    row.copy_(torch.tensor([2, 0, 0]))
+    graph.replay()
+    for replayed, expected in zip(captured, run(), strict=True):
+        assert torch.equal(replayed, expected)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"query_row": torch.zeros(2, dtype=torch.int64, device="meta")}, "query_row must be on cpu like query, got meta"),
+        ({"key_rows": torch.zeros(2, 1, dtype=torch.int64, device="meta")}, "key_rows must be on cpu like query, got meta"),
+        ({"query_row": torch.zeros(2, dtype=torch.int64), "query_blend": torch.ones(2, dtype=torch.int64)}, "query_blend must be of a floating type, got torch.int64"),
+        ({name: torch.zeros(2, 1, 3, 4, dtype=torch.int64) for name in ("query", "key", "value")}, "query must be of a floating type, got torch.int64"),
         ({"key_rows": torch.zeros(2, dtype=torch.int64)}, r"key_rows must be int64 \[rows = 2, n\], got torch.int64 \[2\]"),
         ({"key_rows": torch.zeros(2, 1)}, "key_rows must be int64 .* got torch.float32"),
         ({"key_rows": torch.tensor([[0], [2]])}, "key_rows must have values from 0 to 1, got 0 to 2"),
