@@ -19,8 +19,9 @@ means, deviations, scores and their gradients never leave the chip, and what nei
 cache line is read once: each element of q, k, v and out crosses memory once (see `cost`). Scores,
 softmax and means are in float32.
 
-The motion in an output, less its mean over frames and projected, is `motion_feature` of it: a
-projection sums over heads, which no program here holds all of.
+`frame_attention_with_motion` also returns the motion in the output, (out - mean_F(out)) P, the
+`motion_feature` of it: there a program takes the heads of its positions one after another, and
+what it projects comes from the cache that it has just written through.
 
 Source: query injection, "Motion by Queries", arXiv:2412.07750, sec. 3, here over frames; removal
 of the mean over frames, MOFT, arXiv:2405.14864, sec. 3.2; their union is this project's. Motion
@@ -28,6 +29,7 @@ embeddings, "Motion Inversion", arXiv:2403.20193, sec. 3.
 """
 
 from functools import partial
+from typing import TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
@@ -38,21 +40,52 @@ from kinetiq.kernels._compile import CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import settings
 from kinetiq.kernels._triton import tl, triton
+from kinetiq.kernels.motion_feature import motion_feature_reference
 from kinetiq.kernels.query_attention import (
     check_blend,
+    check_device,
     check_kind,
     check_rows,
-    choose_queries,
     split_head_dim,
 )
 
 PARTS = ("q", "k", "v")
-Controls = tuple[Tensor | None, ...]  # in the order of `frame_attention`'s arguments
+CONTROLS = (  # in the operators' order
+    "query_row",
+    "query_blend",
+    "deviation_row",
+    "deviation_blend",
+    "deviation_parts",
+    "motion_slot",
+    "motion_scale",
+    "query_bank",
+    "key_bank",
+    "value_bank",
+)
 MAX_FRAMES = 128  # all frames of a sequence must fit on the chip
 MAX_HEAD_DIM = 256
+_WHERE = "frame_attention"
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)  # that a GPU kernel takes
 _CACHED = 4096  # frames of all sequences whose scores and output a CPU core's cache keeps
 _TILE = 16  # the least side of a product on the matrix units
+_PROJECTED = 32  # channels of the output, and motion channels, that are multiplied at a time
+
+_Ordered = tuple[Tensor | None, ...]  # controls, one for each name in CONTROLS
+
+
+class Controls(TypedDict, total=False):
+    """The controls of `frame_attention`, which says what each is; None as if not given."""
+
+    query_row: Tensor | None
+    query_blend: Tensor | None
+    deviation_row: Tensor | None
+    deviation_blend: Tensor | None
+    deviation_parts: Tensor | None
+    motion_slot: Tensor | None
+    motion_scale: Tensor | None
+    query_bank: Tensor | None
+    key_bank: Tensor | None
+    value_bank: Tensor | None
 
 
 def frame_attention(
@@ -98,9 +131,6 @@ def frame_attention(
     Raises:
         ShapeError: a shape, type or device does not match.
     """
-    _check(query, key, value, heads)
-    _check_controls(query, query_row, query_blend, deviation_row, deviation_blend, deviation_parts)
-    _check_motion(query, motion_slot, motion_scale, query_bank, key_bank, value_bank)
     controls = (
         query_row,
         query_blend,
@@ -113,56 +143,106 @@ def frame_attention(
         key_bank,
         value_bank,
     )
+    _check(query, key, value, heads, controls)
     if query.device.type == "cpu" and not torch.compiler.is_compiling():
         # Here autograd records PyTorch's own operators, and keeps the weights that the operator
         # would compute again in its backward.
-        return _attend(*mix(query, key, value, *controls), heads)
-    if query.device.type == "cuda":
-        _check_kernel(query, heads)
+        return _attend(*_mix(query, key, value, controls), heads)
     out: Tensor = _frame_attention(query, key, value, *controls, heads)
     return out
 
 
-def mix(
+def frame_attention_with_motion(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_row: Tensor | None = None,
-    query_blend: Tensor | None = None,
-    deviation_row: Tensor | None = None,
-    deviation_blend: Tensor | None = None,
-    deviation_parts: Tensor | None = None,
-    motion_slot: Tensor | None = None,
-    motion_scale: Tensor | None = None,
-    query_bank: Tensor | None = None,
-    key_bank: Tensor | None = None,
-    value_bank: Tensor | None = None,
+    projection: Tensor,
+    *,
+    heads: int,
+    **controls: Unpack[Controls],
+) -> tuple[Tensor, Tensor]:
+    """Return `frame_attention`, and what changes over the frames of it in motion channels.
+
+        motion[r, f, p] = (out[r, f, p] - mean_F(out[r, :, p])) P
+
+    Args:
+        query: like the others, as in `frame_attention`.
+        key: likewise.
+        value: likewise.
+        projection: P, [heads * d, motion channels], of the type and on the device of `query`.
+            To see the motion of the projected output out W^T, give W^T P.
+        heads: number of attention heads.
+        **controls: as in `frame_attention`.
+
+    Returns:
+        The output, and its motion [rows, frames, tokens, motion channels], contiguous.
+
+    Raises:
+        ShapeError: a shape, type or device does not match.
+    """
+    ordered = _order(controls)
+    _check(query, key, value, heads, ordered)
+    width = query.shape[-1]
+    if projection.ndim != 2 or projection.shape[0] != width or not projection.shape[1]:
+        raise ShapeError(
+            f"{_WHERE}: projection must be [heads * d = {width}, motion channels], "
+            f"got {list(projection.shape)}"
+        )
+    check_kind(_WHERE, "projection", projection, query)
+    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _attend_with_motion(query, key, value, projection, ordered, heads)
+    out: tuple[Tensor, Tensor] = _frame_attention_with_motion(
+        query, key, value, projection, *ordered, heads
+    )
+    return out
+
+
+def mix(
+    query: Tensor, key: Tensor, value: Tensor, **controls: Unpack[Controls]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v as the controls of `frame_attention` make them."""
+    return _mix(query, key, value, _order(controls))
+
+
+def _mix(
+    query: Tensor, key: Tensor, value: Tensor, controls: _Ordered
+) -> tuple[Tensor, Tensor, Tensor]:
+    query_row, query_blend, deviation_row, deviation_blend, deviation_parts, *motion = controls
+    motion_slot, motion_scale, *banks = motion
     if motion_slot is not None:
         query, key, value = (
             own if bank is None else add_motion(own, motion_slot, motion_scale, bank)
-            for own, bank in zip(
-                (query, key, value), (query_bank, key_bank, value_bank), strict=True
-            )
+            for own, bank in zip((query, key, value), banks, strict=True)
         )
     if deviation_row is not None:
         query, key, value = move_deviations(
             (query, key, value), deviation_row, deviation_blend, deviation_parts
         )
     if query_row is not None:
-        query = choose_queries(query, query_row, query_blend)
+        query = _blend(query, _take(query, query_row), query_blend)
     return query, key, value
+
+
+def _order(controls: Controls) -> _Ordered:
+    unknown = set(controls).difference(CONTROLS)
+    if unknown:
+        raise TypeError(
+            f"frame_attention: controls must be among {', '.join(CONTROLS)}, "
+            f"got {', '.join(sorted(unknown))}"
+        )
+    return tuple(controls.get(name) for name in CONTROLS)  # type: ignore[misc]
 
 
 def add_motion(
     own: Tensor, motion_slot: Tensor, motion_scale: Tensor | None, bank: Tensor
 ) -> Tensor:
     """Return `own` plus each row's slot of `bank`, times its scale; slot 0 adds nothing."""
-    bias = bank[motion_slot].to(own.dtype)
+    none = motion_slot <= 0
+    # Before the product: a slot that is not used may hold anything, and 0 * NaN is NaN.
+    bias = _take(bank, motion_slot).to(own.dtype).masked_fill(_widen(none, bank.ndim), 0)
     if motion_scale is not None:
-        bias = bias * _widen(motion_scale.to(own.dtype), bias.ndim)
-    bias = torch.where(_widen(motion_slot > 0, bias.ndim), bias, bias.new_zeros(()))
+        scale = motion_scale.to(own.dtype).masked_fill(none, 0)
+        bias = bias * _widen(scale, bias.ndim)
     return own + (bias.unsqueeze(2) if bias.ndim == 3 else bias)
 
 
@@ -176,52 +256,24 @@ def move_deviations(
     moved = []
     for index, own in enumerate(parts):
         mean = own.mean(1, keepdim=True)
-        aim = mean + (own - mean)[deviation_row]
-        share = own.new_ones(own.shape[:1]) if deviation_blend is None else deviation_blend
-        share = _widen(share.to(own.dtype), own.ndim)
+        aim = mean + _take(own - mean, deviation_row)
+        share = deviation_blend
         if deviation_parts is not None:
-            share = share * _widen(deviation_parts[:, index].to(own.dtype), own.ndim)
-        moved.append(torch.lerp(own, aim, share))
+            part = deviation_parts[:, index]
+            share = part if share is None else share * _widen(part, share.ndim)
+        moved.append(_blend(own, aim, share))
     return moved[0], moved[1], moved[2]
 
 
 def frame_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    heads: int,
-    query_row: Tensor | None = None,
-    query_blend: Tensor | None = None,
-    deviation_row: Tensor | None = None,
-    deviation_blend: Tensor | None = None,
-    deviation_parts: Tensor | None = None,
-    motion_slot: Tensor | None = None,
-    motion_scale: Tensor | None = None,
-    query_bank: Tensor | None = None,
-    key_bank: Tensor | None = None,
-    value_bank: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, *, heads: int, **controls: Unpack[Controls]
 ) -> Tensor:
     """The definition, in PyTorch. Computes in float32 or wider, returns the type of `query`."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = mix(
-        query.to(wide),
-        key.to(wide),
-        value.to(wide),
-        query_row,
-        query_blend,
-        deviation_row,
-        deviation_blend,
-        deviation_parts,
-        motion_slot,
-        motion_scale,
-        query_bank,
-        key_bank,
-        value_bank,
-    )
-    q, k, v = (t.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4) for t in (q, k, v))
+    mixed = mix(query.to(wide), key.to(wide), value.to(wide), **controls)
+    q, k, v = (_by_sequence(t, heads) for t in mixed)
     weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-    return (weights @ v).permute(0, 3, 1, 2, 4).flatten(-2).to(query.dtype)
+    return _by_frame(weights @ v).to(query.dtype)
 
 
 def cost(
@@ -245,9 +297,39 @@ def cost(
     return Cost(bytes=tensors * elements * itemsize, flops=products * 2 * frames * elements)
 
 
+def _take(tensor: Tensor, index: Tensor) -> Tensor:
+    """`tensor[index]`, whose gradient adds up in the same order every time."""
+    # Indexing sorts in its gradient on a GPU, but not on a CPU, where `index_select` has one order.
+    return tensor[index] if tensor.is_cuda else tensor.index_select(0, index)
+
+
+def _blend(own: Tensor, other: Tensor, share: Tensor | None) -> Tensor:
+    """The share of `other` that is asked for, of each row or each frame and token; None: all."""
+    if share is None:
+        return other
+    return torch.lerp(own, other, _widen(share.to(own.dtype), own.ndim))
+
+
 def _widen(share: Tensor, rank: int) -> Tensor:
     """`share` with axes of size 1 appended until it has `rank` axes."""
     return share.reshape(share.shape + (1,) * (rank - share.ndim))
+
+
+def _by_sequence(tensor: Tensor, heads: int) -> Tensor:
+    """[rows, frames, tokens, heads * d] seen as [rows, tokens, heads, frames, d]."""
+    return tensor.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4)
+
+
+def _by_frame(tensor: Tensor) -> Tensor:
+    """The same backwards, contiguous."""
+    return tensor.permute(0, 3, 1, 2, 4).flatten(-2).contiguous()  # with one head it is a view
+
+
+def _attend_with_motion(
+    query: Tensor, key: Tensor, value: Tensor, projection: Tensor, controls: _Ordered, heads: int
+) -> tuple[Tensor, Tensor]:
+    out = _attend(*_mix(query, key, value, controls), heads)
+    return out, motion_feature_reference(out, projection=projection)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -256,17 +338,15 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     direct = query.dtype == torch.float32 and not recorded
     if direct and query.shape[1] >= _TILE:
         return _attend_in_place(query, key, value, heads)
-    split = [t.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4) for t in (query, key, value)]
-    q, k, v = split  # [rows, tokens, heads, frames, d]
+    q, k, v = (_by_sequence(t, heads) for t in (query, key, value))
     if direct:
-        rows, tokens = q.shape[:2]
-        out = F.scaled_dot_product_attention(*(t.flatten(0, 1) for t in split))
-        out = out.unflatten(0, (rows, tokens))
+        out = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+        out = out.unflatten(0, q.shape[:2])
     else:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         wide = torch.promote_types(scores.dtype, torch.float32)
         out = scores.softmax(-1, dtype=wide).to(v.dtype) @ v
-    return out.permute(0, 3, 1, 2, 4).flatten(-2).contiguous()  # with one head it is a view
+    return _by_frame(out)
 
 
 def _attend_in_place(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -299,7 +379,8 @@ def _attend_in_place(query: Tensor, key: Tensor, value: Tensor, heads: int) -> T
 #   a place is (token, head, inside, frames, tokens) of BLOCK sequences;
 #   `frame` is which frames are wanted of them.
 # CHOICE and SHARE say whether queries and deviations are blended per frame and token, not per row.
-# Tiles are [BLOCK, frame, WIDTH], with the channels FROM to FROM + WIDTH of each head.
+# A tile is [BLOCK, frame, WIDTH], with the channels FROM to FROM + WIDTH of each head. The channels
+# of a head are in two tiles, MAIN and TAIL wide; where TAIL is 0 the second is the first again.
 
 
 @triton.jit
@@ -307,7 +388,7 @@ def _tile(tensor, row, place, frame, D: tl.constexpr, FROM: tl.constexpr, WIDTH:
     """What a tensor holds; zero where it holds nothing."""
     token, head, inside, frames, _tokens = place
     channel = FROM + tl.arange(0, WIDTH)
-    start = tensor[0] + row * tensor[1] + token * tensor[3] + (head * D) * tensor[4]  # [BLOCK]
+    start = tensor[0] + row * tensor[1] + token * tensor[3] + head * D * tensor[4]  # [BLOCK]
     offset = frame[:, None].to(tl.int64) * tensor[2] + channel[None, :].to(tl.int64) * tensor[4]
     known = (frame < frames)[:, None] & (channel < D)[None, :]
     return tl.load(
@@ -327,8 +408,8 @@ def _biased(operand, row, place, frame, D: tl.constexpr, FROM: tl.constexpr, WID
         slot = tl.load(motion[0] + row)
         some = (token, head, inside & (slot > 0), frames, tokens)
         bias = _tile(bank, slot, some, frame, D, FROM, WIDTH).to(tl.float32)
-        if motion[1] is not None:
-            bias *= tl.load(motion[1] + row).to(tl.float32)
+        if motion[1] is not None:  # a scale of no slot may be anything, and 0 * inf is NaN
+            bias *= tl.load(motion[1] + row, mask=slot > 0, other=0.0).to(tl.float32)
         own = own.to(tl.float32) + bias
     return own
 
@@ -404,7 +485,7 @@ def _put(
     token, head, inside, frames, tokens = place
     channel = FROM + tl.arange(0, WIDTH)
     at = ((row * frames + frame[None, :]) * tokens + token[:, None]) * (HEADS * D)
-    at = (at + head[:, None] * D)[:, :, None] + channel[None, None, :]
+    at = (at + (head * D)[:, None])[:, :, None] + channel[None, None, :]
     mask = (inside[:, None] & (frame < frames)[None, :])[:, :, None] & (channel < D)[None, None, :]
     tl.store(out_ptr + at, tile.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -437,7 +518,8 @@ def _place(frames, tokens, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     row = (tl.program_id(0) // tiles).to(tl.int64)  # int32 offsets overflow past 2**31 elements
     sequence = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     inside = sequence < tokens * HEADS
-    return row, ((sequence // HEADS).to(tl.int64), sequence % HEADS, inside, frames, tokens)
+    token, head = (sequence // HEADS).to(tl.int64), (sequence % HEADS).to(tl.int64)
+    return row, (token, head, inside, frames, tokens)
 
 
 @triton.jit
@@ -448,69 +530,226 @@ def _known_scores(scores, frame, frames, SCALE: tl.constexpr):
 
 
 @triton.jit
-def _frame_attention_kernel(
-    query_ptr, key_ptr, value_ptr, query_row_ptr, query_blend_ptr,
-    deviation_row_ptr, deviation_blend_ptr, deviation_parts_ptr,
-    motion_slot_ptr, motion_scale_ptr, query_bank_ptr, key_bank_ptr, value_bank_ptr,
-    frames, tokens,
-    query_by_row, query_by_frame, query_by_token, query_by_channel,
-    key_by_row, key_by_frame, key_by_token, key_by_channel,
-    value_by_row, value_by_frame, value_by_token, value_by_channel,
-    out_ptr,
-    HEADS: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+def _operands(
+    query, key, value, frames, tokens, query_bank_ptr, key_bank_ptr, value_bank_ptr,
+    motion, deviation, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Queries, keys and values with all that changes them; banks are contiguous."""
+    width = tl.full((), WIDTH, tl.int64)
+    query_bank = (query_bank_ptr, frames * width, width, 0, 1)
+    key_bank = (key_bank_ptr, frames * width, width, 0, 1)
+    value_bank = (value_bank_ptr, frames * tokens * width, tokens * width, width, 1)
+    return (
+        (query, query_bank, motion, deviation),
+        (key, key_bank, motion, deviation),
+        (value, value_bank, motion, deviation),
+    )
+
+
+@triton.jit
+def _query_tiles(
+    operand, choice, row, place, frame, KIND: tl.constexpr, D: tl.constexpr,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, FRAMES: tl.constexpr,
+    CHOICE: tl.constexpr, SHARE: tl.constexpr,
+):  # fmt: skip
+    """Both tiles of the queries."""
+    main = _chosen(operand, choice, row, place, frame, D, 0, MAIN, FRAMES, CHOICE, SHARE).to(KIND)
+    tail = main
+    if TAIL:
+        wide = _chosen(operand, choice, row, place, frame, D, MAIN, TAIL, FRAMES, CHOICE, SHARE)
+        tail = wide.to(KIND)
+    return main, tail
+
+
+@triton.jit
+def _key_tiles(
+    operand, INDEX: tl.constexpr, row, place, frame, KIND: tl.constexpr, D: tl.constexpr,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, FRAMES: tl.constexpr, SHARE: tl.constexpr,
+):  # fmt: skip
+    """Both tiles of the keys (INDEX 1) or values (INDEX 2)."""
+    main = _moved(operand, INDEX, row, place, frame, D, 0, MAIN, FRAMES, SHARE).to(KIND)
+    tail = main
+    if TAIL:
+        tail = _moved(operand, INDEX, row, place, frame, D, MAIN, TAIL, FRAMES, SHARE).to(KIND)
+    return main, tail
+
+
+@triton.jit
+def _plain_tiles(
+    tensor, row, place, frame, KIND: tl.constexpr, D: tl.constexpr,
+    MAIN: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Both tiles of a tensor that nothing changes."""
+    main = _tile(tensor, row, place, frame, D, 0, MAIN).to(KIND)
+    tail = main
+    if TAIL:
+        tail = _tile(tensor, row, place, frame, D, MAIN, TAIL).to(KIND)
+    return main, tail
+
+
+@triton.jit
+def _over_channels(left, right, TAIL: tl.constexpr):
+    """Products of each line of one with each line of the other, over all channels of a head."""
+    product = _product(left[0], _turned(right[0]))
+    if TAIL:
+        product += _product(left[1], _turned(right[1]))
+    return product
+
+
+@triton.jit
+def _put_tiles(
+    out_ptr, main, tail, row, place, frame,
+    HEADS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Store both tiles."""
+    _put(out_ptr, main, row, place, frame, HEADS, D, 0, MAIN)
+    if TAIL:
+        _put(out_ptr, tail, row, place, frame, HEADS, D, MAIN, TAIL)
+
+
+@triton.jit
+def _attend_kernel_part(
+    of_query, of_key, of_value, choice, row, place, out_ptr,
+    KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
     CHOICE: tl.constexpr, SHARE: tl.constexpr,
     MAIN: tl.constexpr, TAIL: tl.constexpr, FRAMES: tl.constexpr,
     PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, place = _place(frames, tokens, HEADS, BLOCK)
-    width = tl.full((), HEADS * D, tl.int64)
-    query = (query_ptr, query_by_row, query_by_frame, query_by_token, query_by_channel)
-    key = (key_ptr, key_by_row, key_by_frame, key_by_token, key_by_channel)
-    value = (value_ptr, value_by_row, value_by_frame, value_by_token, value_by_channel)
-    query_bank = (query_bank_ptr, frames * width, width, 0, 1)
-    key_bank = (key_bank_ptr, frames * width, width, 0, 1)
-    value_bank = (value_bank_ptr, frames * tokens * width, tokens * width, width, 1)
-    motion = (motion_slot_ptr, motion_scale_ptr)
-    deviation = (deviation_row_ptr, deviation_blend_ptr, deviation_parts_ptr)
-    choice = (query_row_ptr, query_blend_ptr)
-    of_query = (query, query_bank, motion, deviation)
-    of_key = (key, key_bank, motion, deviation)
-    of_value = (value, value_bank, motion, deviation)
-    kind: tl.constexpr = query_ptr.dtype.element_ty
-
+    """Attention of the sequences of one place, PART frames at a time: a softmax of parts."""
+    frames = place[3]
     for first in range(0, FRAMES, PART):
         frame = first + tl.arange(0, PART)
-        q = _chosen(of_query, choice, row, place, frame, D, 0, MAIN, FRAMES, CHOICE, SHARE).to(kind)
+        q = _query_tiles(
+            of_query, choice, row, place, frame, KIND, D, MAIN, TAIL, FRAMES, CHOICE, SHARE
+        )
         out = tl.zeros((BLOCK, PART, MAIN), tl.float32)
+        out_tail = out
         if TAIL:
-            q_tail = _chosen(
-                of_query, choice, row, place, frame, D, MAIN, TAIL, FRAMES, CHOICE, SHARE
-            ).to(kind)
             out_tail = tl.zeros((BLOCK, PART, TAIL), tl.float32)
         top = tl.full((BLOCK, PART), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK, PART), tl.float32)
-        for start in range(0, FRAMES, PART):  # once, unless frames are many; a softmax of parts
+        for start in range(0, FRAMES, PART):  # once, unless frames are many
             of = start + tl.arange(0, PART)
-            k = _moved(of_key, 1, row, place, of, D, 0, MAIN, FRAMES, SHARE).to(kind)
-            v = _moved(of_value, 2, row, place, of, D, 0, MAIN, FRAMES, SHARE).to(kind)
-            scores = _product(q, _turned(k))
-            if TAIL:
-                k_tail = _moved(of_key, 1, row, place, of, D, MAIN, TAIL, FRAMES, SHARE).to(kind)
-                v_tail = _moved(of_value, 2, row, place, of, D, MAIN, TAIL, FRAMES, SHARE).to(kind)
-                scores += _product(q_tail, _turned(k_tail))
-            scores = _known_scores(scores, of, frames, SCALE)
+            k = _key_tiles(of_key, 1, row, place, of, KIND, D, MAIN, TAIL, FRAMES, SHARE)
+            v = _key_tiles(of_value, 2, row, place, of, KIND, D, MAIN, TAIL, FRAMES, SHARE)
+            scores = _known_scores(_over_channels(q, k, TAIL), of, frames, SCALE)
             higher = tl.maximum(top, tl.max(scores, 2))
             kept = tl.exp2(top - higher)
             weights = tl.exp2(scores - higher[:, :, None])
             total = total * kept + tl.sum(weights, 2)
-            weights = weights.to(kind)
-            out = out * kept[:, :, None] + _product(weights, v)
+            weights = weights.to(KIND)
+            out = out * kept[:, :, None] + _product(weights, v[0])
             if TAIL:
-                out_tail = out_tail * kept[:, :, None] + _product(weights, v_tail)
+                out_tail = out_tail * kept[:, :, None] + _product(weights, v[1])
             top = higher
-        _put(out_ptr, out / total[:, :, None], row, place, frame, HEADS, D, 0, MAIN)
-        if TAIL:
-            _put(out_ptr, out_tail / total[:, :, None], row, place, frame, HEADS, D, MAIN, TAIL)
+        share = 1.0 / total[:, :, None]
+        _put_tiles(out_ptr, out * share, out_tail * share, row, place, frame, HEADS, D, MAIN, TAIL)
+
+
+@triton.jit
+def _project(
+    out_ptr, projection_ptr, motion_ptr, row, place, channels,
+    WIDTH: tl.constexpr, FRAMES: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """Store the motion in what this program has stored: its deviation from its mean, projected."""
+    token, _head, inside, frames, tokens = place
+    frame = tl.arange(0, FRAMES)
+    known = inside[:, None] & (frame < frames)[None, :]
+    line = (row * frames + frame[None, :]) * tokens + token[:, None]  # [BLOCK, FRAMES]
+    for first_out in range(0, channels, OUT):
+        to = first_out + tl.arange(0, OUT)
+        motion = tl.zeros((BLOCK * FRAMES, OUT), tl.float32)
+        for first in range(0, WIDTH, CHANNELS):
+            channel = first + tl.arange(0, CHANNELS)
+            mask = known[:, :, None] & (channel < WIDTH)[None, None, :]
+            at = line[:, :, None] * WIDTH + channel[None, None, :]
+            tile = tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            tile -= (tl.sum(tile, 1) / frames)[:, None, :]
+            weight = tl.load(
+                projection_ptr + channel[:, None].to(tl.int64) * channels + to[None, :],
+                mask=(channel < WIDTH)[:, None] & (to < channels)[None, :],
+                other=0.0,
+            )
+            lines = tl.reshape(tile, (BLOCK * FRAMES, CHANNELS)).to(weight.dtype)
+            motion += tl.dot(lines, weight, input_precision="ieee")
+        tile = tl.reshape(motion, (BLOCK, FRAMES, OUT)).to(motion_ptr.dtype.element_ty)
+        mask = known[:, :, None] & (to < channels)[None, None, :]
+        tl.store(motion_ptr + line[:, :, None] * channels + to[None, None, :], tile, mask=mask)
+
+
+@triton.jit
+def _frame_attention_kernel(
+    query_ptr, key_ptr, value_ptr, query_row_ptr, query_blend_ptr,
+    deviation_row_ptr, deviation_blend_ptr, deviation_parts_ptr,
+    motion_slot_ptr, motion_scale_ptr, query_bank_ptr, key_bank_ptr, value_bank_ptr,
+    projection_ptr, frames, tokens, channels,
+    query_by_row, query_by_frame, query_by_token, query_by_channel,
+    key_by_row, key_by_frame, key_by_token, key_by_channel,
+    value_by_row, value_by_frame, value_by_token, value_by_channel,
+    out_ptr, motion_ptr,
+    HEADS: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+    CHOICE: tl.constexpr, SHARE: tl.constexpr,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, FRAMES: tl.constexpr,
+    PART: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK sequences; with a projection, all heads of BLOCK positions in turn."""
+    query = (query_ptr, query_by_row, query_by_frame, query_by_token, query_by_channel)
+    key = (key_ptr, key_by_row, key_by_frame, key_by_token, key_by_channel)
+    value = (value_ptr, value_by_row, value_by_frame, value_by_token, value_by_channel)
+    of_query, of_key, of_value = _operands(
+        query, key, value, frames, tokens, query_bank_ptr, key_bank_ptr, value_bank_ptr,
+        (motion_slot_ptr, motion_scale_ptr),
+        (deviation_row_ptr, deviation_blend_ptr, deviation_parts_ptr), HEADS * D,
+    )  # fmt: skip
+    choice = (query_row_ptr, query_blend_ptr)
+    kind: tl.constexpr = query_ptr.dtype.element_ty
+    if projection_ptr is None:
+        row, place = _place(frames, tokens, HEADS, BLOCK)
+        _attend_kernel_part(
+            of_query, of_key, of_value, choice, row, place, out_ptr, kind, HEADS, D, SCALE,
+            CHOICE, SHARE, MAIN, TAIL, FRAMES, PART, BLOCK,
+        )  # fmt: skip
+    else:
+        row, place = _place(frames, tokens, 1, BLOCK)
+        token, none, inside, _frames, _tokens = place
+        for head in range(HEADS):
+            of_head = (token, none + head, inside, frames, tokens)
+            _attend_kernel_part(
+                of_query, of_key, of_value, choice, row, of_head, out_ptr, kind, HEADS, D, SCALE,
+                CHOICE, SHARE, MAIN, TAIL, FRAMES, PART, BLOCK,
+            )  # fmt: skip
+        tl.debug_barrier()  # what the program's other threads have stored is read from here on
+        _project(
+            out_ptr, projection_ptr, motion_ptr, row, place, channels,
+            HEADS * D, FRAMES, BLOCK, CHANNELS, OUT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _score_gradients(
+    q, g, k, v, of, frames, top, total, common,
+    KIND: tl.constexpr, SCALE: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Weights, and gradients of the scores before their scale; `common` is sum(weight dweight)."""
+    scores = _known_scores(_over_channels(q, k, TAIL), of, frames, SCALE)
+    weights = tl.exp2(scores - top[:, :, None]) / total[:, :, None]
+    grad_scores = weights * (_over_channels(g, v, TAIL) - common[:, :, None]) * SCALE
+    return weights.to(KIND), grad_scores.to(KIND)
+
+
+@triton.jit
+def _spread_out(part, frame, every):
+    """A [BLOCK, PART] of some frames as [BLOCK, FRAMES], zero elsewhere."""
+    same = every[None, :, None] == frame[None, None, :]
+    return tl.sum(tl.where(same, part[:, None, :], 0.0), 2)
+
+
+@triton.jit
+def _pick_out(whole, frame, every):
+    """The [BLOCK, PART] of some frames."""
+    same = every[None, :, None] == frame[None, None, :]
+    return tl.sum(tl.where(same, whole[:, :, None], 0.0), 1)
 
 
 @triton.jit
@@ -529,95 +768,150 @@ def _frame_attention_backward_kernel(
     MAIN: tl.constexpr, TAIL: tl.constexpr, FRAMES: tl.constexpr,
     PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One program: BLOCK sequences at once, or one of them PART frames at a time."""
     row, place = _place(frames, tokens, HEADS, BLOCK)
-    width = tl.full((), HEADS * D, tl.int64)
     grad = (grad_ptr, grad_by_row, grad_by_frame, grad_by_token, grad_by_channel)
     query = (query_ptr, query_by_row, query_by_frame, query_by_token, query_by_channel)
     key = (key_ptr, key_by_row, key_by_frame, key_by_token, key_by_channel)
     value = (value_ptr, value_by_row, value_by_frame, value_by_token, value_by_channel)
-    query_bank = (query_bank_ptr, frames * width, width, 0, 1)
-    key_bank = (key_bank_ptr, frames * width, width, 0, 1)
-    value_bank = (value_bank_ptr, frames * tokens * width, tokens * width, width, 1)
-    motion = (motion_slot_ptr, motion_scale_ptr)
-    deviation = (deviation_row_ptr, deviation_blend_ptr, deviation_parts_ptr)
+    of_query, of_key, of_value = _operands(
+        query, key, value, frames, tokens, query_bank_ptr, key_bank_ptr, value_bank_ptr,
+        (motion_slot_ptr, motion_scale_ptr),
+        (deviation_row_ptr, deviation_blend_ptr, deviation_parts_ptr), HEADS * D,
+    )  # fmt: skip
     choice = (query_row_ptr, query_blend_ptr)
-    of_query = (query, query_bank, motion, deviation)
-    of_key = (key, key_bank, motion, deviation)
-    of_value = (value, value_bank, motion, deviation)
     kind: tl.constexpr = query_ptr.dtype.element_ty
-
     every = tl.arange(0, FRAMES)
-    k = _moved(of_key, 1, row, place, every, D, 0, MAIN, FRAMES, SHARE).to(kind)
-    v = _moved(of_value, 2, row, place, every, D, 0, MAIN, FRAMES, SHARE).to(kind)
-    grad_k = tl.zeros((BLOCK, FRAMES, MAIN), tl.float32)
-    grad_v = tl.zeros((BLOCK, FRAMES, MAIN), tl.float32)
-    if TAIL:
-        k_tail = _moved(of_key, 1, row, place, every, D, MAIN, TAIL, FRAMES, SHARE).to(kind)
-        v_tail = _moved(of_value, 2, row, place, every, D, MAIN, TAIL, FRAMES, SHARE).to(kind)
-        grad_k_tail = tl.zeros((BLOCK, FRAMES, TAIL), tl.float32)
-        grad_v_tail = tl.zeros((BLOCK, FRAMES, TAIL), tl.float32)
 
-    for first in range(0, FRAMES, PART):
-        frame = first + tl.arange(0, PART)
-        q = _chosen(of_query, choice, row, place, frame, D, 0, MAIN, FRAMES, CHOICE, SHARE).to(kind)
-        # Zero past the last frame, and so is what such a query adds to any gradient.
-        g = _tile(grad, row, place, frame, D, 0, MAIN).to(kind)
-        scores = _product(q, _turned(k))
-        grad_weights = _product(g, _turned(v))
-        if TAIL:
-            q_tail = _chosen(
-                of_query, choice, row, place, frame, D, MAIN, TAIL, FRAMES, CHOICE, SHARE
-            ).to(kind)
-            g_tail = _tile(grad, row, place, frame, D, MAIN, TAIL).to(kind)
-            scores += _product(q_tail, _turned(k_tail))
-            grad_weights += _product(g_tail, _turned(v_tail))
-        scores = _known_scores(scores, every, frames, SCALE)
+    # The gradient is zero past the last frame, and so is what such a query adds to any gradient.
+    if PART == FRAMES:
+        q = _query_tiles(
+            of_query, choice, row, place, every, kind, D, MAIN, TAIL, FRAMES, CHOICE, SHARE
+        )
+        g = _plain_tiles(grad, row, place, every, kind, D, MAIN, TAIL)
+        k = _key_tiles(of_key, 1, row, place, every, kind, D, MAIN, TAIL, FRAMES, SHARE)
+        v = _key_tiles(of_value, 2, row, place, every, kind, D, MAIN, TAIL, FRAMES, SHARE)
+        scores = _known_scores(_over_channels(q, k, TAIL), every, frames, SCALE)
         weights = tl.exp2(scores - tl.max(scores, 2)[:, :, None])
         weights /= tl.sum(weights, 2)[:, :, None]
+        grad_weights = _over_channels(g, v, TAIL)
         common = tl.sum(weights * grad_weights, 2)[:, :, None]
         grad_scores = (weights * (grad_weights - common) * SCALE).to(kind)
         weights = weights.to(kind)
-        _put(grad_query_ptr, _product(grad_scores, k), row, place, frame, HEADS, D, 0, MAIN)
-        grad_k += _product(_turned(grad_scores), q)
-        grad_v += _product(_turned(weights), g)
+        _put(grad_query_ptr, _product(grad_scores, k[0]), row, place, every, HEADS, D, 0, MAIN)
+        by_key, by_weight = _turned(grad_scores), _turned(weights)
+        _put(grad_key_ptr, _product(by_key, q[0]), row, place, every, HEADS, D, 0, MAIN)
+        _put(grad_value_ptr, _product(by_weight, g[0]), row, place, every, HEADS, D, 0, MAIN)
         if TAIL:
-            grad_q_tail = _product(grad_scores, k_tail)
-            _put(grad_query_ptr, grad_q_tail, row, place, frame, HEADS, D, MAIN, TAIL)
-            grad_k_tail += _product(_turned(grad_scores), q_tail)
-            grad_v_tail += _product(_turned(weights), g_tail)
+            tile = _product(grad_scores, k[1])
+            _put(grad_query_ptr, tile, row, place, every, HEADS, D, MAIN, TAIL)
+            _put(grad_key_ptr, _product(by_key, q[1]), row, place, every, HEADS, D, MAIN, TAIL)
+            tile = _product(by_weight, g[1])
+            _put(grad_value_ptr, tile, row, place, every, HEADS, D, MAIN, TAIL)
+    else:
+        # Keys, values and their gradients of all frames do not fit on the chip. What each query
+        # needs of all keys, three numbers, does: it is gathered for the queries' gradient and kept
+        # for that of the keys.
+        tops = tl.zeros((BLOCK, FRAMES), tl.float32)
+        totals = tl.zeros((BLOCK, FRAMES), tl.float32)
+        commons = tl.zeros((BLOCK, FRAMES), tl.float32)
+        for first in range(0, FRAMES, PART):
+            frame = first + tl.arange(0, PART)
+            q = _query_tiles(
+                of_query, choice, row, place, frame, kind, D, MAIN, TAIL, FRAMES, CHOICE, SHARE
+            )
+            g = _plain_tiles(grad, row, place, frame, kind, D, MAIN, TAIL)
+            top = tl.full((BLOCK, PART), float("-inf"), tl.float32)
+            total = tl.zeros((BLOCK, PART), tl.float32)
+            common = tl.zeros((BLOCK, PART), tl.float32)
+            for start in range(0, FRAMES, PART):
+                of = start + tl.arange(0, PART)
+                k = _key_tiles(of_key, 1, row, place, of, kind, D, MAIN, TAIL, FRAMES, SHARE)
+                v = _key_tiles(of_value, 2, row, place, of, kind, D, MAIN, TAIL, FRAMES, SHARE)
+                scores = _known_scores(_over_channels(q, k, TAIL), of, frames, SCALE)
+                higher = tl.maximum(top, tl.max(scores, 2))
+                kept = tl.exp2(top - higher)
+                weights = tl.exp2(scores - higher[:, :, None])
+                total = total * kept + tl.sum(weights, 2)
+                common = common * kept + tl.sum(weights * _over_channels(g, v, TAIL), 2)
+                top = higher
+            common /= total
+            tops += _spread_out(top, frame, every)
+            totals += _spread_out(total, frame, every)
+            commons += _spread_out(common, frame, every)
+            grad_q = tl.zeros((BLOCK, PART, MAIN), tl.float32)
+            grad_q_tail = grad_q
+            if TAIL:
+                grad_q_tail = tl.zeros((BLOCK, PART, TAIL), tl.float32)
+            for start in range(0, FRAMES, PART):
+                of = start + tl.arange(0, PART)
+                k = _key_tiles(of_key, 1, row, place, of, kind, D, MAIN, TAIL, FRAMES, SHARE)
+                v = _key_tiles(of_value, 2, row, place, of, kind, D, MAIN, TAIL, FRAMES, SHARE)
+                _weights, grad_scores = _score_gradients(
+                    q, g, k, v, of, frames, top, total, common, kind, SCALE, TAIL
+                )
+                grad_q += _product(grad_scores, k[0])
+                if TAIL:
+                    grad_q_tail += _product(grad_scores, k[1])
+            _put_tiles(grad_query_ptr, grad_q, grad_q_tail, row, place, frame, HEADS, D, MAIN, TAIL)
+        for start in range(0, FRAMES, PART):
+            of = start + tl.arange(0, PART)
+            k = _key_tiles(of_key, 1, row, place, of, kind, D, MAIN, TAIL, FRAMES, SHARE)
+            v = _key_tiles(of_value, 2, row, place, of, kind, D, MAIN, TAIL, FRAMES, SHARE)
+            grad_k = tl.zeros((BLOCK, PART, MAIN), tl.float32)
+            grad_v = tl.zeros((BLOCK, PART, MAIN), tl.float32)
+            grad_k_tail, grad_v_tail = grad_k, grad_v
+            if TAIL:
+                grad_k_tail = tl.zeros((BLOCK, PART, TAIL), tl.float32)
+                grad_v_tail = tl.zeros((BLOCK, PART, TAIL), tl.float32)
+            for first in range(0, FRAMES, PART):
+                frame = first + tl.arange(0, PART)
+                q = _query_tiles(
+                    of_query, choice, row, place, frame, kind, D, MAIN, TAIL, FRAMES, CHOICE, SHARE
+                )
+                g = _plain_tiles(grad, row, place, frame, kind, D, MAIN, TAIL)
+                weights, grad_scores = _score_gradients(
+                    q, g, k, v, of, frames, _pick_out(tops, frame, every),
+                    _pick_out(totals, frame, every), _pick_out(commons, frame, every),
+                    kind, SCALE, TAIL,
+                )  # fmt: skip
+                grad_k += _product(_turned(grad_scores), q[0])
+                grad_v += _product(_turned(weights), g[0])
+                if TAIL:
+                    grad_k_tail += _product(_turned(grad_scores), q[1])
+                    grad_v_tail += _product(_turned(weights), g[1])
+            _put_tiles(grad_key_ptr, grad_k, grad_k_tail, row, place, of, HEADS, D, MAIN, TAIL)
+            _put_tiles(grad_value_ptr, grad_v, grad_v_tail, row, place, of, HEADS, D, MAIN, TAIL)
 
-    _put(grad_key_ptr, grad_k, row, place, every, HEADS, D, 0, MAIN)
-    _put(grad_value_ptr, grad_v, row, place, every, HEADS, D, 0, MAIN)
-    if TAIL:
-        _put(grad_key_ptr, grad_k_tail, row, place, every, HEADS, D, MAIN, TAIL)
-        _put(grad_value_ptr, grad_v_tail, row, place, every, HEADS, D, MAIN, TAIL)
 
-
-def _blocks(
-    operator: str, frames: int, d: int, itemsize: int, *, controlled: bool
-) -> dict[str, int]:
-    """The sizes of a launch, from its settings; with controls a program holds more at a time.
+def _blocks(operator: str, query: Tensor, further: _Ordered, heads: int) -> dict[str, int]:
+    """The sizes of a launch, from its settings; with `further` tensors a program holds more.
 
     A batched product gives each warp matrices of its own, so a program takes at least as many
     sequences as it has warps, and TILE bytes of each tensor if that is more. A sequence of more
     than 32 frames, or of more than WHOLE bytes, is too much for one warp: there ONE_WARPS work on
     one sequence, ONE_TILE bytes of each tensor at a time.
     """
-    main, tail = split_head_dim(d)
-    padded = max(triton.next_power_of_2(frames), _TILE)
-    size = padded * (main + tail) * itemsize
+    main, tail = split_head_dim(query.shape[-1] // heads)
+    padded = _padded(query.shape[1])
+    line = (main + tail) * query.element_size()
+    controlled = any(tensor is not None for tensor in further)
     name = f"{operator}_controlled" if controlled else operator
     chosen = settings(name, f"frames{padded}_d{main + tail}")
     tile, whole, one_tile, one_warps = (
         chosen.pop(name) for name in ("TILE", "WHOLE", "ONE_TILE", "ONE_WARPS")
     )
-    if padded <= 32 and size <= whole:
-        part = padded
-        block = max(_power_below(tile // size), chosen["num_warps"])
+    if padded <= 32 and padded * line <= whole:
+        part, block = padded, max(_power_below(tile // (padded * line)), chosen["num_warps"])
     else:
-        part = min(max(_power_below(one_tile * padded // size), _TILE), padded)
-        block, chosen["num_warps"] = 1, one_warps
+        part, block = min(max(_power_below(one_tile // line), _TILE), padded), 1
+        chosen["num_warps"] = one_warps
     return {"MAIN": main, "TAIL": tail, "FRAMES": padded, "PART": part, "BLOCK": block, **chosen}
+
+
+def _padded(frames: int) -> int:
+    """How many frames a program takes, of which those past the last count for nothing."""
+    return max(triton.next_power_of_2(frames), _TILE)
 
 
 def _power_below(number: int) -> int:
@@ -626,12 +920,42 @@ def _power_below(number: int) -> int:
 
 
 def _launch_forward(
-    query: Tensor, key: Tensor, value: Tensor, controls: Controls, heads: int, out: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    controls: _Ordered,
+    heads: int,
+    out: Tensor,
+    projection: Tensor | None = None,
+    motion: Tensor | None = None,
 ) -> None:
-    """Run one program for each BLOCK sequences of each row; `out` is contiguous."""
-    _launch(
-        _frame_attention_kernel, "frame_attention", (query, key, value), controls, heads, (out,)
-    )
+    """Fill `out`, and with a projection `motion`; both are contiguous."""
+    if not out.numel():
+        return
+    rows, frames, tokens, width = query.shape
+    blocks = _blocks("frame_attention", query, (*controls, projection), heads)
+    channels = 0 if projection is None else projection.shape[1]
+    sequences = tokens * heads if projection is None else tokens
+    with torch.cuda.device_of(query):  # which Triton launches on is the current device
+        _frame_attention_kernel[(rows * triton.cdiv(sequences, blocks["BLOCK"]),)](
+            query,
+            key,
+            value,
+            *_contiguous(controls),
+            *_contiguous((projection,)),
+            frames,
+            tokens,
+            channels,
+            *query.stride(),
+            *key.stride(),
+            *value.stride(),
+            out,
+            motion,
+            CHANNELS=_PROJECTED,
+            OUT=min(triton.next_power_of_2(max(channels, _TILE)), _PROJECTED),
+            **_constants(width, heads, controls),
+            **blocks,
+        )
 
 
 def _launch_backward(
@@ -639,89 +963,59 @@ def _launch_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    controls: Controls,
+    controls: _Ordered,
     heads: int,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """The same, for the gradients of the mixed q, k and v; `grads` are contiguous."""
-    _launch(
-        _frame_attention_backward_kernel,
-        "frame_attention_backward",
-        (grad, query, key, value),
-        controls,
-        heads,
-        grads,
-    )
-
-
-def _launch(
-    kernel,
-    operator: str,
-    tensors: tuple[Tensor, ...],
-    controls: Controls,
-    heads: int,
-    outs: tuple[Tensor, ...],
-) -> None:
-    rows, frames, tokens, width = tensors[0].shape
-    if not tensors[0].numel():
+    """Fill `grads`, contiguous, with the gradients of q, k and v as the controls make them."""
+    if not grad.numel():
         return
-    blocks = _blocks(
-        operator,
-        frames,
-        width // heads,
-        tensors[0].element_size(),
-        controlled=any(control is not None for control in controls),
-    )
-    controls = tuple(t if t is None else t.contiguous() for t in controls)
-    _, query_blend, _, deviation_blend, *_ = controls
-    grid = (rows * triton.cdiv(tokens * heads, blocks["BLOCK"]),)
-    kernel[grid](
-        *tensors,
-        *controls,
-        frames,
-        tokens,
-        *(stride for tensor in tensors for stride in tensor.stride()),
-        *outs,
-        HEADS=heads,
-        D=width // heads,
-        SCALE=(width // heads) ** -0.5,
-        CHOICE=query_blend is not None and query_blend.ndim == 3,
-        SHARE=deviation_blend is not None and deviation_blend.ndim == 3,
-        **blocks,
-    )
+    rows, frames, tokens, width = query.shape
+    blocks = _blocks("frame_attention_backward", query, controls, heads)
+    with torch.cuda.device_of(query):
+        _frame_attention_backward_kernel[(rows * triton.cdiv(tokens * heads, blocks["BLOCK"]),)](
+            grad,
+            query,
+            key,
+            value,
+            *_contiguous(controls),
+            frames,
+            tokens,
+            *grad.stride(),
+            *query.stride(),
+            *key.stride(),
+            *value.stride(),
+            *grads,
+            **_constants(width, heads, controls),
+            **blocks,
+        )
 
 
-@torch.library.custom_op("kinetiq::frame_attention", mutates_args=(), device_types="cuda")
-def _frame_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_row: Tensor | None,
-    query_blend: Tensor | None,
-    deviation_row: Tensor | None,
-    deviation_blend: Tensor | None,
-    deviation_parts: Tensor | None,
-    motion_slot: Tensor | None,
-    motion_scale: Tensor | None,
-    query_bank: Tensor | None,
-    key_bank: Tensor | None,
-    value_bank: Tensor | None,
-    heads: int,
-) -> Tensor:
-    controls = (
-        query_row,
-        query_blend,
-        deviation_row,
-        deviation_blend,
-        deviation_parts,
-        motion_slot,
-        motion_scale,
-        query_bank,
-        key_bank,
-        value_bank,
-    )
+def _contiguous(tensors: _Ordered) -> _Ordered:
+    return tuple(tensor if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _constants(width: int, heads: int, controls: _Ordered) -> dict[str, int | float]:
+    blends = (controls[CONTROLS.index(name)] for name in ("query_blend", "deviation_blend"))
+    choice, share = (blend is not None and blend.ndim == 3 for blend in blends)
+    d = width // heads
+    return {"HEADS": heads, "D": d, "SCALE": d**-0.5, "CHOICE": choice, "SHARE": share}
+
+
+_TENSORS = "Tensor query, Tensor key, Tensor value"
+_OTHERS = ", ".join((*(f"Tensor? {name}" for name in CONTROLS), "int heads"))
+
+
+@torch.library.custom_op(
+    "kinetiq::frame_attention",
+    mutates_args=(),
+    device_types="cuda",
+    schema=f"({_TENSORS}, {_OTHERS}) -> Tensor",
+)
+def _frame_attention(query, key, value, *others):
+    *controls, heads = others
     out = query.new_empty(query.shape)
-    _launch_forward(query, key, value, controls, heads, out)
+    _launch_forward(query, key, value, tuple(controls), heads, out)
     return out
 
 
@@ -731,44 +1025,48 @@ def _(query, *_others):
 
 
 @_frame_attention.register_kernel("cpu")
-def _(query, key, value, *controls_and_heads):
-    *controls, heads = controls_and_heads
-    return _attend(*mix(query, key, value, *controls), heads)
+def _(query, key, value, *others):
+    *controls, heads = others
+    return _attend(*_mix(query, key, value, tuple(controls)), heads)
 
 
-@torch.library.custom_op("kinetiq::frame_attention_backward", mutates_args=(), device_types="cuda")
-def _frame_attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_row: Tensor | None,
-    query_blend: Tensor | None,
-    deviation_row: Tensor | None,
-    deviation_blend: Tensor | None,
-    deviation_parts: Tensor | None,
-    motion_slot: Tensor | None,
-    motion_scale: Tensor | None,
-    query_bank: Tensor | None,
-    key_bank: Tensor | None,
-    value_bank: Tensor | None,
-    heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "kinetiq::frame_attention_with_motion",
+    mutates_args=(),
+    device_types="cuda",
+    schema=f"({_TENSORS}, Tensor projection, {_OTHERS}) -> (Tensor, Tensor)",
+)
+def _frame_attention_with_motion(query, key, value, projection, *others):
+    *controls, heads = others
+    out = query.new_empty(query.shape)
+    motion = query.new_empty(*query.shape[:3], projection.shape[1])
+    _launch_forward(query, key, value, tuple(controls), heads, out, projection, motion)
+    return out, motion
+
+
+@_frame_attention_with_motion.register_fake
+def _(query, _key, _value, projection, *_others):
+    motion = query.new_empty(*query.shape[:3], projection.shape[1])
+    return query.new_empty(query.shape), motion
+
+
+@_frame_attention_with_motion.register_kernel("cpu")
+def _(query, key, value, projection, *others):
+    *controls, heads = others
+    return _attend_with_motion(query, key, value, projection, tuple(controls), heads)
+
+
+@torch.library.custom_op(
+    "kinetiq::frame_attention_backward",
+    mutates_args=(),
+    device_types="cuda",
+    schema=f"(Tensor grad, {_TENSORS}, {_OTHERS}) -> (Tensor, Tensor, Tensor)",
+)
+def _frame_attention_backward(grad, query, key, value, *others):
     """The gradients of q, k and v as `mix` leaves them, which it is left to pass on."""
-    controls = (
-        query_row,
-        query_blend,
-        deviation_row,
-        deviation_blend,
-        deviation_parts,
-        motion_slot,
-        motion_scale,
-        query_bank,
-        key_bank,
-        value_bank,
-    )
+    *controls, heads = others
     grads = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
-    _launch_backward(grad, query, key, value, controls, heads, grads)
+    _launch_backward(grad, query, key, value, tuple(controls), heads, grads)
     return grads
 
 
@@ -778,19 +1076,17 @@ def _(_grad, query, key, value, *_others):
 
 
 @_frame_attention_backward.register_kernel("cpu")
-def _(grad, query, key, value, *controls_and_heads):
-    *controls, heads = controls_and_heads
+def _(grad, query, key, value, *others):
+    *controls, heads = others
     wide = torch.promote_types(query.dtype, torch.float32)
-    g, q, k, v = (  # [rows, tokens, heads, frames, d]
-        t.to(wide).unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4)
-        for t in (grad, *mix(query, key, value, *controls))
-    )
+    mixed = _mix(query, key, value, tuple(controls))
+    g, q, k, v = (_by_sequence(t.to(wide), heads) for t in (grad, *mixed))
     scale = q.shape[-1] ** -0.5
     weights = (q * scale @ k.transpose(-1, -2)).softmax(-1)
     grad_weights = g @ v.transpose(-1, -2)
     grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
     grads = (grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ g)
-    return tuple(t.permute(0, 3, 1, 2, 4).flatten(-2).to(query.dtype).contiguous() for t in grads)
+    return tuple(_by_frame(t).to(query.dtype) for t in grads)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -799,58 +1095,89 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    """Gradients of the attention by the kernel, and of what the controls do by PyTorch."""
-    tensors = ctx.saved_tensors
-    grads = _frame_attention_backward(grad, *tensors, ctx.heads)
+    return *_gradients(grad, ctx.saved_tensors, ctx.needs_input_grad, ctx.heads), None
+
+
+def _save_with_motion(ctx, inputs, output) -> None:
+    query, key, value, projection, *controls, ctx.heads = inputs
+    ctx.save_for_backward(output[0], projection, query, key, value, *controls)
+
+
+def _backward_with_motion(ctx, grad: Tensor, grad_motion: Tensor):
+    """Motion is linear in the output: its gradient is added to the output's own."""
+    out, projection, *tensors = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    of_projection = None
+    if needed[3]:
+        of_projection = _centred(out).flatten(0, 2).mT @ grad_motion.flatten(0, 2)
+    grad = grad + _centred(grad_motion @ projection.mT)
+    others = _gradients(grad, tensors, (*needed[:3], *needed[4:]), ctx.heads)
+    return *others[:3], of_projection, *others[3:], None
+
+
+def _centred(tensor: Tensor) -> Tensor:
+    return tensor - tensor.mean(1, keepdim=True)
+
+
+def _gradients(grad: Tensor, tensors, needed, heads: int) -> list[Tensor | None]:
+    """Of q, k, v and the controls: the attention's by the kernel, the mixture's by PyTorch."""
+    grads = _frame_attention_backward(grad, *tensors, heads)
     if all(control is None for control in tensors[3:]):
-        return *grads, *([None] * (len(tensors) - 2))
+        return [*grads, *([None] * len(CONTROLS))]
+    needed = needed[: len(tensors)]
     with torch.enable_grad():
         leaves = [
             tensor.detach().requires_grad_() if wanted else tensor
-            for tensor, wanted in zip(tensors, ctx.needs_input_grad, strict=False)
+            for tensor, wanted in zip(tensors, needed, strict=True)
         ]
-        mixed = [
-            (out, of_out)
-            for out, of_out in zip(mix(*leaves), grads, strict=True)
-            if out.requires_grad
-        ]
-    wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed]
-    outs, of_outs = zip(*mixed, strict=True)
+        query, key, value, *controls = leaves
+        mixed = _mix(query, key, value, tuple(controls))
+    outs, of_outs = zip(
+        *((out, of) for out, of in zip(mixed, grads, strict=True) if out.requires_grad),
+        strict=True,
+    )
+    wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
     found = iter(torch.autograd.grad(outs, wanted, of_outs, allow_unused=True))
-    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+    return [next(found) if need else None for need in needed]
 
 
 _frame_attention.register_autograd(_backward, setup_context=_save)
+_frame_attention_with_motion.register_autograd(
+    _backward_with_motion, setup_context=_save_with_motion
+)
 
 
 def _launch_case(
     shape: tuple[int, int, int, int, int],
-    controlled: bool,
-    forward: bool,
     dtype: torch.dtype,
+    *,
+    forward: bool,
+    controlled: bool = False,
+    projected: bool = False,
 ) -> None:
     """One launch on tensors without memory; `controlled` with controls of all kinds."""
     rows, frames, tokens, heads, d = shape
     width = heads * d
     make = partial(torch.empty, dtype=dtype, device="meta")
     grad, query, key, value = (make(rows, frames, tokens, width) for _ in range(4))
-    controls: Controls = (None,) * 10
+    controls: _Ordered = (None,) * len(CONTROLS)
     if controlled:
         row = torch.empty(rows, dtype=torch.int64, device="meta")
         blend = make(rows, dtype=torch.float32)
         bank = make(2, frames, width)
         values = make(2, frames, tokens, width)
         controls = (row, blend, row, blend, make(rows, 3), row, blend, bank, bank, values)
+    projection = make(width, _MOTION_CHANNELS) if projected else None
+    motion = make(rows, frames, tokens, _MOTION_CHANNELS) if projected else None
     if forward:
-        _launch_forward(query, key, value, controls, heads, grad)
+        _launch_forward(query, key, value, controls, heads, grad, projection, motion)
     else:
         _launch_backward(grad, query, key, value, controls, heads, (query, key, value))
 
 
 def _padded_work(frames: int, d: int) -> float:
     """Multiplications done for each one asked for; both products are frames x frames x d."""
-    padded = max(triton.next_power_of_2(frames), _TILE)
-    return (padded / frames) ** 2 * sum(split_head_dim(d)) / d
+    return (_padded(frames) / frames) ** 2 * sum(split_head_dim(d)) / d
 
 
 _SHAPES = {  # rows, frames, tokens, heads, d; rows are the halves of guidance
@@ -863,86 +1190,93 @@ _SHAPES = {  # rows, frames, tokens, heads, d; rows are the halves of guidance
     "embedded_16x16": (2, 8, 256, 2, 32),
     "embedded_8x8": (2, 8, 64, 4, 32),
     "longest": (2, 128, 1024, 8, 80),
+    "widest": (2, 128, 64, 2, 256),
 }
-COMPILED = tuple(
-    CompileCase(
-        "frame_attention",
-        f"{name}_controlled" if controlled else name,
-        forward,
-        partial(_launch_case, shape, controlled, forward),
-        _padded_work(shape[1], shape[4]),
+_LIMITS = ("longest", "widest")  # that must run, though no model has them
+_MOTION_CHANNELS = 64
+
+
+def _case(
+    name: str, *, forward: bool = True, controlled: bool = False, projected: bool = False
+) -> CompileCase:
+    shape = _SHAPES[name]
+    launch = partial(
+        _launch_case, shape, forward=forward, controlled=controlled, projected=projected
     )
-    for name, shape in _SHAPES.items()
-    for controlled in ((False,) if name == "longest" else (False, True))
-    for forward in (True, False)
+    full = name + "_controlled" * controlled + "_with_motion" * projected
+    return CompileCase("frame_attention", full, forward, launch, _padded_work(shape[1], shape[4]))
+
+
+COMPILED = (
+    *(
+        _case(name, forward=forward)
+        for name in _SHAPES
+        for forward in ((False,) if name == "widest" else (True, False))
+    ),
+    *(
+        _case(name, forward=forward, controlled=True)
+        for name in _SHAPES
+        if name not in _LIMITS
+        for forward in (True, False)
+    ),
+    *(_case(name, projected=True) for name in _SHAPES if name not in _LIMITS),
 )
 
 
-def _check_kernel(query: Tensor, heads: int) -> None:
-    """Require what the GPU kernel can hold."""
-    frames, d = query.shape[1], query.shape[-1] // heads
-    if frames > MAX_FRAMES or d > MAX_HEAD_DIM or query.dtype not in _TYPES:
-        raise ShapeError(
-            f"frame_attention: on a GPU query must have at most {MAX_FRAMES} frames, d at most "
-            f"{MAX_HEAD_DIM} and type float32, float16 or bfloat16, got {frames} frames, d = {d} "
-            f"and {query.dtype}"
-        )
-
-
-def _check_controls(
-    query: Tensor,
-    query_row: Tensor | None,
-    query_blend: Tensor | None,
-    deviation_row: Tensor | None,
-    deviation_blend: Tensor | None,
-    deviation_parts: Tensor | None,
-) -> None:
+def _check_controls(query: Tensor, controls: dict[str, Tensor | None]) -> None:
     rows, frames, tokens, _ = query.shape
-    check_rows("frame_attention", "query_row", query_row, rows)
-    check_rows("frame_attention", "deviation_row", deviation_row, rows)
-    check_blend("frame_attention", "query_blend", query_blend, (rows, frames, tokens))
-    check_blend("frame_attention", "deviation_blend", deviation_blend, (rows, frames, tokens))
-    if deviation_parts is not None and list(deviation_parts.shape) != [rows, 3]:
+    for name, control in controls.items():
+        check_device(_WHERE, name, control, query)
+    for name in ("query_row", "deviation_row"):
+        check_rows(_WHERE, name, controls[name], rows)
+    for name in ("query_blend", "deviation_blend"):
+        check_blend(_WHERE, name, controls[name], (rows, frames, tokens))
+    parts = controls["deviation_parts"]
+    if parts is not None and (list(parts.shape) != [rows, 3] or not parts.is_floating_point()):
         raise ShapeError(
-            f"frame_attention: deviation_parts must be [rows = {rows}, 3], "
-            f"got {list(deviation_parts.shape)}"
+            f"{_WHERE}: deviation_parts must be floating [rows = {rows}, 3], "
+            f"got {parts.dtype} {list(parts.shape)}"
         )
-    if query_blend is not None and query_row is None:
-        raise ShapeError("frame_attention: query_blend needs query_row, got query_blend alone")
-    if deviation_row is None and not (deviation_blend is None and deviation_parts is None):
+    if controls["query_blend"] is not None and controls["query_row"] is None:
+        raise ShapeError(f"{_WHERE}: query_blend needs query_row, got query_blend alone")
+    needy = controls["deviation_blend"] is not None or parts is not None
+    if needy and controls["deviation_row"] is None:
         raise ShapeError(
-            "frame_attention: deviation_blend and deviation_parts need deviation_row, got none"
+            f"{_WHERE}: deviation_blend and deviation_parts need deviation_row, got none"
         )
 
 
-def _check_motion(
+def check_motion(
+    where: str,
     query: Tensor,
     motion_slot: Tensor | None,
     motion_scale: Tensor | None,
-    query_bank: Tensor | None,
-    key_bank: Tensor | None,
-    value_bank: Tensor | None,
+    **banks: Tensor | None,
 ) -> None:
-    where = "frame_attention"
+    """Require slots, scales and banks that can be added to `query` and what goes with it."""
     rows, frames, tokens, width = query.shape
-    if motion_slot is not None and (
-        list(motion_slot.shape) != [rows] or motion_slot.dtype != torch.int64
-    ):
+    given = {name: bank for name, bank in banks.items() if bank is not None}
+    check_device(where, "motion_slot", motion_slot, query)
+    check_device(where, "motion_scale", motion_scale, query)
+    if motion_slot is None:
+        if given or motion_scale is not None:
+            raise ShapeError(f"{where}: motion_scale and banks need motion_slot, got none")
+        return
+    if not given:
+        raise ShapeError(
+            f"{where}: motion_slot needs query_bank, key_bank or value_bank, got motion_slot alone"
+        )
+    if list(motion_slot.shape) != [rows] or motion_slot.dtype != torch.int64:
         raise ShapeError(
             f"{where}: motion_slot must be int64 [rows = {rows}], "
             f"got {motion_slot.dtype} {list(motion_slot.shape)}"
         )
-    if motion_scale is not None and list(motion_scale.shape) != [rows]:
+    if motion_scale is not None and (
+        list(motion_scale.shape) != [rows] or not motion_scale.is_floating_point()
+    ):
         raise ShapeError(
-            f"{where}: motion_scale must be [rows = {rows}], got {list(motion_scale.shape)}"
-        )
-    banks = {"query_bank": query_bank, "key_bank": key_bank, "value_bank": value_bank}
-    given = {name: bank for name, bank in banks.items() if bank is not None}
-    if motion_slot is None and (given or motion_scale is not None):
-        raise ShapeError(f"{where}: motion_scale and banks need motion_slot, got none")
-    if motion_slot is not None and not given:
-        raise ShapeError(
-            f"{where}: motion_slot needs query_bank, key_bank or value_bank, got motion_slot alone"
+            f"{where}: motion_scale must be floating [rows = {rows}], "
+            f"got {motion_scale.dtype} {list(motion_scale.shape)}"
         )
     for name, bank in given.items():
         slots = bank.shape[0] if bank.ndim else 0
@@ -954,37 +1288,51 @@ def _check_motion(
                 f"{', '.join(map(str, (frames, *places, width)))}], got {list(bank.shape)}"
             )
         check_kind(where, name, bank, query)
-        if motion_slot is not None:
-            _check_slots(motion_slot, slots)
+        _check_slots(where, motion_slot, slots)
 
 
-def _check_slots(motion_slot: Tensor, slots: int) -> None:
+def _check_slots(where: str, motion_slot: Tensor, slots: int) -> None:
     """Require slots that a bank has; on a GPU that is checked when controls are resolved."""
     if motion_slot.device.type != "cpu" or torch.compiler.is_compiling() or not motion_slot.numel():
         return
     low, high = (int(bound) for bound in motion_slot.aminmax())
     if low < 0 or high >= slots:
         raise ShapeError(
-            f"frame_attention: motion_slot must have values from 0 to {slots - 1}, "
-            f"got {low} to {high}"
+            f"{where}: motion_slot must have values from 0 to {slots - 1}, got {low} to {high}"
         )
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, heads: int) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, heads: int, controls: _Ordered) -> None:
     if query.ndim != 4 or heads < 1 or query.shape[-1] % heads:
         raise ShapeError(
-            f"frame_attention: query must be [rows, frames, tokens, heads * d] with heads = "
+            f"{_WHERE}: query must be [rows, frames, tokens, heads * d] with heads = "
             f"{heads}, got {list(query.shape)}"
         )
     if not query.shape[1] or not query.shape[-1]:
         raise ShapeError(
-            f"frame_attention: query must have at least one frame and one channel, "
-            f"got {list(query.shape)}"
+            f"{_WHERE}: query must have at least one frame and one channel, got {list(query.shape)}"
         )
     for name, tensor in {"key": key, "value": value}.items():
         if tensor.shape != query.shape:
             raise ShapeError(
-                f"frame_attention: {name} must have the shape of query {list(query.shape)}, "
+                f"{_WHERE}: {name} must have the shape of query {list(query.shape)}, "
                 f"got {list(tensor.shape)}"
             )
-        check_kind("frame_attention", name, tensor, query)
+        check_kind(_WHERE, name, tensor, query)
+    if query.device.type == "cuda":
+        _check_kernel(query, heads)
+    named = dict(zip(CONTROLS, controls, strict=True))
+    _check_controls(query, named)
+    motion = {name: named[name] for name in CONTROLS[CONTROLS.index("motion_slot") :]}
+    check_motion(_WHERE, query, **motion)
+
+
+def _check_kernel(query: Tensor, heads: int) -> None:
+    """Require what the GPU kernel can hold."""
+    frames, d = query.shape[1], query.shape[-1] // heads
+    if frames > MAX_FRAMES or d > MAX_HEAD_DIM or query.dtype not in _TYPES:
+        raise ShapeError(
+            f"{_WHERE}: on a GPU query must have at most {MAX_FRAMES} frames, d at most "
+            f"{MAX_HEAD_DIM} and type float32, float16 or bfloat16, got {frames} frames, d = {d} "
+            f"and {query.dtype}"
+        )

@@ -14,13 +14,20 @@ program share one square of scores, of which only the blocks on the diagonal are
 square is small, and the matrix units want sides of 16 and more. A value that is not finite
 therefore spoils the positions beside it as well, though never another row.
 
-Rows that read other rows (`query_row`, `deviation_row`) take the separate operators.
+Rows that read other rows (`query_row`, `deviation_row`) take the separate operators. So does, in
+here, what a program cannot hold: more than 8192 numbers of a head, such as 128 frames of head dim
+80, or a head dim above 128. Where the kernel pays is data for each GPU: see `wins`.
+
+The gradient is that of the separate operators, computed again from `x`. A kernel of its own would
+have to hold q, k, v and their gradients for all heads, since the gradient of `x` sums over heads
+and that of a weight over all positions: it would be the same products in worse tiles.
 
 Source: Guo et al., "AnimateDiff", arXiv:2307.04725, sec. 4.2; motion embeddings, Wang et al.,
 "Motion Inversion", arXiv:2403.20193, sec. 3.
 """
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,13 +37,23 @@ from torch import Tensor
 from kinetiq.errors import ShapeError
 from kinetiq.kernels._compile import CompileCase
 from kinetiq.kernels._cost import Cost
-from kinetiq.kernels._launch import settings
+from kinetiq.kernels._launch import LAUNCH_FILE, architecture, read_table, settings
 from kinetiq.kernels._triton import tl, triton
-from kinetiq.kernels.frame_attention import frame_attention, frame_attention_reference
+from kinetiq.kernels.frame_attention import (
+    CONTROLS,
+    check_motion,
+    frame_attention,
+    frame_attention_reference,
+)
 from kinetiq.kernels.query_attention import split_head_dim
 
-MAX_FRAMES = 128  # all frames of a position must fit into one square of scores
-_TYPES = (torch.float32, torch.float16, torch.bfloat16)  # that the kernel takes
+MAX_FRAMES = 128  # all frames of a position must fit on the chip, in the separate operators too
+MAX_HEAD_DIM = 256
+_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # on a GPU
+_CONTROLS_OF_ROWS = CONTROLS.index("motion_slot")  # before those of motion, and not used here
+_HELD = 8192  # numbers of q that a program can hold beside those of k and v
+_WIDEST = 128  # columns of a head; beyond, the accumulators fill the tensor memory of sm_100
+_TILE = 16  # the least side of a product on the matrix units
 
 
 def temporal_block(
@@ -95,7 +112,15 @@ def temporal_block(
     }.items():
         _check_like(x, name, weight, [width, width])
     _check_like(x, "out_bias", out_bias, [width])
-    _check_banks(x, motion_slot, motion_scale, query_bank, key_bank, value_bank)
+    check_motion(
+        "temporal_block",
+        x,
+        motion_slot,
+        motion_scale,
+        query_bank=query_bank,
+        key_bank=key_bank,
+        value_bank=value_bank,
+    )
     inputs = (
         x,
         norm_weight,
@@ -114,9 +139,26 @@ def temporal_block(
     )
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         # Here autograd records PyTorch's own operators, so that nothing is computed twice.
-        return _separate(*inputs, heads, eps)
+        return _separate(*inputs, heads, eps, attend=_attend)
     y: Tensor = _temporal_block(*inputs, heads, eps)
     return y
+
+
+def wins(rows: int, frames: int, tokens: int, heads: int, d: int, dtype: torch.dtype) -> bool:
+    """Return whether the kernel was measured to beat the separate operators on the present GPU.
+
+    `launch.json` says under "temporal_block_wins", for an architecture and a key such as
+    "frames16_heads8_d40_fp16", from how many POSITIONS (rows times tokens) on it does; 0: never.
+    What was not measured on this very architecture is False: nothing is taken from a relative.
+    """
+    key = f"frames{frames}_heads{heads}_d{d}_{_NAMES.get(dtype, dtype)}"
+    entry = _measured().get(architecture(), {}).get(key, {"POSITIONS": 0})
+    return 0 < entry["POSITIONS"] <= rows * tokens
+
+
+@functools.cache
+def _measured() -> Mapping[str, Mapping[str, Mapping[str, int]]]:
+    return read_table(LAUNCH_FILE)["temporal_block_wins"]
 
 
 def temporal_block_reference(
@@ -164,40 +206,53 @@ def temporal_block_reference(
     return (own + attended @ out_weight.to(wide).T + out_bias.to(wide)).to(x.dtype)
 
 
-def cost(rows: int, frames: int, tokens: int, heads: int, d: int, itemsize: int) -> Cost:
-    """`x` read and y written once, the weights once; four projections and two products."""
+def cost(
+    rows: int,
+    frames: int,
+    tokens: int,
+    heads: int,
+    d: int,
+    itemsize: int,
+    *,
+    backward: bool = False,
+) -> Cost:
+    """Each tensor crosses memory once, without motion embeddings.
+
+    Forward reads `x` and the weights and writes y, in four projections and two products over the
+    frames. Backward reads the gradient as well and writes those of `x` and of the weights; three
+    projections and the weights' product are computed again, beside the eight and five of the
+    gradients.
+    """
     width = heads * d
     elements = rows * frames * tokens * width
-    moved = itemsize * (2 * elements + 4 * width * width + (3 + frames) * width)
-    return Cost(bytes=moved, flops=elements * (4 * 2 * width + 2 * 2 * frames))
+    weights = 4 * width * width + 3 * width
+    if backward:
+        moved = 3 * elements + 2 * weights + frames * width
+        return Cost(bytes=itemsize * moved, flops=elements * 2 * (11 * width + 6 * frames))
+    moved = 2 * elements + weights + frames * width
+    return Cost(bytes=itemsize * moved, flops=elements * 2 * (4 * width + 2 * frames))
 
 
-def _separate(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    position: Tensor | None,
-    motion_slot: Tensor | None,
-    motion_scale: Tensor | None,
-    query_bank: Tensor | None,
-    key_bank: Tensor | None,
-    value_bank: Tensor | None,
-    heads: int,
-    eps: float,
-) -> Tensor:
-    """The same by the separate operators, which have gradients."""
+def _separate(*inputs: Any, attend: Callable[..., Tensor]) -> Tensor:
+    """The same by the separate operators, of which `attend` is the attention."""
+    x, norm_weight, norm_bias, *weights, out_weight, out_bias, position = inputs[:9]
+    *motion, heads, eps = inputs[9:]
     normed = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
     if position is not None:
         normed = normed + position[: x.shape[1], None].to(normed.dtype)
-    attended = frame_attention(
-        F.linear(normed, query_weight),
-        F.linear(normed, key_weight),
-        F.linear(normed, value_weight),
+    attended = attend(*(F.linear(normed, weight) for weight in weights), *motion, heads)
+    y: Tensor = x + F.linear(attended, out_weight, out_bias)
+    return y.contiguous()
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *motion_and_heads: Any) -> Tensor:
+    """By PyTorch's own operators, where autograd records them."""
+    *motion, heads = motion_and_heads
+    motion_slot, motion_scale, query_bank, key_bank, value_bank = motion
+    return frame_attention(
+        query,
+        key,
+        value,
         heads=heads,
         motion_slot=motion_slot,
         motion_scale=motion_scale,
@@ -205,7 +260,14 @@ def _separate(
         key_bank=key_bank,
         value_bank=value_bank,
     )
-    return (x + F.linear(attended, out_weight, out_bias)).contiguous()
+
+
+def _attend_unchecked(query: Tensor, key: Tensor, value: Tensor, *motion_and_heads: Any) -> Tensor:
+    """As one operator: values of indices are not looked at, so that it can be traced."""
+    out: Tensor = torch.ops.kinetiq.frame_attention(
+        query, key, value, *[None] * _CONTROLS_OF_ROWS, *motion_and_heads
+    )
+    return out
 
 
 @triton.jit
@@ -310,8 +372,8 @@ def _temporal_block_kernel(
     scale = 1.0
     if slot_ptr is not None:
         slot = tl.load(slot_ptr + row)
-        if scale_ptr is not None:
-            scale = tl.load(scale_ptr + row).to(tl.float32)
+        if scale_ptr is not None:  # that of no slot may be anything, and 0 * inf is NaN
+            scale = tl.load(scale_ptr + row, mask=slot > 0, other=0.0).to(tl.float32)
 
     kind = x_ptr.dtype.element_ty
     usable = (line[:, None] // FRAMES == line[None, :] // FRAMES) & (frame < frames)[None, :]
@@ -394,110 +456,82 @@ def _temporal_block_kernel(
         tl.store(y_ptr + place[:, None] + out[None, :], y.to(kind), mask=there)
 
 
-def _launch(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    position: Tensor | None,
-    motion_slot: Tensor | None,
-    motion_scale: Tensor | None,
-    query_bank: Tensor | None,
-    key_bank: Tensor | None,
-    value_bank: Tensor | None,
-    heads: int,
-    eps: float,
-    y: Tensor,
-) -> None:
-    """Fill `y`, contiguous like `x`; all but `x` are made contiguous."""
+def _launch(x: Tensor, *others: Any) -> None:
+    """Fill the last of `others`, y, contiguous like `x`; before it are the operator's arguments."""
+    *tensors, heads, eps, y = others
     if y.numel() == 0:
         return
     rows, frames, tokens, width = x.shape
     d = width // heads
     main, tail = split_head_dim(d)
-    sizes = settings("temporal_block", f"d{main + tail}")
+    # Products in float32 run off the matrix units, and take small tiles on every GPU.
+    name = "temporal_block_fp32" if x.dtype == torch.float32 else "temporal_block"
+    sizes = settings(name, f"d{main + tail}")
     padded = triton.next_power_of_2(frames)
-    step = max(sizes.pop("ROWS") // padded, 16 // padded, 1)
+    step = max(sizes.pop("ROWS") // padded, _TILE // padded, 1)
     blocks = triton.cdiv(tokens, step)
-    others = (
-        norm_weight,
-        norm_bias,
-        query_weight,
-        key_weight,
-        value_weight,
-        out_weight,
-        out_bias,
-        position,
-        motion_slot,
-        motion_scale,
-        query_bank,
-        key_bank,
-        value_bank,
-    )
-    _temporal_block_kernel[(rows * blocks,)](
-        x,
-        *(None if tensor is None else tensor.contiguous() for tensor in others),
-        frames,
-        tokens,
-        width,
-        heads,
-        *x.stride(),
-        blocks,
-        torch.empty_like(y),
-        y,
-        EPS=eps,
-        D=d,
-        MAIN=main,
-        TAIL=tail,
-        FRAMES=padded,
-        TOKENS=step,
-        **sizes,
-    )
+    with torch.cuda.device_of(x):  # which Triton launches on is the current device
+        _temporal_block_kernel[(rows * blocks,)](
+            x,
+            *(None if tensor is None else tensor.contiguous() for tensor in tensors),
+            frames,
+            tokens,
+            width,
+            heads,
+            *x.stride(),
+            blocks,
+            torch.empty_like(y),
+            y,
+            EPS=eps,
+            D=d,
+            MAIN=main,
+            TAIL=tail,
+            FRAMES=padded,
+            TOKENS=step,
+            **sizes,
+        )
 
 
-@torch.library.custom_op("kinetiq::temporal_block", mutates_args=(), device_types="cuda")
-def _temporal_block(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    position: Tensor | None,
-    motion_slot: Tensor | None,
-    motion_scale: Tensor | None,
-    query_bank: Tensor | None,
-    key_bank: Tensor | None,
-    value_bank: Tensor | None,
-    heads: int,
-    eps: float,
-) -> Tensor:
+def _holds(frames: int, d: int) -> bool:
+    """Whether a program of the kernel can hold one position: q, k, v and scores of one head."""
+    padded = max(triton.next_power_of_2(frames), _TILE)
+    columns = sum(split_head_dim(d))
+    return padded * columns <= _HELD and columns <= _WIDEST
+
+
+_TENSORS = (
+    "x",
+    "norm_weight",
+    "norm_bias",
+    "query_weight",
+    "key_weight",
+    "value_weight",
+    "out_weight",
+    "out_bias",
+)
+_OPTIONAL = ("position", *CONTROLS[_CONTROLS_OF_ROWS:])
+_SCHEMA = ", ".join(
+    (
+        *(f"Tensor {name}" for name in _TENSORS),
+        *(f"Tensor? {name}" for name in _OPTIONAL),
+        "int heads",
+        "float eps",
+    )
+)
+
+
+@torch.library.custom_op(
+    "kinetiq::temporal_block",
+    mutates_args=(),
+    device_types="cuda",
+    schema=f"({_SCHEMA}) -> Tensor",
+)
+def _temporal_block(x, *others):
+    *_, heads, _eps = others
+    if not _holds(x.shape[1], x.shape[-1] // heads):
+        return _separate(x, *others, attend=_attend_unchecked)
     y = x.new_empty(x.shape)
-    _launch(
-        x,
-        norm_weight,
-        norm_bias,
-        query_weight,
-        key_weight,
-        value_weight,
-        out_weight,
-        out_bias,
-        position,
-        motion_slot,
-        motion_scale,
-        query_bank,
-        key_bank,
-        value_bank,
-        heads,
-        eps,
-        y,
-    )
+    _launch(x, *others, y)
     return y
 
 
@@ -506,7 +540,7 @@ def _(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_temporal_block.register_kernel("cpu")(_separate)
+_temporal_block.register_kernel("cpu")(functools.partial(_separate, attend=_attend_unchecked))
 
 
 def _save(ctx, inputs, output) -> None:
@@ -515,18 +549,16 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    # The separate operators' gradient: one kernel for all of it would have to hold every
-    # intermediate of the forward on the chip, or compute it again several times over.
-    needed = ctx.needs_input_grad[:14]
+    """Of the separate operators, which are run again; what needs no gradient is not computed."""
+    needed = ctx.needs_input_grad[: len(ctx.saved_tensors)]
     with torch.enable_grad():
         tensors = [
             tensor.detach().requires_grad_() if need else tensor
             for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
-        inputs: list[Any] = [*tensors, ctx.heads, ctx.eps]
-        y = _separate(*inputs)
-        wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(y, wanted, grad))
+        y = _separate(*tensors, ctx.heads, ctx.eps, attend=_attend_unchecked)
+    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, grad))
     return *(next(found) if need else None for need in needed), None, None
 
 
@@ -541,11 +573,8 @@ def _check(
             f"temporal_block: x must be [rows, frames, tokens, heads * d] with heads = {heads} "
             f"and at least one frame and token, got {list(x.shape)}"
         )
-    if x.device.type == "cuda" and (x.shape[1] > MAX_FRAMES or x.dtype not in _TYPES):
-        raise ShapeError(
-            f"temporal_block: on a GPU x must have at most {MAX_FRAMES} frames in float32, float16 "
-            f"or bfloat16, got {x.shape[1]} frames in {x.dtype}"
-        )
+    if x.device.type == "cuda":
+        _check_kernel(x, heads)
     width = x.shape[-1]
     _check_like(x, "norm_weight", norm_weight, [width])
     _check_like(x, "norm_bias", norm_bias, [width])
@@ -566,44 +595,15 @@ def _check_like(x: Tensor, name: str, tensor: Tensor, shape: list[int]) -> None:
         )
 
 
-def _check_banks(
-    x: Tensor,
-    motion_slot: Tensor | None,
-    motion_scale: Tensor | None,
-    query_bank: Tensor | None,
-    key_bank: Tensor | None,
-    value_bank: Tensor | None,
-) -> None:
-    rows, frames, tokens, width = x.shape
-    banks = {"query_bank": query_bank, "key_bank": key_bank, "value_bank": value_bank}
-    given = [name for name, bank in banks.items() if bank is not None]
-    if motion_slot is None:
-        if given or motion_scale is not None:
-            names = given or ["motion_scale"]
-            raise ShapeError(f"temporal_block: {names[0]} needs motion_slot, got none")
-        return
-    if list(motion_slot.shape) != [rows] or motion_slot.dtype != torch.int64:
+def _check_kernel(x: Tensor, heads: int) -> None:
+    """Require what the GPU kernels can hold."""
+    frames, d = x.shape[1], x.shape[-1] // heads
+    if frames > MAX_FRAMES or d > MAX_HEAD_DIM or x.dtype not in _NAMES:
         raise ShapeError(
-            f"temporal_block: motion_slot must be int64 [rows = {rows}], "
-            f"got {motion_slot.dtype} {list(motion_slot.shape)}"
+            f"temporal_block: on a GPU x must have at most {MAX_FRAMES} frames, d at most "
+            f"{MAX_HEAD_DIM} and type float32, float16 or bfloat16, got {frames} frames, d = {d} "
+            f"and {x.dtype}"
         )
-    if motion_scale is not None and list(motion_scale.shape) != [rows]:
-        raise ShapeError(
-            f"temporal_block: motion_scale must be [rows = {rows}], got {list(motion_scale.shape)}"
-        )
-    for name in given:
-        bank = banks[name]
-        tail = [frames, tokens, width] if name == "value_bank" else [frames, width]
-        if bank is not None and list(bank.shape[1:]) != tail:
-            raise ShapeError(
-                f"temporal_block: {name} must be [slots, {', '.join(map(str, tail))}], "
-                f"got {list(bank.shape)}"
-            )
-    for name, tensor in {**banks, "motion_slot": motion_slot, "motion_scale": motion_scale}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ShapeError(
-                f"temporal_block: {name} must be on {x.device} like x, got {tensor.device}"
-            )
 
 
 _SHAPES = {  # rows, frames, tokens, heads, d
