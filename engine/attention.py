@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from kinetiq.control_tensors import ControlTensors, DeviationControl, at_site
 from kinetiq.errors import CheckpointError
-from kinetiq.kernels import frame_attention, query_attention
+from kinetiq.kernels import frame_attention, query_attention, temporal_block
 from kinetiq.kernels.frame_attention import move_deviations
 from kinetiq.kernels.query_attention import reduce_leak
+from kinetiq.kernels.temporal_block import wins
 from kinetiq.profiling import span
 
 
@@ -137,16 +138,20 @@ class TemporalTransformer(nn.Module):
         pairs = [(block.norm1, block.attn1)]
         if block.attn2 is not None:
             pairs.append((block.norm2, block.attn2))
+        position = None if block.pos_embed is None else block.pos_embed.pe[0, : tokens.shape[1]]
         for (norm, attention), site in zip(pairs, sites, strict=True):
+            _refuse(attention, None, {})
+            if self._signal.controls == ControlTensors() and _fuses(attention, tokens):
+                tokens = _fused(norm, attention, position, tokens)
+                continue
             normed = norm(tokens)
-            if block.pos_embed is not None:
-                normed = normed + block.pos_embed.pe[:, : normed.shape[1], None].to(normed.dtype)
+            if position is not None:
+                normed = normed + position[:, None].to(normed.dtype)
             tokens = tokens + self._attend(attention, site, normed)
         out: Tensor = tokens + block.ff(block.norm3(tokens))
         return out
 
     def _attend(self, attention: Any, site: int, normed: Tensor) -> Tensor:
-        _refuse(attention, None, {})
         query, key, value = (
             project(normed) for project in (attention.to_q, attention.to_k, attention.to_v)
         )
@@ -169,6 +174,34 @@ class TemporalTransformer(nn.Module):
                 **moves,
             )
         return _project_out(attention, out)
+
+
+def _fuses(attention: Any, tokens: Tensor) -> bool:
+    """Whether one kernel for the whole layer computes it, and was measured to be quicker."""
+    rows, frames, positions, width = tokens.shape
+    heads = attention.heads
+    return (
+        wins(rows, frames, positions, heads, width // heads, tokens.dtype)
+        and attention.to_q.bias is attention.to_k.bias is attention.to_v.bias is None
+        and attention.rescale_output_factor == 1.0
+    )
+
+
+def _fused(norm: Any, attention: Any, position: Tensor | None, tokens: Tensor) -> Tensor:
+    with span("temporal block"):
+        return temporal_block(
+            tokens,
+            norm.weight,
+            norm.bias,
+            attention.to_q.weight,
+            attention.to_k.weight,
+            attention.to_v.weight,
+            attention.to_out[0].weight,
+            attention.to_out[0].bias,
+            heads=attention.heads,
+            position=None if position is None else position.to(tokens.dtype),
+            eps=norm.eps,
+        )
 
 
 def _deviation_of(control: DeviationControl | None, site: int, tokens: int) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ from kinetiq.kernels.query_attention import (
     check_kind,
     check_rows,
     split_head_dim,
+    take_rows,
 )
 
 PARTS = ("q", "k", "v")
@@ -219,7 +220,7 @@ def _mix(
             (query, key, value), deviation_row, deviation_blend, deviation_parts
         )
     if query_row is not None:
-        query = _blend(query, _take(query, query_row), query_blend)
+        query = _blend(query, take_rows(query, query_row), query_blend)
     return query, key, value
 
 
@@ -239,7 +240,7 @@ def add_motion(
     """Return `own` plus each row's slot of `bank`, times its scale; slot 0 adds nothing."""
     none = motion_slot <= 0
     # Before the product: a slot that is not used may hold anything, and 0 * NaN is NaN.
-    bias = _take(bank, motion_slot).to(own.dtype).masked_fill(_widen(none, bank.ndim), 0)
+    bias = take_rows(bank, motion_slot).to(own.dtype).masked_fill(_widen(none, bank.ndim), 0)
     if motion_scale is not None:
         scale = motion_scale.to(own.dtype).masked_fill(none, 0)
         bias = bias * _widen(scale, bias.ndim)
@@ -256,7 +257,7 @@ def move_deviations(
     moved = []
     for index, own in enumerate(parts):
         mean = own.mean(1, keepdim=True)
-        aim = mean + _take(own - mean, deviation_row)
+        aim = mean + take_rows(own - mean, deviation_row)
         share = deviation_blend
         if deviation_parts is not None:
             part = deviation_parts[:, index]
@@ -295,12 +296,6 @@ def cost(
     elements = rows * frames * tokens * heads * d
     tensors, products = (7, 5) if backward else (4, 2)
     return Cost(bytes=tensors * elements * itemsize, flops=products * 2 * frames * elements)
-
-
-def _take(tensor: Tensor, index: Tensor) -> Tensor:
-    """`tensor[index]`, whose gradient adds up in the same order every time."""
-    # Indexing sorts in its gradient on a GPU, but not on a CPU, where `index_select` has one order.
-    return tensor[index] if tensor.is_cuda else tensor.index_select(0, index)
 
 
 def _blend(own: Tensor, other: Tensor, share: Tensor | None) -> Tensor:

@@ -90,9 +90,15 @@ def query_attention(
     return out
 
 
+def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """`tensor[index]`, whose gradient adds up in the same order every time."""
+    # Indexing sorts in its gradient on a GPU, but not on a CPU, where `index_select` has one order.
+    return tensor[index] if tensor.is_cuda else tensor.index_select(0, index)
+
+
 def choose_queries(query: Tensor, query_row: Tensor, query_blend: Tensor | None = None) -> Tensor:
     """Return `query` with each row's queries moved towards those of `query_row`."""
-    chosen = query[query_row]
+    chosen = take_rows(query, query_row)
     if query_blend is None:
         return chosen
     blend = query_blend.to(query.dtype)
@@ -107,8 +113,8 @@ def reduce_leak(query: Tensor, query_row: Tensor, reduced: Tensor) -> Tensor:
     s = query_row[r]: the other row's motion without what its queries say of what it shows.
     """
     mean = query.mean(1, keepdim=True)
-    on_own_mean = mean + (query - mean)[query_row]
-    return torch.where(reduced.reshape(-1, 1, 1, 1), on_own_mean, query[query_row])
+    on_own_mean = mean + take_rows(query - mean, query_row)
+    return torch.where(reduced.reshape(-1, 1, 1, 1), on_own_mean, take_rows(query, query_row))
 
 
 def extend_keys(

@@ -67,6 +67,42 @@ def test_equals_the_stock_network(networks, family, size):
     assert_equal(got, wanted)
 
 
+def test_equals_the_stock_network_where_temporal_layers_are_one_kernel(
+    networks, family, monkeypatch
+):
+    shapes = []
+
+    def wins(*shape):
+        shapes.append(shape)
+        return True
+
+    monkeypatch.setattr("kinetiq.attention.wins", wins)
+    monkeypatch.setattr(TemporalTransformer, "_attend", None)  # must not be needed
+    network, given = networks[family], sample()
+    wanted = predict_stock(network, family, *given)
+    denoiser = EagerDenoiser(network).attach()
+    got = denoiser.predict(*given)
+    denoiser.detach()
+    assert_equal(got, wanted)
+    temporal = [site for site in denoiser.sites if site.kind is SiteKind.TEMPORAL]
+    assert len(shapes) == len(temporal)
+    assert {shape[:2] for shape in shapes} == {(2, 3)}  # rows and frames
+
+
+def test_a_steered_layer_is_never_the_one_kernel_that_cannot_be_steered(networks, monkeypatch):
+    monkeypatch.setattr("kinetiq.attention.wins", lambda *_: True)
+    monkeypatch.setattr("kinetiq.attention.temporal_block", None)  # must not be called
+    denoiser = EagerDenoiser(networks["animatediff"]).attach()
+    try:
+        sites = len(denoiser.sites)
+        row = no_injection(sites, 2)
+        row[:, 0] = 1
+        moved = DeviationControl(row, torch.ones(sites, 2), torch.ones(2, 3))
+        denoiser.predict(*sample(), ControlTensors(deviation=moved))
+    finally:
+        denoiser.detach()
+
+
 def test_in_bfloat16_errs_at_most_twice_as_much_as_stock(networks, family):
     given = sample()
     exact = predict_stock(networks[family], family, *given).double()
