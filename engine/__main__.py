@@ -335,16 +335,16 @@ def train() -> None:
 @click.option(
     "--frame-share",
     type=click.FloatRange(0.0, 1.0),
-    default=0.5,
+    default=0.25,
     show_default=True,
     help="Share of the steps that learn from single frames.",
 )
 @click.option(
     "--noise-shift",
     type=click.FloatRange(1.0, 10.0),
-    default=1.0,
+    default=3.0,
     show_default=True,
-    help="How far training leans to noisy timesteps; 1 is uniform.",
+    help="How far training on clips leans to noisy timesteps; 1 is uniform.",
 )
 @click.option("--learning-rate", type=float, default=6e-4, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)

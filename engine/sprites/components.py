@@ -52,8 +52,10 @@ VAE = {
 }
 SCHEDULER = {
     "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
+    # At the noisiest step the signal must be lost, else a network learns to see there what moves
+    # where, and has no use for the prompt's word; generation starts from noise that shows nothing.
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
     "beta_schedule": "linear",
     "prediction_type": "v_prediction",
     "clip_sample": False,

@@ -11,8 +11,10 @@ killed at any moment continues from its last save, and the last save is never ha
 """
 
 import contextlib
+import hashlib
 import json
 import math
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -32,10 +34,17 @@ from kinetiq.generation import Progress, no_progress
 from kinetiq.sprites import components, world
 
 _STATE = "state.safetensors"
-_PROGRESS = "state.json"
 _LOG = "log.jsonl"
 _OPTIONS = "options.json"
-_MAY_CHANGE = ("steps", "decay_steps", "save_every", "shards", "device")  # when a run is continued
+_FORMER = "checkpoint.former"
+_MAY_CHANGE = (
+    "steps",
+    "decay_steps",
+    "learning_rate",
+    "save_every",
+    "shards",
+    "device",
+)  # when a run is continued
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,8 @@ class TrainingOptions:
         batch: clips a step; a step of single frames sees `FRAMES` times as many.
         frame_share: share of the steps that see single frames.
         noise_shift: how far training leans to noisy timesteps, s in t = s u / (1 + (s - 1) u) with
-            u uniform (Esser et al., arXiv:2403.03206, sec. 5.3.2); 1 is uniform.
+            u uniform (Esser et al., arXiv:2403.03206, sec. 5.3.2), in steps that see clips; 1 is
+            uniform, as in steps that see single frames, which show each thing once.
         learning_rate: of AdamW, at its height.
         warmup_steps: steps over which the rate rises from zero.
         decay_steps: steps at the end over which the rate falls to zero.
@@ -64,8 +74,8 @@ class TrainingOptions:
     steps: int = 20_000
     vae_steps: int = 2_500
     batch: int = 8
-    frame_share: float = 0.5
-    noise_shift: float = 1.0
+    frame_share: float = 0.25
+    noise_shift: float = 3.0
     learning_rate: float = 6e-4
     warmup_steps: int = 300
     decay_steps: int = 3_000
@@ -86,6 +96,8 @@ class TrainingStep:
     loss: float | None
     seconds: float
     frame_loss: float | None = None
+    batch: int | None = None
+    machine: str | None = None
 
 
 Report = Callable[[TrainingStep], None]
@@ -110,9 +122,12 @@ def train(
         CheckpointError: `out` or `start_from` holds another configuration.
         TrainingError: the loss is not finite.
     """
-    said = {**asdict(options), "start_from": None if start_from is None else str(start_from)}
+    if start_from is not None:
+        _require_parts(start_from)
+    said = {**asdict(options), "start_from": None if start_from is None else _digest(start_from)}
     try:
         out.mkdir(parents=True, exist_ok=True)
+        _recover_former(out)
         _require_same_run(out / _OPTIONS, said)
         write_text(out / _OPTIONS, json.dumps(said, indent=2) + "\n", "train")
     except OSError as error:
@@ -120,6 +135,7 @@ def train(
     torch.manual_seed(options.seed)
     tokenizer = components.build_tokenizer(out / "tokenizer")
     vae, scaling_factor = _train_vae(out / "vae", options, start_from, report, progress)
+    torch.manual_seed(options.seed)  # whether or not the VAE drew from it just now
     text_encoder = components.build_text_encoder(len(tokenizer), tokenizer.eos_token_id)
     unet = components.build_unet()
     if start_from is not None:
@@ -166,7 +182,7 @@ def export_checkpoint(
     text_config = fresh / "text_encoder" / "config.json"
     said = json.loads(text_config.read_text()) | {"dtype": "float32"}
     text_config.write_text(json.dumps(said, indent=2) + "\n")
-    former = out / "checkpoint.former"
+    former = out / _FORMER
     shutil.rmtree(former, ignore_errors=True)
     if final.exists():
         final.rename(former)
@@ -245,7 +261,7 @@ def _train_vae(
         shown = vae.decode(latents).sample
         error = shown - frames
         loss = error.square().mean() + 0.2 * error.abs().mean() + 1e-5 * posterior.kl().mean()
-        _require_finite(loss, "vae", step)
+        _require_finite(loss, "loss of the VAE", step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -282,6 +298,7 @@ def _train_denoiser(
     first, spent = _load_state(out, learner, optimizer, average)
     denoiser = EagerDenoiser(learner["unet"], keep_zero_taps=True).attach()
     compute = Gradients(denoiser, learner["text_encoder"], parameters, options)
+    where = f"{platform.processor() or platform.machine()}, {options.device}"
     began = time.monotonic()
     losses: dict[bool, list[float]] = {False: [], True: []}  # by: is the step of single frames?
     for step in range(first, options.steps):
@@ -297,10 +314,10 @@ def _train_denoiser(
             return_tensors="pt",
         ).input_ids.to(clean.device)
         loss, gradients = compute(clean, tokens, step)
-        _require_finite(loss, "denoiser", step)
+        _require_finite(loss, "loss", step)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        _require_finite(nn.utils.clip_grad_norm_(parameters, 1.0), "gradient", step)
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * learning_rate_share(step, options)
         optimizer.step()
@@ -314,7 +331,7 @@ def _train_denoiser(
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             seconds = spent + time.monotonic() - began
             clips, frames = (float(np.mean(kind)) if kind else None for kind in losses.values())
-            line = TrainingStep("denoiser", step + 1, clips, seconds, frames)
+            line = TrainingStep("denoiser", step + 1, clips, seconds, frames, options.batch, where)
             losses = {False: [], True: []}
             _save_state(out, learner, optimizer, average, line)
             report(line)
@@ -340,11 +357,13 @@ class Gradients:
 
     def __call__(self, clean: Tensor, tokens: Tensor, step: int) -> tuple[Tensor, list[Any]]:
         """Noise the clean latents [n, channels, frames, h, w] and learn from all of them."""
-        generator = torch.Generator().manual_seed(self._options.seed * 1_000_003 + step)
+        words = np.random.SeedSequence([self._options.seed, step, 1]).generate_state(2)
+        generator = torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
         count = len(clean)
         stratum = torch.arange(count) + torch.rand(count, generator=generator)
-        share = shift_noise(stratum / count, self._options.noise_shift)
+        shift = self._options.noise_shift if clean.shape[2] > 1 else 1.0
+        share = shift_noise(stratum / count, shift)
         last = len(self._alphas_cumprod) - 1
         timesteps = (share * (last + 1)).long().clamp(max=last)  # a share may round to 1
         timesteps = timesteps[torch.randperm(count, generator=generator)].to(clean.device)
@@ -412,7 +431,9 @@ def sample_frames(
         else world.sample_caption(rng, scene).without_motion().text
         for scene in scenes
     ]
-    return _encode(world.render(scenes, 1, components.SIZE), vae, scaling_factor), captions
+    moments = rng.uniform(size=len(scenes)).tolist()
+    clips = world.render(scenes, 1, components.SIZE, moments)
+    return _encode(clips, vae, scaling_factor), captions
 
 
 def _encode(clips: Tensor, vae: Any, scaling_factor: float) -> Tensor:
@@ -422,12 +443,36 @@ def _encode(clips: Tensor, vae: Any, scaling_factor: float) -> Tensor:
     return latents.transpose(1, 2) * scaling_factor
 
 
-def _require_finite(loss: Tensor, stage: str, step: int) -> None:
-    if not loss.isfinite():
+def _require_finite(value: Tensor, name: str, step: int) -> None:
+    """Raise before what is not finite reaches the weights, so that every save is whole."""
+    if not value.isfinite():
         raise TrainingError(
-            f"train: the loss of the {stage} must be finite, got {loss.item()} at step {step}; "
-            "the last save is whole: lower learning_rate and start again from it"
+            f"train: the {name} must be finite, got {value.item()} at step {step}; "
+            "continue from the last save with a lower learning rate"
         )
+
+
+def _require_parts(start_from: Path) -> None:
+    missing = [n for n in ("vae", "text_encoder", "unet") if not (start_from / n).is_dir()]
+    if missing:
+        raise CheckpointError(
+            f"train: {start_from} must be a finished checkpoint, and lacks {', '.join(missing)}"
+        )
+
+
+def _recover_former(out: Path) -> None:
+    """Bring back the finished checkpoint of a run that was killed while it replaced it."""
+    former, final = out / _FORMER, out / "checkpoint"
+    if former.exists() and not final.exists():
+        former.rename(final)
+
+
+def _digest(folder: Path) -> str:
+    """What tells one checkpoint from another, wherever it lies."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _save_state(
@@ -444,6 +489,8 @@ def _save_state(
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
     tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+    for name, value in tensors.items():
+        _require_finite(value.abs().max(), name, line.step)
     partial = out / (_STATE + ".partial")
     save_file(tensors, partial, metadata={"step": str(line.step), "seconds": str(line.seconds)})
     partial.replace(out / _STATE)

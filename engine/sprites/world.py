@@ -42,12 +42,16 @@ MOTION_PHRASES = {
     "still": "standing still",
 }
 NAMED_HUE_RANGE = 10.0
+HELD_OUT_RANGE = (
+    15.0  # degrees at which a reader still names a colour, so nothing within is trained
+)
 HELD_OUT_SHARE = 8  # one combination of (shape, colour, motion) in this many is never trained on
 
 TEXTURE_PERIOD = 0.15  # 5 pixels of 32
 TEXTURE_SHADE = 0.35  # brightness of the dark part of a texture
 TEXTURE_DOT = 0.32  # radius of a dot, in periods
 _MARGIN = 0.2  # a path keeps the centre this far from the frame's edge
+_NEAR_MIDDLE = 0.25  # of the room that a path has, where it stays near the middle
 _DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
@@ -69,9 +73,9 @@ class Path:
     heading: float = 1.0
     centre: tuple[float, float] = (0.5, 0.5)
 
-    def points(self, frames: int) -> np.ndarray:
-        """Centres of the shape, [frames, 2] as (x, y)."""
-        turn = np.linspace(0.0, 1.0, frames) if frames > 1 else np.zeros(1)
+    def points(self, frames: int, moment: float = 0.0) -> np.ndarray:
+        """Centres of the shape, [frames, 2] as (x, y); of one frame, that at `moment` in [0, 1]."""
+        turn = np.linspace(0.0, 1.0, frames) if frames > 1 else np.full(1, moment)
         x, y = np.zeros(frames), np.zeros(frames)
         if self.motion in _DIRECTIONS:
             across, down = _DIRECTIONS[self.motion]
@@ -169,8 +173,17 @@ def is_held_out(shape: str, colour: str | None, motion: str) -> bool:
     return colour is not None and digest[0] % HELD_OUT_SHARE == 0
 
 
-def sample_path(rng: np.random.Generator, motion: str, span: float = 1.0) -> Path:
-    """A path of this motion with random size, phase and place; `span` shrinks its size."""
+def sample_path(
+    rng: np.random.Generator, motion: str, span: float = 1.0, room: float = 1.0
+) -> Path:
+    """A path of this motion with random size, phase and place.
+
+    Args:
+        rng: draws it.
+        motion: one of `MOTIONS`.
+        span: factor on its size.
+        room: share of the places it could be at, around the middle of the frame.
+    """
     travel = {"circling": (0.24, 0.42), "zigzagging": (0.3, 0.5), "bouncing": (0.2, 0.4)}.get(
         motion, (0.25, 0.5)
     )
@@ -181,8 +194,8 @@ def sample_path(rng: np.random.Generator, motion: str, span: float = 1.0) -> Pat
         heading=float(rng.choice([-1.0, 1.0])),
     )
     reach = np.abs(path.points(33) - 0.5).max(axis=0)
-    room = np.maximum(0.5 - _MARGIN - reach, 0.0)
-    centre = 0.5 + rng.uniform(-room, room)
+    most = room * np.maximum(0.5 - _MARGIN - reach, 0.0)
+    centre = 0.5 + rng.uniform(-most, most)
     return Path(motion, path.travel, path.phase, path.heading, (float(centre[0]), float(centre[1])))
 
 
@@ -194,13 +207,14 @@ def sample_sprite(
     texture: str | None = None,
     motion: str | None = None,
     small: bool = False,
+    room: float = 1.0,
 ) -> Sprite:
-    """A sprite whose unsaid attributes are drawn at random."""
+    """A sprite whose unsaid attributes are drawn at random; `room` is that of `sample_path`."""
     motion = motion or str(rng.choice(MOTIONS))
     return Sprite(
         shape=shape or str(rng.choice(SHAPES)),
         hue=float(rng.uniform(0.0, 360.0)) if hue is None else hue,
-        path=sample_path(rng, motion, span=0.8 if small else 1.0),
+        path=sample_path(rng, motion, span=0.8 if small else 1.0, room=room),
         texture=texture or str(rng.choice(TEXTURES, p=[0.5, 0.25, 0.25])),
         radius=float(rng.uniform(0.13, 0.17) if small else rng.uniform(0.18, 0.27)),
         saturation=float(rng.uniform(0.8, 1.0)),
@@ -214,19 +228,22 @@ def sample_named_hue(rng: np.random.Generator, colour: str) -> float:
     return float((COLOURS[colour] + rng.uniform(-NAMED_HUE_RANGE, NAMED_HUE_RANGE)) % 360.0)
 
 
-def sample_scene(rng: np.random.Generator, two_share: float = 0.15) -> Scene:
+def sample_scene(rng: np.random.Generator, two_share: float = 0.1) -> Scene:
     """A scene of the training set: one shape, or two with probability `two_share`.
 
-    Half of the hues are drawn within a name's range, half from the whole circle. Combinations
-    for which `is_held_out` are drawn again.
+    Half of the hues are drawn within a name's range, half from the whole circle. Half of the paths
+    stay near the middle: where place is free, what a word says of motion explains little of a clip,
+    and is learnt late. Combinations for which `is_held_out` are drawn again.
     """
     count = 2 if rng.uniform() < two_share else 1
+    room = _NEAR_MIDDLE if rng.uniform() < 0.5 else 1.0
     sprites: list[Sprite] = []
     while len(sprites) < count:
         named = rng.uniform() < 0.5
         hue = sample_named_hue(rng, str(rng.choice(list(COLOURS)))) if named else None
-        sprite = sample_sprite(rng, hue=hue, small=count == 2)
-        if not is_held_out(sprite.shape, colour_name(sprite.hue), sprite.path.motion):
+        sprite = sample_sprite(rng, hue=hue, small=count == 2, room=room)
+        named_by_readers = colour_name(sprite.hue, HELD_OUT_RANGE)
+        if not is_held_out(sprite.shape, named_by_readers, sprite.path.motion):
             sprites.append(sprite)
     return Scene(
         sprites=tuple(sprites),
@@ -239,30 +256,42 @@ def sample_scene(rng: np.random.Generator, two_share: float = 0.15) -> Scene:
 
 
 def sample_caption(rng: np.random.Generator, scene: Scene) -> Caption:
-    """A true caption of `scene` that often leaves each attribute out."""
+    """A true caption of `scene`: half say all, half leave each attribute out half of the time.
+
+    Hues between names are never said.
+    """
+    share = 1.0 if rng.uniform() < 0.5 else 0.5
     mentions = []
     for sprite in scene.sprites:
         colour = colour_name(sprite.hue)
         mentions.append(
             Mention(
-                shape=sprite.shape if rng.uniform() < 0.8 else None,
-                colour=colour if rng.uniform() < 0.6 else None,
-                texture=sprite.texture if rng.uniform() < 0.4 else None,
-                motion=sprite.path.motion if rng.uniform() < 0.7 else None,
+                shape=sprite.shape if rng.uniform() < share else None,
+                colour=colour if rng.uniform() < share else None,
+                texture=sprite.texture if rng.uniform() < share else None,
+                motion=sprite.path.motion if rng.uniform() < share else None,
             )
         )
-    background = colour_name(scene.background_hue) if rng.uniform() < 0.6 else None
+    background = colour_name(scene.background_hue) if rng.uniform() < share else None
     return Caption(tuple(mentions), background)
 
 
-def render(scenes: Sequence[Scene], frames: int, size: int) -> Tensor:
+def render(
+    scenes: Sequence[Scene], frames: int, size: int, moments: Sequence[float] | None = None
+) -> Tensor:
     """Draw clips, float32 in [0, 1], [scenes, frames, size, size, 3].
 
     Edges are antialiased over one pixel from the signed distance to the shape.
+
+    Args:
+        scenes: what to draw.
+        frames: of each clip.
+        size: height and width.
+        moments: when each scene's frame is, in [0, 1], where it is one; None: at the beginning.
     """
+    when = [0.0] * len(scenes) if moments is None else moments
     axis = (torch.arange(size, dtype=torch.float32) + 0.5) / size
     grid_x, grid_y = axis[None, :].expand(size, size), axis[:, None].expand(size, size)
-    shift = np.linspace(0.0, 1.0, frames)[:, None] if frames > 1 else np.zeros((1, 1))
     background = torch.tensor(
         [_rgb(s.background_hue, s.background_saturation, s.background_value) for s in scenes]
     )
@@ -272,7 +301,8 @@ def render(scenes: Sequence[Scene], frames: int, size: int) -> Tensor:
         sprites = [scenes[index].sprites[layer] for index in here]
         centres = np.stack(
             [
-                sprite.path.points(frames) + shift * np.asarray(scenes[index].pan)
+                sprite.path.points(frames, when[index])
+                + _pan(frames, when[index]) * np.asarray(scenes[index].pan)
                 for index, sprite in zip(here, sprites, strict=True)
             ]
         )
@@ -289,6 +319,12 @@ def render(scenes: Sequence[Scene], frames: int, size: int) -> Tensor:
         paint = shade * colour[:, None, None, None, :]
         clips[here] = torch.lerp(clips[here], paint, cover)
     return clips
+
+
+def _pan(frames: int, moment: float) -> np.ndarray:
+    """The share of a pan that each frame has made, [frames, 1]."""
+    turn = np.linspace(0.0, 1.0, frames) if frames > 1 else np.full(1, moment)
+    return turn[:, None]
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:

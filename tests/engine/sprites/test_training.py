@@ -78,6 +78,7 @@ def test_a_killed_run_continues_to_the_same_weights(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     log = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2]
+    assert all(line["batch"] == OPTIONS.batch and "cpu" in line["machine"] for line in log)
 
 
 @pytest.mark.parametrize("frames", [1, components.FRAMES])
@@ -101,7 +102,7 @@ def test_parts_of_a_batch_side_by_side_learn_what_the_whole_learns(frames, monke
             assert (mine - expected).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1e-4)
 
 
-def test_single_frames_are_as_many_as_the_clips_have_and_say_nothing_of_motion():
+def test_single_frames_are_as_many_as_the_clips_have_and_say_nothing_of_motion(monkeypatch):
     vae = components.build_vae()
     rng = np.random.default_rng(3)
     words = {word for phrase in world.MOTION_PHRASES.values() for word in phrase.split()}
@@ -109,6 +110,13 @@ def test_single_frames_are_as_many_as_the_clips_have_and_say_nothing_of_motion()
     assert clean.shape == (OPTIONS.batch * components.FRAMES, 4, 1, 16, 16)
     assert len(set(captions)) > OPTIONS.batch  # a scene each
     assert not words & {word for caption in captions for word in caption.split()}
+    drawn = []
+    still = torch.zeros(len(captions), 1, components.SIZE, components.SIZE, 3)
+    with monkeypatch.context() as blank:
+        blank.setattr(world, "render", lambda *given: drawn.append(given) or still)
+        training.sample_frames(rng, vae, 0.5, OPTIONS)
+    moments = drawn[0][3]
+    assert min(moments) < 0.3 and max(moments) > 0.7  # of all the path, not its beginning
     clean, captions = training.sample_clips(rng, vae, 0.5, OPTIONS)
     assert clean.shape == (OPTIONS.batch, 4, components.FRAMES, 16, 16)
     assert len(captions) == OPTIONS.batch
@@ -177,7 +185,7 @@ def test_another_configuration_is_refused(tmp_path, monkeypatch):
     [
         {"seed": 9},
         {"batch": 3},
-        {"learning_rate": 0.5},
+        {"noise_shift": 1.5},
         {"caption_dropout": 0.2},
         {"frame_share": 0.9},
     ],
@@ -188,8 +196,24 @@ def test_a_run_is_continued_with_its_own_options_alone(tmp_path, change):
     with pytest.raises(kq.CheckpointError, match=f"holds a run with {next(iter(change))} "):
         training.train(tmp_path / "run", dataclasses.replace(OPTIONS, **change))
     with pytest.raises(kq.CheckpointError, match="holds a run with start_from None"):
-        training.train(tmp_path / "run", OPTIONS, start_from=tmp_path)
+        training.train(tmp_path / "run", OPTIONS, start_from=tmp_path / "run" / "checkpoint")
     assert (tmp_path / "run" / "options.json").read_text() == before
+
+
+def test_a_run_may_go_on_with_another_learning_rate_and_from_a_checkpoint_that_moved(tmp_path):
+    folder = training.train(tmp_path / "first", OPTIONS)
+    training.train(tmp_path / "second", OPTIONS, start_from=folder)
+    moved = folder.rename(tmp_path / "moved")
+    slower = dataclasses.replace(OPTIONS, steps=3, learning_rate=1e-5)
+    lines = []
+    training.train(tmp_path / "second", slower, start_from=moved, report=lines.append)
+    assert [line.step for line in lines] == [3]
+
+
+def test_what_is_no_finished_checkpoint_is_refused(tmp_path):
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(kq.CheckpointError, match="and lacks vae, text_encoder"):
+        training.train(tmp_path / "run", OPTIONS, start_from=tmp_path)
 
 
 def test_a_checkpoint_names_no_path(tmp_path):
@@ -199,10 +223,60 @@ def test_a_checkpoint_names_no_path(tmp_path):
         assert str(tmp_path) not in path.read_text(), path
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
-    wild = dataclasses.replace(OPTIONS, learning_rate=float("inf"), steps=4)
-    with pytest.raises(kq.TrainingError, match=r"denoiser must be finite, got nan at step \d"):
+def saved_values(run):
+    with safe_open(run / "state.safetensors", "pt") as file:
+        return [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+
+
+@pytest.mark.parametrize(("what", "wild"), [("loss", "velocity"), ("gradient", "gradients")])
+def test_what_is_not_finite_stops_with_its_step_and_never_reaches_a_save(
+    tmp_path, monkeypatch, what, wild
+):
+    training.train(tmp_path / "run", OPTIONS)
+    learn = training.Gradients.__call__
+
+    def break_down(self, clean, tokens, step):
+        loss, gradients = learn(self, clean, tokens, step)
+        if wild == "velocity":
+            return loss * torch.nan, gradients
+        gradients[0] = torch.full_like(gradients[0], torch.inf)
+        return loss, gradients
+
+    monkeypatch.setattr(training.Gradients, "__call__", break_down)
+    with pytest.raises(kq.TrainingError, match=rf"the {what} must be finite, got \w+ at step 2;"):
+        training.train(tmp_path / "run", dataclasses.replace(OPTIONS, steps=4))
+    assert all(value.isfinite().all() for value in saved_values(tmp_path / "run"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    wild = dataclasses.replace(OPTIONS, learning_rate=float("inf"))
+    with pytest.raises(kq.TrainingError, match=r"must be finite, got \w+ at step 1; continue from"):
         training.train(tmp_path / "run", wild)
+    assert not (tmp_path / "run" / "state.safetensors").exists()
+
+
+def test_a_run_that_was_killed_after_its_vae_continues_to_the_same_weights(tmp_path):
+    whole = training.train(tmp_path / "whole", OPTIONS)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "whole" / "vae").rename(tmp_path / "cut" / "vae")
+    again = training.train(tmp_path / "cut", OPTIONS)
+    first, second = weights(whole), weights(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_finished_checkpoint_survives_a_kill_while_it_is_replaced(tmp_path):
+    folder = training.train(tmp_path / "run", OPTIONS)
+    before = weights(folder)
+    folder.rename(folder.with_name("checkpoint.former"))  # between the two renames
+    unwritable = dataclasses.replace(OPTIONS, seed=OPTIONS.seed + 1)
+    with pytest.raises(kq.CheckpointError, match="holds a run with seed"):
+        training.train(tmp_path / "run", unwritable)
+    after = weights(folder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_largest_seed_trains(tmp_path):
+    training.train(tmp_path / "run", dataclasses.replace(OPTIONS, seed=2**63 - 1, steps=1))
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
