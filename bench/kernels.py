@@ -1,7 +1,9 @@
 """Each operator against the other ways to compute the same, at production shapes, in one run.
 
-A contestant is timed only after its result was compared with float64, and only if it exists on
-this machine; what does not run, or is wrong, is named as skipped. The contestants of a case are
+A contestant is timed only after a part of its result was compared with float64 and all of it with
+the usual way's, and only if it exists on this machine; what does not run, or is wrong, is named as
+skipped. Where that is our own operator, or the usual way by which the others are judged, the case
+has failed: that is named and counted, and the next case goes on. The contestants of a case are
 timed in turn. On a GPU a round is one replay of a CUDA graph after the L2 cache was overwritten;
 on a CPU it is one call.
 
@@ -9,16 +11,18 @@ The roof of a case is what the machine itself takes to move its bytes, or to do 
 whichever is slower, at the rates of a copy and of a matrix product that the same run measures. On
 a CPU whose cache holds all tensors a share of it can exceed 1.
 
-With `--out`, `kernels.json` and `kernels.md` have every contestant's line.
+With `--out`, `kernels.jsonl` grows case by case, so that a killed run has left its part; at the end
+`kernels.json` and `kernels.md` have every contestant's line.
 """
 
+import contextlib
 import functools
 import gc
 import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,15 +56,17 @@ from kinetiq.kernels.motion_feature import cost as feature_cost
 from kinetiq.kernels.motion_feature import motion_feature_reference
 from kinetiq.kernels.query_attention import cost as query_cost
 from kinetiq.kernels.query_attention import query_attention_reference
+from kinetiq.kernels.temporal_block import _launch as launch_block
 from kinetiq.kernels.temporal_block import cost as block_cost
 from kinetiq.kernels.temporal_block import temporal_block_reference
 
 Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
 Prepare = Callable[[], Call]
+Run = Callable[[], object]
 Function = Callable[..., Any]  # of a case's inputs; returns a tensor or several
 OURS, USUAL, COMPILED, FLEX = "ours", "usual", "compiled_reference", "flex"
-COMPILED_USUAL = "compiled_usual"
+COMPILED_USUAL, SEPARATE = "compiled_usual", "ours_separate"
 COMPILED_ONES = (COMPILED, COMPILED_USUAL, FLEX)
 BACKENDS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
@@ -72,11 +78,15 @@ SLACK = {False: 2.0, True: 3.0}  # times the usual way's error, forward and back
 _SANE = 32  # units in the last place of the largest value that the usual way may err
 _RESAMPLES = 2000
 _ROUNDS = (3, 50)  # at least and at most
+_SECONDS = {"quick": 0.8, "cuda": 2.0, "cpu": 4.0}  # that the rounds of one case may take
+_EXTREME = 2  # times its part's error that all of a result may err, whose extremes lie further out
 _CHECKED = 64  # positions that are compared with float64 where positions do not depend on others
 _WEIGHTS = (
     *("norm_weight", "norm_bias", "query_weight", "key_weight", "value_weight"),
     *("out_weight", "out_bias"),
 )
+_BANKS = ("query_bank", "key_bank", "value_bank")
+_EPS = 1e-5  # of a layer normalisation, in PyTorch and in ours
 _MOTION = 0.04  # share of the channels that carry motion
 
 
@@ -191,6 +201,7 @@ class Line:
         element: likewise.
         contestant: its name.
         skipped: why it was not timed; empty if it was.
+        failed: why none of the case was timed, on the line of the contestant that is to blame.
         seconds: of one call.
         useful_tflops: operations of the cost, which counts no padding, a second.
         gigabytes_per_second: bytes of the cost a second.
@@ -204,6 +215,7 @@ class Line:
     element: str
     contestant: str
     skipped: str = ""
+    failed: str = ""
     seconds: Timing | None = None
     useful_tflops: float = 0.0
     gigabytes_per_second: float = 0.0
@@ -322,38 +334,45 @@ class Inputs:
 def plan(device: str, *, quick: bool, seed: int = 0) -> list[Plan]:
     """All cases of this device.
 
-    On a GPU all sites, in bf16 and fp16; contestants that are compiled first take part in bf16.
-    On a CPU the embedded model as it is, and of the others one row, and one frame where attention
-    stays within a frame, in fp32. A quick run has the embedded model, on a GPU AnimateDiff's
-    largest site in bf16 as well, and compiles nothing.
+    On a GPU all sites, in bf16 and fp16. On a CPU the embedded model as it is, and of the others
+    one row, and one frame where attention stays within a frame, in fp32. Compiling takes longer
+    than everything else, so contestants that are compiled first take part in the first case of
+    each operator and model, and in bf16 on a GPU. A quick run has the embedded model, on a GPU
+    AnimateDiff's largest site in bf16 as well, and compiles nothing.
     """
     gpu = device.startswith("cuda")
     elements = ("fp32",) if not gpu else ("bf16",) if quick else ("bf16", "fp16")
     plans = []
     for element in elements:
-        reason = "compiled for bf16 only" if element == "fp16" else ""
-        reason = "not in a quick run" if quick else reason
         inputs = Inputs(device, element, seed)
-        for builds in builders(inputs, quick=quick).values():
-            plans += [Plan(build, element, reason) for build in builds]
+        for models in builders(inputs, quick=quick).values():
+            for builds in models.values():
+                for place, build in enumerate(builds):
+                    reason = "compiled for a model's first case only" if place else ""
+                    reason = "compiled for bf16 only" if element == "fp16" else reason
+                    reason = "not in a quick run" if quick else reason
+                    plans.append(Plan(build, element, reason))
     return plans
 
 
-def builders(inputs: Inputs, *, quick: bool = False) -> dict[str, list[Callable[[], Case]]]:
-    """What builds the cases of each operator."""
+def builders(
+    inputs: Inputs, *, quick: bool = False
+) -> dict[str, dict[str, list[Callable[[], Case]]]]:
+    """What builds the cases: operator → model → builders, the most telling case first."""
     gpu = inputs.device != "cpu"
     quick_ones = ("embedded", "animatediff_64x64") if gpu else ("embedded",)
-    found: dict[str, list[Callable[[], Case]]] = {
-        "query_attention": [],
-        "frame_attention": [],
-        "temporal_block": [],
-        "motion_feature": [],
-        "guided_step": [],
+    found: dict[str, dict[str, list[Callable[[], Case]]]] = {
+        operator: {model: [] for model in LATENTS}
+        for operator in (
+            *("query_attention", "frame_attention", "temporal_block"),
+            *("motion_feature", "guided_step"),
+        )
     }
     for site in SITES:
         if quick and not site.name.startswith(quick_ones):
             continue
-        whole = gpu or site.name.startswith("embedded")
+        model = site.name.split("_")[0]
+        whole = gpu or model == "embedded"
         frame = replace(site, rows=site.rows + 1)  # with a source whose queries may be read
         row = site
         if not whole:
@@ -362,29 +381,38 @@ def builders(inputs: Inputs, *, quick: bool = False) -> dict[str, list[Callable[
         kinds: list[dict[str, Any]] = [{}, {"backward": True}]
         kinds += [{"injected": True}] if whole else []
         kinds += [{"keys": 77}] if site.name in ("animatediff_64x64", "embedded_16x16") else []
-        for kind in kinds:
-            found["query_attention"].append(functools.partial(query_case, frame, inputs, **kind))
-        for kind in kinds[:2]:
-            found["frame_attention"].append(functools.partial(frame_case, row, inputs, **kind))
-        if site.tokens >= 32 * 20 or site.name == "embedded_16x16":
-            found["temporal_block"].append(functools.partial(block_case, row, inputs))
+        found["query_attention"][model] += [
+            functools.partial(query_case, frame, inputs, **kind) for kind in kinds
+        ]
+        found["frame_attention"][model] += [
+            functools.partial(frame_case, row, inputs, **kind) for kind in kinds[:2]
+        ]
+        if has_block(site):
+            found["temporal_block"][model].append(functools.partial(block_case, row, inputs))
     for tap in TAPS:
         if quick and tap.name != "embedded":
             continue
         whole = gpu or tap.name == "embedded"
         row = tap if whole else replace(tap, name=f"{tap.name}_one_row", rows=1)
-        every = ("channels", "all", "projection", "region")
-        asked = every if tap.name in ("animatediff", "embedded") else every[:1]
-        for way in asked:
-            for backward in (False, True):
-                build = functools.partial(feature_case, row, way, inputs, backward=backward)
-                found["motion_feature"].append(build)
+        every = ("all", "channels", "projection", "region")
+        asked = every if tap.name in ("animatediff", "embedded") else ("channels",)
+        found["motion_feature"][tap.name] += [
+            functools.partial(feature_case, row, way, inputs, backward=backward)
+            for way in asked
+            for backward in (False, True)
+        ]
     for name, latents in LATENTS.items():
         if not quick or name == "embedded":
-            found["guided_step"].append(functools.partial(step_case, name, latents, inputs))
+            found["guided_step"][name].append(functools.partial(step_case, name, latents, inputs))
     if not gpu:
-        found["frame_attention"].append(functools.partial(frame_case, SPEEDUP, inputs))
+        speedup = functools.partial(frame_case, SPEEDUP, inputs)
+        found["frame_attention"]["animatediff"].append(speedup)
     return found
+
+
+def has_block(site: Site) -> bool:
+    """Whether a whole temporal layer is a case there: where positions are many, or ours."""
+    return site.tokens >= 32 * 20 or site.name == "embedded_16x16"
 
 
 def query_case(
@@ -408,10 +436,12 @@ def query_case(
     grad = randn(*shape) if backward else None
     ours = functools.partial(query_attention, heads=site.heads, query_row=row)
     reference = functools.partial(query_attention_reference, heads=site.heads, query_row=row)
-    ways: dict[str, Prepare] = {OURS: _way(lambda: ours, given, grad)}
+    ways: dict[str, Prepare] = {OURS: timed_way(lambda: ours, given, grad)}
     for word, attend in _attentions(inputs.device).items():
-        ways[word] = _way(functools.partial(_usual_within, attend, site.heads, row), given, grad)
-    ways[COMPILED] = _way(lambda: _compiled_definition(reference), given, grad)
+        ways[word] = timed_way(
+            functools.partial(_usual_within, attend, site.heads, row), given, grad
+        )
+    ways[COMPILED] = timed_way(lambda: _compiled_definition(reference), given, grad)
     first = (slice(None), slice(1), slice(None), slice(site.d))  # one frame of one head
     one_head = functools.partial(query_attention_reference, heads=1, query_row=row)
     return Case(
@@ -435,8 +465,8 @@ def frame_case(site: Site, inputs: Inputs, *, backward: bool = False) -> Case:
     ours = functools.partial(frame_attention, heads=site.heads)
     reference = functools.partial(frame_attention_reference, heads=site.heads)
     ways: dict[str, Prepare] = {
-        OURS: _way(lambda: ours, given, grad),
-        COMPILED: _way(lambda: _compiled_definition(reference), given, grad),
+        OURS: timed_way(lambda: ours, given, grad),
+        COMPILED: timed_way(lambda: _compiled_definition(reference), given, grad),
     }
     for word, attend in _attentions(inputs.device).items():
         ways[word] = functools.partial(_over_sequences, attend, site.heads, given, grad)
@@ -453,8 +483,50 @@ def frame_case(site: Site, inputs: Inputs, *, backward: bool = False) -> Case:
     )
 
 
-def block_case(site: Site, inputs: Inputs) -> Case:
-    """A temporal layer with a motion embedding; the usual way adds it before the projections."""
+@dataclass(frozen=True)
+class Layer:
+    """A temporal layer: its input, and what the operators are told by name.
+
+    `banks` are the projected motion embeddings, none for a layer without.
+    """
+
+    x: Tensor
+    weights: Mapping[str, Tensor]
+    heads: int
+    position: Tensor
+    slots: Tensor
+    banks: Mapping[str, Tensor]
+
+    @property
+    def motion(self) -> dict[str, Tensor]:
+        """What says whose motion is added."""
+        return {"motion_slot": self.slots, **self.banks} if self.banks else {}
+
+    def separately(self, x: Tensor) -> Tensor:
+        """The separate operators, as the engine runs them where one kernel does not pay."""
+        weights = self.weights
+        normed = F.layer_norm(x, x.shape[-1:], weights["norm_weight"], weights["norm_bias"])
+        normed = normed + self.position[:, None]
+        query, key, value = (
+            F.linear(normed, weights[f"{name}_weight"]) for name in ("query", "key", "value")
+        )
+        out = frame_attention(query, key, value, heads=self.heads, **self.motion)
+        y: Tensor = x + F.linear(out, weights["out_weight"], weights["out_bias"])
+        return y
+
+    def by_kernel(self, x: Tensor) -> Tensor:
+        """The kernel itself, whatever the operator would choose."""
+        y = torch.empty_like(x)
+        motion = {"motion_slot": None, "motion_scale": None, **dict.fromkeys(_BANKS)} | self.motion
+        weights = [self.weights[name] for name in _WEIGHTS]
+        launch_block(x, *weights, self.position, *motion.values(), self.heads, _EPS, y)
+        return y
+
+
+def make_layer(
+    site: Site, inputs: Inputs, *, motion: bool
+) -> tuple[Layer, tuple[Tensor, Tensor] | None]:
+    """A random layer, and its motion embedding before projection, of frames and of positions."""
     randn = inputs.start()
     rows, frames, tokens, width = site.rows, site.frames, site.tokens, site.width
     x = randn(rows, frames, tokens, width)
@@ -463,58 +535,79 @@ def block_case(site: Site, inputs: Inputs) -> Case:
     position = randn(frames, width)
     of_frame, of_token = randn(frames, width), randn(frames, tokens, width)
 
-    def bank(motion: Tensor, matrix: Tensor) -> Tensor:
-        projected = (motion.float() @ matrix.float().T).to(x.dtype)
+    def bank(embedding: Tensor, matrix: Tensor) -> Tensor:
+        projected = (embedding.float() @ matrix.float().T).to(x.dtype)
         return torch.stack([torch.zeros_like(projected), projected])
 
-    banks: dict[str, Any] = {
-        "query_bank": bank(of_frame, matrices[0]),
-        "key_bank": bank(of_frame, matrices[1]),
-        "value_bank": bank(of_token, matrices[2]),
+    embeddings = (of_frame, of_frame, of_token) if motion else ()
+    banks = {
+        name: bank(embedding, matrix)
+        for name, embedding, matrix in zip(_BANKS, embeddings, matrices, strict=False)
     }
-    weights: dict[str, Any] = dict(
-        zip(_WEIGHTS, (norm, bias, *matrices, 0.1 * randn(width)), strict=True)
-    )
-    settings: dict[str, Any] = {
-        "heads": site.heads,
-        "position": position,
-        "motion_slot": torch.ones(rows, dtype=torch.int64, device=inputs.device),
-    }
-    ours = functools.partial(temporal_block, **weights, **settings, **banks)
+    values = (norm, bias, *matrices, 0.1 * randn(width))
+    weights = dict(zip(_WEIGHTS, values, strict=True))
+    slots = torch.ones(rows, dtype=torch.int64, device=inputs.device)
+    embedding = (of_frame, of_token) if motion else None
+    return Layer(x, weights, site.heads, position, slots, banks), embedding
 
-    def reference(x: Tensor, banks: Mapping[str, Any] = banks) -> Tensor:
+
+def block_case(site: Site, inputs: Inputs) -> Case:
+    """A temporal layer with a motion embedding; the usual way adds it before the projections."""
+    layer, embedding = make_layer(site, inputs, motion=True)
+    return layer_case(site, inputs.element, layer, embedding)
+
+
+def layer_case(
+    site: Site, element: str, layer: Layer, embedding: tuple[Tensor, Tensor] | None
+) -> Case:
+    """What else computes `layer`, and what it is in float64."""
+    x, weights = layer.x, layer.weights
+    rows, frames, tokens, width = x.shape
+    asked: dict[str, Any] = {"heads": site.heads, "position": layer.position}
+    given: dict[str, Any] = {**weights, **asked, **layer.motion}
+    ours = functools.partial(temporal_block, **given)
+
+    def reference(x: Tensor, motion: Mapping[str, Any] = layer.motion) -> Tensor:
         wide: dict[str, Any] = {name: tensor.to(x.dtype) for name, tensor in weights.items()}
-        return temporal_block_reference(x, **wide, **settings, **banks)
+        return temporal_block_reference(x, **wide, **asked, **motion)
 
     def usual(x: Tensor) -> Tensor:
-        normed = F.layer_norm(x, (width,), norm, bias) + position[:, None]
+        normed = F.layer_norm(x, (width,), weights["norm_weight"], weights["norm_bias"])
+        normed = normed + layer.position[:, None]
         sequences = normed.permute(0, 2, 1, 3).flatten(0, 1)  # [rows * tokens, frames, width]
-        moved = sequences + of_frame
-        of_value = sequences.unflatten(0, (rows, tokens)) + of_token.transpose(0, 1)
-        parts = (moved, moved, of_value.flatten(0, 1))
+        of_value = sequences
+        if embedding is not None:
+            of_frame, of_token = embedding
+            of_value = sequences.unflatten(0, (rows, tokens)) + of_token.transpose(0, 1)
+            sequences, of_value = sequences + of_frame, of_value.flatten(0, 1)
+        parts = {"query": sequences, "key": sequences, "value": of_value}
         q, k, v = (
-            F.linear(part, matrix).unflatten(-1, (site.heads, -1)).transpose(1, 2)
-            for part, matrix in zip(parts, matrices[:3], strict=True)
+            F.linear(part, weights[f"{name}_weight"])
+            .unflatten(-1, (site.heads, -1))
+            .transpose(1, 2)
+            for name, part in parts.items()
         )
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out = F.linear(out, matrices[3], weights["out_bias"]).unflatten(0, (rows, tokens))
-        y: Tensor = x + out.permute(0, 2, 1, 3)
+        out = F.linear(out, weights["out_weight"], weights["out_bias"])
+        y: Tensor = x + out.unflatten(0, (rows, tokens)).permute(0, 2, 1, 3)
         return y
 
     def exact() -> Outputs:
-        some = {k: v[:, :, :_CHECKED] if v.ndim == 4 else v for k, v in banks.items()}
-        return (reference(x[:, :, :_CHECKED].double(), {k: v.double() for k, v in some.items()}),)
+        some = {k: v[:, :, :_CHECKED] if v.ndim == 4 else v for k, v in layer.motion.items()}
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in some.items()}
+        return (reference(x[:, :, :_CHECKED].double(), wide),)
 
     return Case(
         "temporal_block",
         site.name,
-        inputs.element,
+        element,
         block_cost(rows, frames, tokens, site.heads, site.d, x.element_size()),
         {
-            OURS: _way(lambda: ours, (x,)),
-            USUAL: _way(lambda: usual, (x,)),
-            COMPILED: _way(lambda: _compiled_definition(reference), (x,)),
-            COMPILED_USUAL: _way(lambda: _compiled(usual), (x,)),
+            OURS: timed_way(lambda: ours, (x,)),
+            SEPARATE: timed_way(lambda: layer.separately, (x,)),
+            USUAL: timed_way(lambda: usual, (x,)),
+            COMPILED: timed_way(lambda: _compiled_definition(reference), (x,)),
+            COMPILED_USUAL: timed_way(lambda: _compiled(usual), (x,)),
         },
         lambda outputs: tuple(tensor[:, :, :_CHECKED] for tensor in outputs),
         exact,
@@ -550,8 +643,9 @@ def feature_case(tap: Site, kind: str, inputs: Inputs, *, backward: bool = False
         # A product is quicker than to weight and add up, and reads what changes once.
         return weights.to(y.dtype) @ y if kind == "region" else y
 
-    with torch.no_grad():
-        grad = randn(*ours(x).shape) if backward else None
+    places = 1 if kind == "region" else tap.tokens
+    results = count if asked else tap.width
+    grad = randn(tap.rows, tap.frames, places, results) if backward else None
     chosen = {"chosen": count} if kind == "channels" else {}
     if kind == "projection":
         chosen = {"projected": count}
@@ -561,10 +655,10 @@ def feature_case(tap: Site, kind: str, inputs: Inputs, *, backward: bool = False
     if grad is not None:  # the gradient is read, and that of every channel written
         cost = replace(cost, bytes=x.element_size() * (x.numel() + grad.numel()))
     ways = {
-        OURS: _way(lambda: ours, (x,), grad),
-        USUAL: _way(lambda: usual, (x,), grad),
-        COMPILED: _way(lambda: _compiled_definition(reference), (x,), grad),
-        COMPILED_USUAL: _way(lambda: _compiled(usual), (x,), grad),
+        OURS: timed_way(lambda: ours, (x,), grad),
+        USUAL: timed_way(lambda: usual, (x,), grad),
+        COMPILED: timed_way(lambda: _compiled_definition(reference), (x,), grad),
+        COMPILED_USUAL: timed_way(lambda: _compiled(usual), (x,), grad),
     }
     return Case(
         "motion_feature",
@@ -605,9 +699,9 @@ def step_case(name: str, latents: tuple[int, ...], inputs: Inputs) -> Case:
             output_itemsize=conditional.element_size(),
         ),
         {
-            OURS: _way(lambda: guided_step, given),
-            USUAL: _way(lambda: usual, given),
-            COMPILED: _way(lambda: _compiled_definition(guided_step_reference), given),
+            OURS: timed_way(lambda: guided_step, given),
+            USUAL: timed_way(lambda: usual, given),
+            COMPILED: timed_way(lambda: _compiled_definition(guided_step_reference), given),
         },
         lambda outputs: outputs,
         _exact(guided_step_reference, given, None, (slice(None),)),
@@ -679,7 +773,7 @@ def _over_sequences(
 
         return call
 
-    gradients = _way(lambda: forward, tuple(sequences), grad)()
+    gradients = timed_way(lambda: forward, tuple(sequences), grad)()
 
     def back() -> Outputs:
         found = [g.unflatten(0, (rows, tokens)).permute(0, 2, 1, 3) for g in gradients()]
@@ -689,7 +783,7 @@ def _over_sequences(
     return back
 
 
-def _way(make: Callable[[], Function], given: Outputs, grad: Tensor | None = None) -> Prepare:
+def timed_way(make: Callable[[], Function], given: Outputs, grad: Tensor | None = None) -> Prepare:
     """What prepares a function's call on `given`, or with `grad` the call of its gradient."""
 
     def prepare() -> Call:
@@ -715,7 +809,7 @@ def _exact(
 
     def exact() -> Outputs:
         some = tuple(tensor[part].double() for tensor in given)
-        return _way(lambda: reference, some, None if grad is None else grad[part].double())()()
+        return timed_way(lambda: reference, some, None if grad is None else grad[part].double())()()
 
     return exact
 
@@ -747,17 +841,26 @@ def errors(case: Case, outputs: Outputs, exact: Outputs) -> list[float]:
 class Gate:
     """Whether results are right: at most twice as far from float64 as the usual way (gradients 3).
 
+    That is asked of a part. All of a result must agree with the usual way's, whose own error there
+    is not known: it may differ by what the two may err together in the part, times how much larger
+    the values are elsewhere, times `_EXTREME`.
+
     Raises:
         WorkError: the usual way is itself far from float64, so that nothing could be judged by it.
     """
 
     def __init__(self, case: Case, usual: Outputs) -> None:
-        self.case, self.exact = case, case.exact()
+        self.case, self.usual, self.exact = case, usual, case.exact()
+        largest = [_largest(wanted) for wanted in self.exact]
         units = [
-            torch.finfo(got.dtype).eps * wanted.abs().max().item()
-            for got, wanted in zip(case.part(usual), self.exact, strict=True)
+            torch.finfo(whole.dtype).eps * value
+            for whole, value in zip(usual, largest, strict=True)
         ]
         found = errors(case, usual, self.exact)
+        if not all(math.isfinite(_largest(whole)) for whole in usual):
+            raise WorkError(
+                f"{case.name}: the usual way's result must be finite, got one that is not"
+            )
         if any(error > _SANE * unit for error, unit in zip(found, units, strict=True)):
             raise WorkError(
                 f"{case.name}: the usual way must err at most {_SANE} units in the last place, "
@@ -765,6 +868,10 @@ class Gate:
             )
         slack = SLACK[case.backward]
         self.allowed = [slack * e + u for e, u in zip(found, units, strict=True)]
+        self.allowed_to_differ = [
+            _EXTREME * max(1.0, _largest(whole) / value if value else 1.0) * (e + allowed)
+            for whole, value, e, allowed in zip(usual, largest, found, self.allowed, strict=True)
+        ]
 
     def complaint(self, outputs: Outputs) -> str:
         """What is wrong with `outputs`; empty if nothing is."""
@@ -773,7 +880,19 @@ class Gate:
         ):
             if error > allowed:
                 return f"wrong: errs {error:.3g}, allowed {allowed:.3g}"
+        for got, usual, allowed in zip(outputs, self.usual, self.allowed_to_differ, strict=True):
+            if got.shape != usual.shape:
+                return f"wrong: is {list(got.shape)}, must be {list(usual.shape)}"
+            differs = _largest(got.double() - usual)
+            if differs > allowed:
+                return f"wrong: differs from the usual way by {differs:.3g}, allowed {allowed:.3g}"
         return ""
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest magnitude; infinite where a value is not finite."""
+    value = tensor.abs().max().item()
+    return value if math.isfinite(value) else math.inf
 
 
 def run_case(
@@ -781,33 +900,27 @@ def run_case(
 ) -> list[Line]:
     """Prepare all contestants, compare them with float64, and time those that are right.
 
-    Raises:
-        WorkError: ours, or the usual way, is wrong.
+    Where ours, or the usual way, is wrong or does not run there is one line, which says so.
     """
     empty = functools.partial(Line, case.operator, case.shape, case.element)
-    usual, of_usual = machine.prepare(case.ways[USUAL])
-    gate = Gate(case, of_usual)
-    runs: dict[str, Callable[[], object]] = {USUAL: usual}
-    runs[OURS], outputs = machine.prepare(case.ways[OURS])
-    if complaint := gate.complaint(outputs):
-        raise WorkError(f"{case.name}: ours must be right before it is timed, it is {complaint}")
-    skipped: dict[str, str] = {}
-    for name, way in case.ways.items():
-        if name in runs:
-            continue
+    try:
+        usual, outputs = machine.prepare(case.ways[USUAL])
+        gate = Gate(case, outputs)
+    except Exception as error:  # the table of all cases must not stop at one
+        return [empty(USUAL, failed=_in_short(error))]
+    runs: dict[str, Run] = {USUAL: usual}
+    refused: dict[str, str] = {}
+    for name, way in {OURS: case.ways[OURS], **case.ways}.items():
         if name in COMPILED_ONES and uncompiled:
-            skipped[name] = uncompiled
-            continue
-        try:
-            run, outputs = _try(machine, way)
-        except RuntimeError as error:  # as all of PyTorch's back ends and compilers say no
-            skipped[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            continue
-        if complaint := gate.complaint(outputs):
-            skipped[name] = complaint
-        else:
-            runs[name] = run
-    times = machine.time({name: runs[name] for name in case.ways if name in runs}, seconds)
+            refused[name] = uncompiled
+        elif name != USUAL:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they say at length what an error says in short
+                runs[name], refused[name] = _try(machine, way, gate)
+        if refused.get(OURS):
+            return [empty(OURS, failed=refused[OURS])]
+    skipped = {name: why for name, why in refused.items() if why}
+    times = machine.time({name: runs[name] for name in case.ways if name not in skipped}, seconds)
     ours = float(np.median(times[OURS]))
     lines = []
     for name in case.ways:
@@ -829,29 +942,54 @@ def run_case(
     return lines
 
 
-def _try(machine: Machine, way: Prepare) -> tuple[Callable[[], object], Outputs]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they say at length what the error then says in short
-        return machine.prepare(way)
+def _try(machine: Machine, way: Prepare, gate: Gate) -> tuple[Run, str]:
+    """What is timed, and why it must not be; nothing and empty words where there is none."""
+    try:
+        run, outputs = machine.prepare(way)
+        return run, gate.complaint(outputs)
+    except Exception as error:  # back ends, compilers and launchers say no as they like
+        return _nothing, _in_short(error)
+
+
+def _nothing() -> None:
+    """What stands for a call that could not be prepared, and is never timed."""
+
+
+def _in_short(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def figures_of(lines: Sequence[Line]) -> dict[str, Figure]:
-    """The figures of one case. A ratio is the time of the other over ours: above 1, ours is faster.
+    """The figures of one case; none of one that failed.
 
-    Its interval is a bootstrap over the rounds, in which the two were timed in turn.
+    A ratio is the time of the other over ours: above 1, ours is faster. Its interval is a
+    bootstrap over the rounds, in which the two were timed in turn. The compiled one is the faster
+    of the definition and the usual way: the definition computes in float32, at which a bar falls
+    by itself.
     """
+    if any(line.failed for line in lines):
+        return {}
     timed = {line.contestant: line for line in lines if line.seconds is not None}
     ours = timed.pop(OURS)
     stem = f"kernels.{ours.operator}.{ours.shape}.{ours.element}"
-    best = min(timed.values(), key=lambda line: line.times_ours)
+    separate = timed.pop(SEPARATE, None)
+    best = min(timed.values(), key=_by_time)
     rivals = {"best": best, "usual": timed[USUAL]}
-    if COMPILED in timed:
-        rivals["compiled"] = timed[COMPILED]
+    compiled = [timed[name] for name in (COMPILED, COMPILED_USUAL) if name in timed]
+    if compiled:
+        rivals["compiled"] = min(compiled, key=_by_time)
+    if separate is not None:
+        rivals["separate"] = separate
     n = len(ours.rounds)
     figures = {f"{stem}.ratio_to_{word}": _ratio(line, ours) for word, line in rivals.items()}
     figures[f"{stem}.share_of_roof"] = Figure(ours.share_of_roof, n=n)
     figures[f"{stem}.useful_tflops"] = Figure(ours.useful_tflops, n=n, unit="TFLOP/s")
     return figures
+
+
+def _by_time(line: Line) -> float:
+    return line.times_ours
 
 
 def _ratio(other: Line, ours: Line) -> Figure:
@@ -871,7 +1009,8 @@ def render(lines: Sequence[Line]) -> str:
     for line in lines:
         words = [line.operator, line.shape, line.element, line.contestant]
         if line.seconds is None:
-            words += ["skipped: " + line.skipped.replace("|", "/"), *[""] * 6]
+            why = f"failed: {line.failed}" if line.failed else f"skipped: {line.skipped}"
+            words += [why.replace("|", "/"), *[""] * 6]
         else:
             taken = (line.seconds.p20, line.seconds.p50, line.seconds.p80)
             words += [f"{1e6 * seconds:.1f}" for seconds in taken]
@@ -883,6 +1022,12 @@ def render(lines: Sequence[Line]) -> str:
 
 def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
     """Time every case of this device, and write the lines where they are wanted."""
+    gpu = options.device.startswith("cuda")
+    with torch.cuda.device(options.device) if gpu else contextlib.nullcontext():
+        return _measure(options, progress)
+
+
+def _measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
     machine = Machine(options.device)
     plans = plan(options.device, quick=options.quick, seed=options.seed)
     elements = sorted({p.element for p in plans})
@@ -891,21 +1036,15 @@ def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
     for element in elements:
         rate = Figure(roof.flops_per_second[element] / 1e12, unit="TFLOP/s")
         figures[f"kernels.roof.{element}"] = rate
+    kind = "cuda" if options.device.startswith("cuda") else "cpu"
+    seconds = _SECONDS["quick" if options.quick else kind]
+    cases = _run_all(progress.track(plans, "kernels"), machine, roof, seconds)
     lines: list[Line] = []
-    for one in progress.track(plans, "kernels"):
-        torch.compiler.reset()  # else its limit of shapes a function sends the next one to eager
-        found = run_case(
-            one.build(),
-            machine,
-            roof,
-            seconds=0.8 if options.quick else 4.0,
-            uncompiled=one.uncompiled,
-        )
+    for found in _follow(cases, options.out):
         lines += found
         figures |= figures_of(found)
-        gc.collect()
-        if options.device.startswith("cuda"):
-            torch.cuda.empty_cache()
+    failed = [line for line in lines if line.failed]
+    figures["kernels.failed"] = Figure(len(failed), n=len(plans))
     speedup = f"kernels.frame_attention.{SPEEDUP.name}.fp32.ratio_to_usual"
     if speedup in figures:
         figures["kernels.frame_attention.cpu_speedup"] = figures[speedup]
@@ -915,11 +1054,42 @@ def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
     return figures
 
 
-def _write(folder: Path, lines: Sequence[Line]) -> None:
+def _run_all(
+    plans: Iterable[Plan], machine: Machine, roof: Roof, seconds: float
+) -> Iterator[list[Line]]:
+    for one in plans:
+        torch.compiler.reset()  # else its limit of shapes a function sends the next one to eager
+        yield run_case(one.build(), machine, roof, seconds=seconds, uncompiled=one.uncompiled)
+        gc.collect()
+        if machine.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def _follow(cases: Iterable[list[Line]], folder: Path | None) -> Iterator[list[Line]]:
+    """The cases; the lines of each are in `kernels.jsonl` as soon as they are known."""
+    if folder is None:
+        yield from cases
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: must be a folder, got: {error}") from error
+    path = folder / "kernels.jsonl"
+    _put(path, "w", "")
+    for lines in cases:
+        _put(path, "a", "".join(json.dumps(asdict(line)) + "\n" for line in lines))
+        yield lines
+
+
+def _put(path: Path, mode: str, text: str) -> None:
+    try:
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise OutputError(f"{path}: must be writable, got: {error}") from error
+
+
+def _write(folder: Path, lines: Sequence[Line]) -> None:
     rows = [asdict(line) for line in lines]
     write_text(folder / "kernels.json", json.dumps(rows, indent=1) + "\n", "bench kernels")
     write_text(folder / "kernels.md", render(lines), "bench kernels")

@@ -6,6 +6,10 @@ it has now. An entry of the launch file (operator and key) is judged by all case
 in float32 where types share an entry, and its score is the geometric mean of its times over those
 of the settings that it would replace. What a GPU takes that is not in the file, and has not been
 tuned, `kinetiq.kernels._launch` says.
+
+Where a whole temporal layer in one kernel beats the separate operators is measured likewise, after
+the settings of all of them: "temporal_block_wins" in the launch file says from how many positions
+on it does.
 """
 
 import functools
@@ -13,21 +17,37 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from kinetiq.bench.harness import Progress
-from kinetiq.bench.kernels import OURS, USUAL, Gate, Inputs, Machine, Outputs, Prepare, builders
+from kinetiq.bench.kernels import (
+    OURS,
+    SEPARATE,
+    SITES,
+    USUAL,
+    Gate,
+    Inputs,
+    Machine,
+    Outputs,
+    Prepare,
+    Run,
+    Site,
+    builders,
+    has_block,
+    layer_case,
+    make_layer,
+    timed_way,
+)
 from kinetiq.errors import InputError, MissingDependencyError, RequestError, WorkError
 from kinetiq.files import check_target, write_text
 from kinetiq.kernels._launch import LAUNCH_FILE, Table, architecture, choosing, read_table
 
 Settings = dict[str, int]
 Entry = tuple[str, str]  # operator and key of the launch file
-Run = Callable[[], object]
 Timer = Callable[[Mapping[str, Run]], Mapping[str, Sequence[float]]]
 _ATTENTION = {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)}
 _GRADIENT = {"BLOCK_M": (32, 64), "BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
@@ -65,6 +85,8 @@ OPERATORS = (
     "query_attention",
     "temporal_block",
 )
+WINS = "temporal_block_wins"
+_CLIP_ROWS = (1, 2, 4, 8, 16)  # halves of guidance of up to eight clips
 _WORTH = 0.98  # of the present time; less of a gain may be noise
 
 
@@ -195,7 +217,7 @@ def workloads_of(machine: Machine, operator: str, seed: int = 0) -> list[Workloa
     found = []
     for element in ("bf16", "fp32"):
         inputs = Inputs(machine.device, element, seed)
-        for build in builders(inputs)[operator]:
+        for build in itertools.chain.from_iterable(builders(inputs)[operator].values()):
             case = build()
             gate = Gate(case, machine.prepare(case.ways[USUAL])[1])
             found.append(
@@ -244,9 +266,97 @@ def tune(
     with torch.cuda.device(device):
         machine, name = Machine(device), architecture()
         timer = functools.partial(machine.time, seconds=0.3)
+        found: dict[Entry, Settings] = {}
         for operator in operators or OPERATORS:
             workloads = workloads_of(machine, operator, seed)
-            yield from improve(workloads, timer, path, name, progress)
+            for outcome in improve(workloads, timer, path, name, progress):
+                found[outcome.entry] = outcome.best
+                yield outcome
+            if operator == "temporal_block":
+                yield from compare_blocks(machine, timer, path, name, found, seed, progress)
+
+
+def compare_blocks(
+    machine: Machine,
+    timer: Timer,
+    path: Path,
+    name: str,
+    found: Mapping[Entry, Settings],
+    seed: int,
+    progress: Progress,
+) -> Iterator[Outcome]:
+    """Measure from how many positions on the kernel of a temporal layer pays; keep it in the file.
+
+    Args:
+        machine: where.
+        timer: takes the times of "kernel" and "separate".
+        path: launch file to change.
+        name: architecture that it is for.
+        found: settings that were found a moment ago, and are not what the package has read.
+        seed: of the inputs.
+        progress: shows how far it is.
+
+    Yields:
+        An entry for each type and each kind of site; its settings are POSITIONS, and a trial's
+        score is the kernel's time over that of the separate operators.
+    """
+    sites: dict[tuple[int, int, int], list[Site]] = {}
+    for site in filter(has_block, SITES):
+        sites.setdefault((site.frames, site.heads, site.d), []).append(site)
+    asked = [(kind, element) for kind in sites for element in ("bf16", "fp16")]
+    for kind, element in progress.track(asked, "tune temporal_block_wins"):
+        frames, heads, d = kind
+        entry = (WINS, f"frames{frames}_heads{heads}_d{d}_{element}")
+        inputs = Inputs(machine.device, element, seed)
+        trials = tuple(
+            compare_block(replace(site, rows=rows), inputs, machine, timer, found)
+            for site in sites[kind]
+            for rows in _CLIP_ROWS
+        )
+        least = least_winning(trials)
+        table = load_table(path)
+        before = table[WINS].get(name, {}).get(entry[1])
+        best = {"POSITIONS": least}
+        if before != best:  # that it never wins is written too: then it was measured
+            write_table(path, with_entry(table, entry, name, best))
+        scores = [t.score for t in trials if t.score and t.settings["POSITIONS"] == least]
+        yield Outcome(entry, before or {"POSITIONS": 0}, best, max(scores, default=1.0), trials)
+
+
+def compare_block(
+    site: Site, inputs: Inputs, machine: Machine, timer: Timer, found: Mapping[Entry, Settings]
+) -> Trial:
+    """The kernel itself against the separate operators, on a layer as the engine gives it one."""
+    positions = {"POSITIONS": site.rows * site.tokens}
+    layer, embedding = make_layer(site, inputs, motion=False)
+    case = layer_case(site, inputs.element, layer, embedding)
+    gate = Gate(case, machine.prepare(case.ways[USUAL])[1])
+
+    def choose(operator: str, key: str, present: Settings) -> Settings:
+        return dict(found.get((operator, key), present))
+
+    with choosing(choose):
+        try:
+            kernel, outputs = machine.prepare(timed_way(lambda: layer.by_kernel, (layer.x,)))
+        except _refusals() as error:
+            words = str(error).strip().splitlines() or [""]
+            return Trial(positions, rejected=f"{case.name}: {type(error).__name__}: {words[0]}")
+        if complaint := gate.complaint(outputs):
+            return Trial(positions, rejected=f"{case.name}: {complaint}")
+        separate = machine.prepare(case.ways[SEPARATE])[0]
+        times = timer({"separate": separate, "kernel": kernel})
+    ratio = float(np.median(times["kernel"]) / np.median(times["separate"]))
+    return Trial(positions, score=ratio)
+
+
+def least_winning(trials: Sequence[Trial]) -> int:
+    """The least number of positions from which on the kernel won wherever it was tried; 0: none."""
+    least = 0
+    for trial in sorted(trials, key=lambda t: t.settings["POSITIONS"], reverse=True):
+        if trial.score is None or trial.score >= _WORTH:
+            break
+        least = trial.settings["POSITIONS"]
+    return least
 
 
 def improve(

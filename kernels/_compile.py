@@ -62,6 +62,8 @@ _REGISTERS = 65536  # of one multiprocessor, on every target here
 _RESERVED_SHARED = 1024  # that the system takes of each block
 _MATRIX = re.compile(r"\b(HGMMA|QGMMA|HMMA|QMMA|IMMA|DMMA|UTC[A-Z]*MMA)\b")
 _MFMA = re.compile(r"\bv_s?mfma\w*")
+# A product in the layout of ordinary loads has been given to no matrix unit.
+_ORDINARY_DOT = re.compile(r"\btt\.dot\b.*-> tensor<[^>]*#blocked\d*>")
 _PROGRAM = "from kinetiq.kernels import _compile; _compile.main()"
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
@@ -113,6 +115,8 @@ class Account:
         occupancy: share of the warps that a multiprocessor can hold, by registers, shared memory
             and block count; None where not known.
         dots: matrix products that the kernel's source asks for.
+        ordinary_dots: matrix products that the compiler left to the ordinary units; one in a loop
+            may count several times.
         matrix_instructions: name → how many there are in the machine code.
         padded_work: as the case says.
         seconds: that compiling took.
@@ -128,14 +132,20 @@ class Account:
     grid: tuple[int, ...] = ()
     occupancy: float | None = None
     dots: int = 0
+    ordinary_dots: int = 0
     matrix_instructions: dict[str, int] | None = None
     padded_work: float = 1.0
     seconds: float = 0.0
 
     @property
     def misses_matrix_units(self) -> bool:
-        """Whether a matrix product was left to the ordinary units."""
-        return not self.error and self.dots > 0 and not self.matrix_instructions
+        """Whether any matrix product was left to the ordinary units.
+
+        Products of float32 belong there: no matrix unit has its precision.
+        """
+        if self.error or self.request.element == "fp32":
+            return False
+        return self.ordinary_dots > 0 or (self.dots > 0 and not self.matrix_instructions)
 
 
 def find_cases() -> tuple[CompileCase, ...]:
@@ -298,8 +308,14 @@ def _describe(account: Account, compiled: Any, text: str) -> Account:
         warps=warps,
         occupancy=theoretical_occupancy(target, registers, shared, warps),
         dots=len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"])),
+        ordinary_dots=count_ordinary_dots(compiled.asm["ttgir"]),
         matrix_instructions={name: names.count(name) for name in sorted(set(names))},
     )
+
+
+def count_ordinary_dots(intermediate: str) -> int:
+    """Matrix products that no matrix unit does, in Triton's intermediate code for a GPU."""
+    return len(_ORDINARY_DOT.findall(intermediate))
 
 
 def theoretical_occupancy(target: str, registers: int, shared: int, warps: int) -> float | None:

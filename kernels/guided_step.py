@@ -17,6 +17,7 @@ are in `kinetiq.sampler`.
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -237,7 +238,10 @@ def _guided_step_backward_kernel(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients of the tensors, and this piece's part of those of scale, a, b, c, s, p and q."""
+    """Gradients of the tensors, and this piece's part of those of scale, a, b, c, s, p and q.
+
+    One whose pointer is None is not computed.
+    """
     program = tl.program_id(0).to(tl.int64)
     clip = program // blocks
     element = (program % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
@@ -248,26 +252,32 @@ def _guided_step_backward_kernel(
     clean = _piece(d_clean_ptr, d_clean_clip, clip, element, inside, WIDE)
     output = b * following + q * clean
     place = clip * elements + element
-    _put(d_sample_ptr, place, a * following + p * clean, inside)
-    _put(d_conditional_ptr, place, scale * output, inside)
-    _put(d_unconditional_ptr, place, output - scale * output, inside)
-    _put(d_former_ptr, place, c * following, inside)
-    _put(d_noise_ptr, place, s * following, inside)
+    if d_sample_ptr is not None:
+        _put(d_sample_ptr, place, a * following + p * clean, inside)
+    if d_conditional_ptr is not None:
+        _put(d_conditional_ptr, place, scale * output, inside)
+    if d_unconditional_ptr is not None:
+        _put(d_unconditional_ptr, place, output - scale * output, inside)
+    if d_former_ptr is not None:
+        _put(d_former_ptr, place, c * following, inside)
+    if d_noise_ptr is not None:
+        _put(d_noise_ptr, place, s * following, inside)
 
-    x = _piece(sample_ptr, x_clip, clip, element, inside, WIDE)
-    wanted = _piece(conditional_ptr, conditional_clip, clip, element, inside, WIDE)
-    other = _piece(unconditional_ptr, unconditional_clip, clip, element, inside, WIDE)
-    former = _piece(former_ptr, former_clip, clip, element, inside, WIDE)
-    noise = _piece(noise_ptr, noise_clip, clip, element, inside, WIDE)
-    mixed = other + scale * (wanted - other)
-    sums = sums_ptr + program * 7
-    tl.store(sums + 0, tl.sum(output * (wanted - other)))
-    tl.store(sums + 1, tl.sum(following * x))
-    tl.store(sums + 2, tl.sum(following * mixed))
-    tl.store(sums + 3, tl.sum(following * former))
-    tl.store(sums + 4, tl.sum(following * noise))
-    tl.store(sums + 5, tl.sum(clean * x))
-    tl.store(sums + 6, tl.sum(clean * mixed))
+    if sums_ptr is not None:
+        x = _piece(sample_ptr, x_clip, clip, element, inside, WIDE)
+        wanted = _piece(conditional_ptr, conditional_clip, clip, element, inside, WIDE)
+        other = _piece(unconditional_ptr, unconditional_clip, clip, element, inside, WIDE)
+        former = _piece(former_ptr, former_clip, clip, element, inside, WIDE)
+        noise = _piece(noise_ptr, noise_clip, clip, element, inside, WIDE)
+        mixed = other + scale * (wanted - other)
+        sums = sums_ptr + program * 7
+        tl.store(sums + 0, tl.sum(output * (wanted - other)))
+        tl.store(sums + 1, tl.sum(following * x))
+        tl.store(sums + 2, tl.sum(following * mixed))
+        tl.store(sums + 3, tl.sum(following * former))
+        tl.store(sums + 4, tl.sum(following * noise))
+        tl.store(sums + 5, tl.sum(clean * x))
+        tl.store(sums + 6, tl.sum(clean * mixed))
 
 
 def _launch_forward(
@@ -278,20 +288,21 @@ def _launch_forward(
     if sample.numel() == 0:
         return
     clips, elements = len(sample), sample[0].numel()
-    chosen = settings("guided_step", "forward")
-    blocks = triton.cdiv(elements, chosen["BLOCK"])
     rows = [_by_clip(tensor) for tensor in tensors]
-    _guided_step_kernel[(clips * blocks,)](
-        *rows,
-        scale.contiguous(),
-        coefficients.contiguous(),
-        elements,
-        blocks,
-        *(row.stride(0) for row in rows),
-        *results,
-        WIDE=_wide(sample),
-        **chosen,
-    )
+    with torch.cuda.device_of(sample):  # which Triton launches on is the current device
+        chosen = settings("guided_step", "forward")
+        blocks = triton.cdiv(elements, chosen["BLOCK"])
+        _guided_step_kernel[(clips * blocks,)](
+            *rows,
+            scale.contiguous(),
+            coefficients.contiguous(),
+            elements,
+            blocks,
+            *(row.stride(0) for row in rows),
+            *results,
+            WIDE=_wide(sample),
+            **chosen,
+        )
 
 
 def _launch_backward(
@@ -299,38 +310,42 @@ def _launch_backward(
     scale: Tensor,
     coefficients: Tensor,
     grads: tuple[Tensor, Tensor],
-    results: tuple[Tensor, ...],
-) -> Tensor:
-    """Fill `results`, contiguous gradients of `tensors`.
+    results: tuple[Tensor | None, ...],
+    numbers_needed: bool,
+) -> Tensor | None:
+    """Fill `results`, contiguous gradients of `tensors`; one that is None is not computed.
 
     Returns:
-        [clips, 7], gradients of the scale and of the coefficients, float32 or wider.
+        [clips, 7], gradients of the scale and of the coefficients, float32 or wider; None where
+        `numbers_needed` is not set.
     """
     sample = tensors[0]
     wide = torch.promote_types(sample.dtype, torch.float32)
     clips = len(sample)
+    empty = functools.partial(torch.empty, dtype=wide, device=sample.device)
     if sample.numel() == 0:
-        return torch.zeros(clips, 7, dtype=wide, device=sample.device)
+        return empty(clips, 7).zero_() if numbers_needed else None
     elements = sample[0].numel()
-    chosen = settings("guided_step", "backward")
-    blocks = triton.cdiv(elements, chosen["BLOCK"])
-    sums = torch.empty(clips, blocks, 7, dtype=wide, device=sample.device)
     rows = [_by_clip(tensor) for tensor in tensors]
     grad_rows = [_by_clip(grad) for grad in grads]
-    _guided_step_backward_kernel[(clips * blocks,)](
-        *rows,
-        scale.contiguous(),
-        coefficients.contiguous(),
-        *grad_rows,
-        elements,
-        blocks,
-        *(row.stride(0) for row in (*rows, *grad_rows)),
-        *results,
-        sums,
-        WIDE=_wide(sample),
-        **chosen,
-    )
-    return sums.sum(1)
+    with torch.cuda.device_of(sample):
+        chosen = settings("guided_step", "backward")
+        blocks = triton.cdiv(elements, chosen["BLOCK"])
+        sums = empty(clips, blocks, 7) if numbers_needed else None
+        _guided_step_backward_kernel[(clips * blocks,)](
+            *rows,
+            scale.contiguous(),
+            coefficients.contiguous(),
+            *grad_rows,
+            elements,
+            blocks,
+            *(row.stride(0) for row in (*rows, *grad_rows)),
+            *results,
+            sums,
+            WIDE=_wide(sample),
+            **chosen,
+        )
+    return None if sums is None else sums.sum(1)
 
 
 def _by_clip(tensor: Tensor) -> Tensor:
@@ -394,12 +409,31 @@ def _guided_step_backward(
     coefficients: Tensor,
     d_following: Tensor,
     d_clean: Tensor,
+    needed: list[bool],
 ) -> list[Tensor]:
-    results = [tensor.new_empty(tensor.shape) for tensor in tensors]
-    grads = (d_following, d_clean)
-    sums = _launch_backward(tuple(tensors), guidance_scale, coefficients, grads, tuple(results))
-    scale_sums, coefficient_sums = sums[:, 0].clone(), sums[:, 1:].clone()
-    return [*results, scale_sums.to(guidance_scale.dtype), coefficient_sums.to(coefficients.dtype)]
+    """Gradients of the seven inputs; one that is not needed has no elements."""
+    results = _empty_gradients([*tensors, guidance_scale, coefficients], needed)
+    wanted = [result if need else None for result, need in zip(results, needed, strict=True)]
+    sums = _launch_backward(
+        tuple(tensors),
+        guidance_scale,
+        coefficients,
+        (d_following, d_clean),
+        tuple(wanted[:5]),
+        any(needed[5:]),
+    )
+    if sums is not None:
+        for result, part in zip(wanted[5:], (sums[:, 0], sums[:, 1:]), strict=True):
+            if result is not None:
+                result.copy_(part)
+    return results
+
+
+def _empty_gradients(tensors: list[Tensor], needed: list[bool]) -> list[Tensor]:
+    return [
+        tensor.new_empty(tensor.shape if need else 0)
+        for tensor, need in zip(tensors, needed, strict=True)
+    ]
 
 
 @_guided_step_backward.register_fake
@@ -409,8 +443,9 @@ def _(
     coefficients: Tensor,
     d_following: Tensor,
     d_clean: Tensor,
+    needed: list[bool],
 ) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (*tensors, guidance_scale, coefficients)]
+    return _empty_gradients([*tensors, guidance_scale, coefficients], needed)
 
 
 @_guided_step_backward.register_kernel("cpu")
@@ -420,6 +455,7 @@ def _(
     coefficients: Tensor,
     d_following: Tensor,
     d_clean: Tensor,
+    needed: list[bool],
 ) -> list[Tensor]:
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     x, wanted, other, former, noise = (tensor.to(wide) for tensor in tensors)
@@ -429,21 +465,28 @@ def _(
     a, b, c, s, p, q = coefficients.to(wide).reshape(-1, 6, *spread).unbind(1)
     output = b * following + q * clean
     mixed = other + scale * (wanted - other)
-    products = [following * x, following * mixed, following * former, following * noise]
-    products += [clean * x, clean * mixed]
-    results = [
-        a * following + p * clean,
-        scale * output,
-        output - scale * output,
-        c * following,
-        s * following,
-        (output * (wanted - other)).reshape(len(x), -1).sum(1),
-        torch.stack([product.reshape(len(x), -1).sum(1) for product in products], dim=1),
-    ]
-    kinds = (*tensors, guidance_scale, coefficients)
-    return [
-        result.to(tensor.dtype).contiguous() for result, tensor in zip(results, kinds, strict=True)
-    ]
+
+    def of_clip(product: Tensor) -> Tensor:
+        return product.reshape(len(x), math.prod(x.shape[1:])).sum(1)
+
+    results = _empty_gradients([*tensors, guidance_scale, coefficients], needed)
+    if needed[0]:
+        results[0].copy_(a * following + p * clean)
+    if needed[1]:
+        results[1].copy_(scale * output)
+    if needed[2]:
+        results[2].copy_(output - scale * output)
+    if needed[3]:
+        results[3].copy_(c * following)
+    if needed[4]:
+        results[4].copy_(s * following)
+    if needed[5]:
+        results[5].copy_(of_clip(output * (wanted - other)))
+    if needed[6]:
+        products = [following * x, following * mixed, following * former, following * noise]
+        products += [clean * x, clean * mixed]
+        results[6].copy_(torch.stack([of_clip(product) for product in products], dim=1))
+    return results
 
 
 def _save(ctx, inputs, output) -> None:
@@ -452,7 +495,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, d_following: Tensor, d_clean: Tensor):
     *tensors, scale, coefficients = ctx.saved_tensors
-    return tuple(_guided_step_backward(tensors, scale, coefficients, d_following, d_clean))
+    needed = list(ctx.needs_input_grad)
+    grads = _guided_step_backward(tensors, scale, coefficients, d_following, d_clean, needed)
+    return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
 
 
 _guided_step.register_autograd(_backward, setup_context=_save)
@@ -481,7 +526,7 @@ def _case(shape: str, forward: bool) -> CompileCase:
             _launch_forward(tensors, scale, coefficients, pair)
         else:
             results = tuple(torch.empty_like(tensor) for tensor in tensors)
-            _launch_backward(tensors, scale, coefficients, pair, results)
+            _launch_backward(tensors, scale, coefficients, pair, results, numbers_needed=True)
 
     return CompileCase("guided_step", shape, forward, launch)
 

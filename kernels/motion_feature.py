@@ -43,9 +43,9 @@ def motion_feature(
     Args:
         x: [rows, frames, tokens, channels], any strides; float32, float16 or bfloat16 (on a CPU
             float64 as well), and on a GPU at most 128 frames.
-        channels: K channels to keep, as integers or as an int64 tensor [K]; a channel may be
-            named twice. The values of a tensor on a GPU are not looked at: an index that is out
-            of range gives NaN there.
+        channels: K channels to keep, an int64 tensor [K] on the device of `x`, or on a CPU
+            integers; a channel may be named twice. The values of a tensor on a GPU are not looked
+            at: an index that is out of range gives NaN there.
         projection: [channels, K], of the type and on the device of `x`, instead of `channels`.
         region: [tokens] or [rows, tokens], weights of a mean over the tokens, on the device of
             `x`; where they add up to zero the mean is zero. No gradient flows to them.
@@ -404,14 +404,15 @@ def _launch_forward(
     """Fill `y`, contiguous [rows, frames, tokens or 1, K]; tensors as in the operator."""
     if y.numel() == 0:
         return
-    if weights is not None:
-        mean = _launch_region(x, channels, weights)
-        mean = mean if projection is None else mean @ projection.float()
-        y.copy_(mean[:, :, None])
-    elif projection is not None:
-        _launch_project(x, projection, y)
-    else:
-        _launch_centre(x, channels, y)
+    with torch.cuda.device_of(x):  # which Triton launches on is the current device
+        if weights is not None:
+            mean = _launch_region(x, channels, weights)
+            mean = mean if projection is None else mean @ projection.float()
+            y.copy_(mean[:, :, None])
+        elif projection is not None:
+            _launch_project(x, projection, y)
+        else:
+            _launch_centre(x, channels, y)
 
 
 def _launch_centre(x: Tensor, channels: Tensor | None, y: Tensor) -> None:
@@ -473,7 +474,7 @@ def _launch_region(x: Tensor, channels: Tensor | None, weights: Tensor) -> Tenso
     splits = min(triton.cdiv(_PROGRAMS, rows * blocks), triton.cdiv(tokens, step))
     split = triton.cdiv(triton.cdiv(tokens, splits), step) * step
     splits = triton.cdiv(tokens, split)
-    sums = torch.empty(splits, rows, frames, chosen, device=x.device)
+    sums = torch.empty(splits, rows, frames, chosen, dtype=torch.float32, device=x.device)
     _region_kernel[(rows * blocks * splits,)](
         x,
         channels,
@@ -504,32 +505,52 @@ def _launch_backward(
     """Fill `dx`, contiguous like `x`, from `grad`, like `y` with any strides."""
     if dx.numel() == 0:
         return
+    with torch.cuda.device_of(dx):
+        if weights is not None:
+            _launch_spread(_grad_of_mean(grad, channels, projection, dx.shape[-1]), weights, dx)
+        elif projection is not None:
+            _launch_project_backward(grad, projection, dx)
+        elif channels is not None:
+            _launch_scatter(grad, channels, dx)
+        else:
+            _launch_centre(grad, None, dx)  # taking a mean away is its own transpose
+
+
+def _grad_of_mean(
+    grad: Tensor, channels: Tensor | None, projection: Tensor | None, width: int
+) -> Tensor:
+    """The gradient of the weighted mean over tokens, float32 [rows, frames, 1, channels].
+
+    Channels go where they belong by the kernel, which adds those named twice in one order: an
+    `index_add` on a GPU does so in any, and its result changes from run to run.
+    """
+    if channels is None:
+        return _back_to_channels(grad, None, projection, width)
+    every = torch.empty(*grad.shape[:-1], width, dtype=torch.float32, device=grad.device)
+    _launch_scatter(grad, channels, every)
+    return every
+
+
+def _launch_project_backward(grad: Tensor, projection: Tensor, dx: Tensor) -> None:
     rows, frames, tokens, width = dx.shape
-    if weights is not None:
-        _launch_spread(_back_to_channels(grad, channels, projection, width), weights, dx)
-    elif projection is not None:
-        projected = projection.shape[1]
-        sizes = _blocks("project_backward", frames, tokens, width, projected)
-        token_blocks = triton.cdiv(tokens, sizes["TOKENS"])
-        channel_blocks = triton.cdiv(width, sizes["CHANNELS"])
-        _project_backward_kernel[(rows * token_blocks * channel_blocks,)](
-            grad,
-            projection,
-            frames,
-            tokens,
-            width,
-            projected,
-            *grad.stride(),
-            *projection.stride(),
-            token_blocks,
-            channel_blocks,
-            dx,
-            **sizes,
-        )
-    elif channels is not None:
-        _launch_scatter(grad, channels, dx)
-    else:
-        _launch_centre(grad, None, dx)  # taking a mean away is its own transpose
+    projected = projection.shape[1]
+    sizes = _blocks("project_backward", frames, tokens, width, projected)
+    token_blocks = triton.cdiv(tokens, sizes["TOKENS"])
+    channel_blocks = triton.cdiv(width, sizes["CHANNELS"])
+    _project_backward_kernel[(rows * token_blocks * channel_blocks,)](
+        grad,
+        projection,
+        frames,
+        tokens,
+        width,
+        projected,
+        *grad.stride(),
+        *projection.stride(),
+        token_blocks,
+        channel_blocks,
+        dx,
+        **sizes,
+    )
 
 
 def _launch_scatter(grad: Tensor, channels: Tensor, dx: Tensor) -> None:
@@ -760,7 +781,12 @@ def _check_channels(channels: Tensor | Sequence[int], width: int, device: torch.
         indices = list(channels)
         if not all(isinstance(index, int) for index in indices):
             raise ShapeError(f"motion_feature: channels must be integers, got {indices}")
-        index = torch.tensor(indices, dtype=torch.int64)
+        if device.type == "cuda":  # the copy would wait for the GPU, and no graph could hold it
+            raise ShapeError(
+                f"motion_feature: channels must be an int64 tensor on {device} like x, got "
+                f"integers; make it once: torch.tensor(channels, device={str(device)!r})"
+            )
+        index = torch.tensor(indices, dtype=torch.int64, device="cpu")
         return _check_channels(index, width, index.device).to(device)
     if channels.ndim != 1 or len(channels) < 1 or channels.dtype != torch.int64:
         raise ShapeError(

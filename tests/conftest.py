@@ -5,6 +5,8 @@ answer for the PyPI package `kernels` that transformers and diffusers probe for.
 """
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +30,42 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def rng(device: str) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
+
+
+@pytest.fixture
+def kernel_device() -> str:
+    """Where a kernel itself runs: on a GPU if there is one, else interpreted on the CPU.
+
+    With a GPU nothing is interpreted, so a test that launches a kernel must not ask for `device`.
+    """
+    return DEVICES[-1]
+
+
+@pytest.fixture
+def kernel_rng(kernel_device: str) -> torch.Generator:
+    return torch.Generator(kernel_device).manual_seed(0)
+
+
+@pytest.fixture
+def memory_check():
+    """Runs some tests of a file once more, with an eye on each access to the GPU's memory."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        pytest.skip("compute-sanitizer is not installed")
+
+    def check(path: str, expression: str) -> None:
+        words = [tool, "--error-exitcode", "9", sys.executable, "-P", "-m", "pytest", "-q"]
+        done = subprocess.run(
+            [*words, "-p", "no:cacheprovider", "-k", expression, path],
+            check=False,
+            cwd=ROOT,
+            env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else it sees one big block
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return check
 
 
 @pytest.fixture(scope="session")

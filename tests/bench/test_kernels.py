@@ -1,5 +1,6 @@
 """The table of kernels: what is timed, what is refused, and how figures come of it."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -62,7 +63,8 @@ def test_every_contestant_is_timed_or_named(build):
             assert line.share_of_roof == pytest.approx(floor / middle)
             assert line.times_ours == pytest.approx(middle / lines[OURS].seconds.p50)
     figures = bench.figures_of(list(lines.values()))
-    assert {name.removeprefix(case.name + ".") for name in figures} == {
+    separate = {"ratio_to_separate"} if case.operator == "temporal_block" else set()
+    assert {name.removeprefix(case.name + ".") for name in figures} == separate | {
         *("ratio_to_best", "ratio_to_usual", "share_of_roof", "useful_tflops")
     }
 
@@ -96,11 +98,50 @@ def test_nothing_is_timed_that_is_wrong():
     lines = run(replace(case, ways=off), seconds=0, uncompiled="no")
     assert lines["sdpa_math"].skipped.startswith("wrong: errs 0.0001, allowed ")
     off = {**case.ways, OURS: wrong(case.ways[OURS])}
-    with pytest.raises(WorkError, match=r"query_attention.tiny.fp32: ours must be right before"):
-        run(replace(case, ways=off), seconds=0, uncompiled="no")
+    assert_failed(replace(case, ways=off), OURS, "wrong: errs 0.0001, allowed")
     off = {**case.ways, USUAL: wrong(case.ways[USUAL])}  # by which the others are judged
-    with pytest.raises(WorkError, match="the usual way must err at most 32 units"):
-        run(replace(case, ways=off), seconds=0, uncompiled="no")
+    assert_failed(replace(case, ways=off), USUAL, "the usual way must err at most 32 units")
+    off = {**case.ways, OURS: unlaunchable}
+    assert_failed(replace(case, ways=off), OURS, "OutOfResourcesError: shared memory")
+
+
+class OutOfResourcesError(Exception):
+    """As a launcher says it, which is no `RuntimeError`."""
+
+
+def unlaunchable():
+    raise OutOfResourcesError("shared memory\nand more")
+
+
+def assert_failed(case, contestant, message):
+    """One line says who is to blame, nothing is timed, and no figure comes of it."""
+    (line,) = bench.run_case(case, CPU, ROOF, seconds=0, uncompiled="no")
+    assert line.contestant == contestant and message in line.failed and "\n" not in line.failed
+    assert line.seconds is None and bench.figures_of([line]) == {}
+
+
+@pytest.mark.parametrize("name", ["query", "query backward", "frame", "block", "feature all"])
+def test_all_of_a_result_is_compared(name):
+    """A mistake past the part that float64 judges, in the last position of the last head."""
+    case = BUILDERS[name]()
+    usual = case.ways[USUAL]()()
+    gate = bench.Gate(case, usual)
+    assert gate.complaint(usual) == ""
+    for output in range(len(usual)):
+        off = [tensor.clone() for tensor in usual]
+        off[output][-1, -1, -1, -1] += 0.01
+        assert not any(bench.errors(case, off, case.part(usual))), "the part must not see it"
+        assert gate.complaint(tuple(off)).startswith("wrong: differs from the usual way by 0.01")
+    (whole, *rest) = usual
+    assert gate.complaint((whole[..., :1], *rest)).startswith("wrong: ")
+
+
+def test_a_judge_that_is_not_finite_judges_nothing():
+    case = BUILDERS["query"]()
+    (out,) = case.ways[USUAL]()()
+    out[-1, -1, -1, -1] = float("inf")  # outside of the part
+    with pytest.raises(WorkError, match=r"tiny\.fp32: the usual way's result must be finite"):
+        bench.Gate(case, (out,))
 
 
 def test_a_result_that_is_not_finite_is_wrong():
@@ -139,15 +180,17 @@ def test_ratios_by_hand():
         line(bench.COMPILED, 2.0),
         Line("query_attention", "tiny", "bf16", "flex", skipped="not here"),
     ]
-    figures = bench.figures_of(lines)
+    figures = bench.figures_of([*lines, line(bench.SEPARATE, 1.2)])
     stem = "kernels.query_attention.tiny.bf16."
     wanted = {"ratio_to_best": 1.5, "ratio_to_usual": 3.0, "ratio_to_compiled": 2.0}
-    wanted |= {"share_of_roof": 0.4, "useful_tflops": 7.0}
+    wanted |= {"share_of_roof": 0.4, "useful_tflops": 7.0, "ratio_to_separate": 1.2}
     assert {name: figure.value for name, figure in figures.items()} == {
         stem + name: value for name, value in wanted.items()
     }
     best = figures[stem + "ratio_to_best"]
     assert (best.low, best.high, best.n) == (1.5, 1.5, 5)
+    lines.append(line(bench.COMPILED_USUAL, 1.75))  # the bar is the faster of the two
+    assert bench.figures_of(lines)[stem + "ratio_to_compiled"].value == 1.75
     slow = replace(lines[0], rounds=(1.0, 1.0, 1.0, 2.0, 2.0))
     best = bench.figures_of([slow, *lines[1:]])[stem + "ratio_to_best"]
     assert (best.low, best.value, best.high) == (0.75, 1.5, 1.5)
@@ -163,7 +206,9 @@ def names_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(Inputs, "start", start)
     groups = bench.builders(Inputs("meta", "bf16"))
-    return [build().name for builds in groups.values() for build in builds]
+    return [
+        build().name for models in groups.values() for builds in models.values() for build in builds
+    ]
 
 
 def test_every_model_and_bound_is_measured(names_on_a_gpu):
@@ -176,7 +221,7 @@ def test_every_model_and_bound_is_measured(names_on_a_gpu):
                 model,
             )
     assert any("_backward." in name and "query_attention" in name for name in names)
-    figures = {"kernels.frame_attention.cpu_speedup"}
+    figures = {"kernels.frame_attention.cpu_speedup", "kernels.failed"}
     for name in names:
         check_name(name, "test")
         figures |= {
@@ -190,11 +235,15 @@ def test_every_model_and_bound_is_measured(names_on_a_gpu):
 
 def test_what_takes_part_where():
     gpu, cpu = bench.plan("cuda", quick=False), bench.plan("cpu", quick=False)
+    later = "compiled for a model's first case only"
     assert {(p.element, p.uncompiled) for p in gpu} == {
         ("bf16", ""),
+        ("bf16", later),
         ("fp16", "compiled for bf16 only"),
     }
-    assert {(p.element, p.uncompiled) for p in cpu} == {("fp32", "")}
+    assert {(p.element, p.uncompiled) for p in cpu} == {("fp32", ""), ("fp32", later)}
+    for plans in (gpu, cpu):  # once for each of five operators and four models
+        assert sum(not p.uncompiled for p in plans) == 20
     for device, full in (("cuda", gpu), ("cpu", cpu)):
         quick = bench.plan(device, quick=True)
         assert {p.uncompiled for p in quick} == {"not in a quick run"}
@@ -218,9 +267,57 @@ def test_measures_writes_and_tells(tmp_path, monkeypatch, capsys):
     table = (tmp_path / "new" / "kernels.md").read_text().splitlines()
     assert len(table) == 2 + len(rows)
     assert all(row.count("|") == 12 for row in table)
+    log = (tmp_path / "new" / "kernels.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in log] == rows
+    assert figures["kernels.failed"].value == 0
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file: must be a folder"):
         bench.measure(replace(options, out=tmp_path / "file"), Progress())
+
+
+def test_one_that_fails_is_counted_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    case = BUILDERS["step"]()
+    bad = replace(case, shape="bad", ways={**case.ways, OURS: unlaunchable})
+    plans = [Plan(build, "fp32", "no") for build in (lambda: bad, BUILDERS["step"])]
+    monkeypatch.setattr(bench, "plan", lambda *_, **__: plans)
+    monkeypatch.setattr(Machine, "roof", lambda *_: ROOF)
+    figures = bench.measure(BenchOptions(quick=True, out=tmp_path), Progress())
+    assert (figures["kernels.failed"].value, figures["kernels.failed"].n) == (1, 2)
+    assert f"{case.name}.ratio_to_usual" in figures
+    assert not any(".bad." in name for name in figures)
+    assert "failed: OutOfResourcesError: shared memory" in capsys.readouterr().out
+    first, *_ = (tmp_path / "kernels.jsonl").read_text().splitlines()
+    assert json.loads(first)["failed"] == "OutOfResourcesError: shared memory"
+
+
+def test_a_killed_run_has_left_its_part(tmp_path, monkeypatch):
+    def killed():
+        raise KeyboardInterrupt
+
+    plans = [Plan(build, "fp32", "no") for build in (BUILDERS["step"], killed)]
+    monkeypatch.setattr(bench, "plan", lambda *_, **__: plans)
+    monkeypatch.setattr(Machine, "roof", lambda *_: ROOF)
+    with pytest.raises(KeyboardInterrupt):
+        bench.measure(BenchOptions(quick=True, out=tmp_path), Progress())
+    log = (tmp_path / "kernels.jsonl").read_text().splitlines()
+    assert [json.loads(line)["contestant"] for line in log] == [OURS, USUAL, bench.COMPILED]
+    assert not (tmp_path / "kernels.json").exists()
+
+
+def test_a_gpu_that_is_asked_for_is_the_current_one(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def current(device):
+        entered.append(device)
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(bench, "_measure", lambda *_: entered.append("measured") or {})
+    bench.measure(BenchOptions(device="cuda:1"), Progress())
+    bench.measure(BenchOptions(device="cpu"), Progress())
+    assert entered == ["cuda:1", "measured", "left", "measured"]
 
 
 def test_the_roof_is_measured(monkeypatch):

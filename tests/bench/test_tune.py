@@ -10,13 +10,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from kinetiq.bench import command, tune
+from kinetiq.bench import command, kernels, tune
 from kinetiq.bench.harness import Progress
+from kinetiq.bench.kernels import Inputs, Machine, Site
 from kinetiq.bench.tune import GRIDS, Workload, candidates, search
 from kinetiq.errors import InputError, MissingDependencyError, RequestError, WorkError
 from kinetiq.kernels import _launch
 
 guided = importlib.import_module("kinetiq.kernels.guided_step")  # not the function
+block = importlib.import_module("kinetiq.kernels.temporal_block")
 ENTRY = ("query_attention_return_gradient", "*")  # whose grid is BLOCK and num_warps
 PRESENT = {"BLOCK": 1024, "num_warps": 4}
 
@@ -168,10 +170,93 @@ def test_a_file_that_is_none_is_refused(tmp_path, text):
         tune.load_table(path)
 
 
-def test_a_real_kernel_is_searched(device, rng):
+def trial(positions, score):
+    return tune.Trial({"POSITIONS": positions}, score=score)
+
+
+def test_the_kernel_of_a_layer_wins_from_where_on_it_always_did():
+    found = [trial(100, 1.2), trial(400, 0.7), trial(200, 0.9)]
+    assert tune.least_winning(found) == 200
+    assert tune.least_winning([*found, trial(300, 0.99)]) == 400  # a gain that may be noise is none
+    assert tune.least_winning([*found, trial(800, None)]) == 0  # it does not run where it matters
+    assert tune.least_winning([*found, trial(50, 0.5)]) == 200  # not below a loss
+
+
+def test_where_the_kernel_wins_is_in_the_file_at_once(tmp_path, monkeypatch):
+    sites = (Site("a", 2, 700, 1, 8), Site("b", 2, 2800, 1, 8), Site("c", 4, 700, 1, 8))
+    monkeypatch.setattr(tune, "SITES", (*sites, Site("small", 2, 7, 1, 8)))
+    asked = []
+
+    def compare_block(site, inputs, machine, timer, found):
+        asked.append((site.name, inputs.element))
+        wins = inputs.element == "bf16" and site.rows * site.tokens >= 2800
+        return trial(site.rows * site.tokens, 0.5 if wins and site.frames == 2 else 1.5)
+
+    monkeypatch.setattr(tune, "compare_block", compare_block)
+    path = tmp_path / "launch.json"
+    ask = functools.partial(
+        tune.compare_blocks, Machine("cpu"), timer({}), path, "sm_90", {}, 0, Progress()
+    )
+    outcomes = list(ask())
+    assert [(o.entry[1], o.best["POSITIONS"], o.score) for o in outcomes] == [
+        ("frames2_heads1_d8_bf16", 2800, 0.5),
+        ("frames2_heads1_d8_fp16", 0, 1.0),
+        ("frames4_heads1_d8_bf16", 0, 1.0),
+        ("frames4_heads1_d8_fp16", 0, 1.0),
+    ]
+    assert all(o.entry[0] == tune.WINS and o.present == {"POSITIONS": 0} for o in outcomes)
+    assert len(asked) == 2 * 3 * 5 and {name for name, _ in asked} == {"a", "b", "c"}
+    written = json.loads(path.read_text())[tune.WINS]["sm_90"]
+    assert written == {o.entry[1]: o.best for o in outcomes}
+    assert [o.present for o in ask()] == [o.best for o in outcomes]
+
+
+def test_the_kernel_of_a_layer_is_timed_and_checked(monkeypatch, kernel_device):
+    """The kernel itself, with settings found a moment ago; a wrong one is out."""
+    site, inputs = Site("tiny", 2, 9, 2, 16, rows=1), Inputs(kernel_device, "fp32")
+    name, key = "temporal_block_fp32", "d16"
+    found = {(name, key): _launch.settings(name, key) | {"CHANNELS": 32}}
+    seen, ran = [], []
+
+    def time(runs):
+        ran.extend(runs)
+        for run in runs.values():
+            run()
+        return {"separate": [2.0, 2.0], "kernel": [1.0, 1.0]}
+
+    def launch(*arguments):
+        def note(operator, key, settings):
+            seen.append((operator, key, dict(settings)))
+            return settings
+
+        with _launch.choosing(note):
+            block._launch(*arguments)
+
+    compare = functools.partial(tune.compare_block, site, inputs, Machine(kernel_device), time)
+    monkeypatch.setattr(kernels, "launch_block", launch)
+    assert compare(found) == trial(9, 0.5)
+    assert ran == ["separate", "kernel"]
+    assert (name, key, found[name, key]) in seen
+    monkeypatch.setattr(kernels, "launch_block", lambda *arguments: arguments[-1].zero_())
+    assert compare(found).rejected.startswith("kernels.temporal_block.tiny.fp32: wrong: errs")
+
+    def refuses(*_):
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    monkeypatch.setattr(kernels, "launch_block", refuses)
+    out = compare(found)
+    assert out.rejected.endswith("tiny.fp32: RuntimeError: out of resource: shared memory")
+    assert out.score is None
+
+
+def test_a_real_kernel_is_searched(kernel_device, kernel_rng):
     """Each candidate of the kernel runs, and is compared with the reference."""
-    tensors = tuple(torch.randn(2, 700, generator=rng, device=device) for _ in range(5))
-    scale, numbers = (torch.randn(2, *n, generator=rng, device=device) for n in ((), (6,)))
+    tensors = tuple(
+        torch.randn(2, 700, generator=kernel_rng, device=kernel_device) for _ in range(5)
+    )
+    scale, numbers = (
+        torch.randn(2, *n, generator=kernel_rng, device=kernel_device) for n in ((), (6,))
+    )
     exact = guided.guided_step_reference(*(t.double() for t in (*tensors, scale, numbers)))
     entry = ("guided_step", "forward")
     ran = []

@@ -1,5 +1,6 @@
 """The kernels of guidance and the sampler's update, clip by clip in float64 beside them."""
 
+import contextlib
 import importlib
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from closeness import assert_as_good_as
 
 import kinetiq as kq
-from kinetiq.kernels import _compile, guided_step
+from kinetiq.kernels import _compile, _launch, guided_step
 
 operator = importlib.import_module("kinetiq.kernels.guided_step")  # not the function
 
@@ -18,6 +19,7 @@ SHAPES = [
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = ("sample", "conditional", "unconditional", "former", "noise", "scale", "coefficients")
+EVERY = [True] * len(NAMES)
 
 
 def sample(shape, device, rng, dtype=torch.float32):
@@ -50,12 +52,18 @@ def run_kernel(*inputs):
     return results
 
 
-def run_backward_kernel(inputs, grads):
+def run_backward_kernel(inputs, grads, needed=EVERY):
+    """Gradients by the kernel, None for those that are not needed."""
     *tensors, scale, coefficients = inputs
     results, tails = zip(*(guarded(tensor) for tensor in tensors), strict=True)
-    sums = operator._launch_backward(tuple(tensors), scale, coefficients, grads, results)
+    wanted = tuple(r if need else None for r, need in zip(results, needed[:5], strict=True))
+    sums = operator._launch_backward(
+        tuple(tensors), scale, coefficients, grads, wanted, any(needed[5:])
+    )
     assert all((tail == 7).all() for tail in tails)
-    return *results, sums[:, 0].to(scale.dtype), sums[:, 1:].to(coefficients.dtype)
+    if sums is None:
+        return *wanted, None, None
+    return *wanted, sums[:, 0].to(scale.dtype), sums[:, 1:].to(coefficients.dtype)
 
 
 def gradients(inputs, grads):
@@ -69,8 +77,8 @@ def double(tensors):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernel_agrees_with_float64(shape, dtype, device, rng):
-    tensors, *numbers = sample(shape, device, rng, dtype)
+def test_kernel_agrees_with_float64(shape, dtype, kernel_device, kernel_rng):
+    tensors, *numbers = sample(shape, kernel_device, kernel_rng, dtype)
     inputs = (*tensors, *numbers)
     parts = zip(
         ("next", "clean"),
@@ -85,21 +93,68 @@ def test_kernel_agrees_with_float64(shape, dtype, device, rng):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_agree_with_float64(shape, dtype, device, rng):
-    tensors, *numbers = sample(shape, device, rng, dtype)
+def test_gradients_agree_with_float64(shape, dtype, kernel_device, kernel_rng):
+    tensors, *numbers = sample(shape, kernel_device, kernel_rng, dtype)
     inputs = (*tensors, *numbers)
-    grads = tuple(torch.randn(shape, generator=rng, device=device).to(dtype) for _ in range(2))
+    grads = tuple(
+        torch.randn(shape, generator=kernel_rng, device=kernel_device).to(dtype) for _ in range(2)
+    )
     naive, exact = gradients(inputs, grads), gradients(double(inputs), double(grads))
     by_kernel = run_backward_kernel(inputs, grads)
-    by_operator = torch.ops.kinetiq.guided_step_backward(tensors, *numbers, *grads)
+    by_operator = torch.ops.kinetiq.guided_step_backward(tensors, *numbers, *grads, EVERY)
     for got in (by_kernel, by_operator):
         for name, *three in zip(NAMES, got, naive, exact, strict=True):
             assert_as_good_as(*three, slack=3.0, name=f"gradient of {name}")
 
 
-def test_kernel_reads_any_strides_and_types(device, rng):
+@pytest.mark.parametrize("place", range(7), ids=NAMES)
+def test_only_what_is_needed_is_computed(place, kernel_device, kernel_rng):
+    """Alone a gradient has the bits that it has among all, by kernel, operator and autograd."""
+    tensors, *numbers = sample((3, 4, 5), kernel_device, kernel_rng)
+    inputs = (*tensors, *numbers)
+    grads = tuple(torch.randn_like(tensors[0]) for _ in range(2))
+    needed = [at == place for at in range(7)]
+    alone = run_backward_kernel(inputs, grads, needed)
+    assert torch.equal(alone[place], run_backward_kernel(inputs, grads)[place])
+    of_numbers = (5, 6) if place >= 5 else (place,)  # which are added up together
+    assert all(got is None for at, got in enumerate(alone) if at not in of_numbers)
+
+    backward = torch.ops.kinetiq.guided_step_backward
+    found = backward(tensors, *numbers, *grads, needed)
+    wanted = backward(tensors, *numbers, *grads, EVERY)[place]
+    assert torch.equal(found[place], wanted)
+    assert [got.numel() for at, got in enumerate(found) if at != place] == [0] * 6
+    leaves = [t.requires_grad_(at == place) for at, t in enumerate(inputs)]
+    (got,) = torch.autograd.grad(torch.ops.kinetiq.guided_step(*leaves), leaves[place], grads)
+    assert torch.equal(got, wanted)
+
+
+def test_launches_on_the_device_of_the_sample(monkeypatch, kernel_device, kernel_rng):
+    """Settings are those of that GPU too, so they are asked for with it as the current one."""
+    tensors, *numbers = sample((2, 3), kernel_device, kernel_rng)
+    current, asked = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    def settings(operator, key):
+        asked.append((key, *current))
+        return _launch.settings(operator, key)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(operator, "settings", settings)
+    run_kernel(*tensors, *numbers)
+    run_backward_kernel((*tensors, *numbers), (tensors[0], tensors[1]))
+    assert [(key, len(on)) for key, *on in asked] == [("forward", 1), ("backward", 1)]
+    assert all(on[0] is tensors[0] for _, *on in asked)
+
+
+def test_kernel_reads_any_strides_and_types(kernel_device, kernel_rng):
     """Halves of one output are contiguous clip by clip; a network's output is in half precision."""
-    tensors, *numbers = sample((3, 4, 5), device, rng)
+    tensors, *numbers = sample((3, 4, 5), kernel_device, kernel_rng)
     halves = torch.cat([tensors[1], tensors[2]], dim=1).half()
     tensors[1], tensors[2] = halves[:, :4], halves[:, 4:]
     tensors[3] = tensors[3].transpose(1, 2).contiguous().transpose(1, 2)
@@ -113,27 +168,30 @@ def test_kernel_reads_any_strides_and_types(device, rng):
         torch.testing.assert_close(got, expected)
 
 
-def test_float64_is_not_narrowed(device, rng):
-    tensors, *numbers = sample((2, 3), device, rng, torch.float64)
+def test_float64_is_not_narrowed(kernel_device, kernel_rng):
+    tensors, *numbers = sample((2, 3), kernel_device, kernel_rng, torch.float64)
     inputs = (*tensors, *numbers)
     for got, wanted in zip(run_kernel(*inputs), formula(*inputs), strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-14)
 
 
-def test_extreme_values_of_half_precision(device, rng):
+def test_extreme_values_of_half_precision(kernel_device, kernel_rng):
     """Two halves near the end of float16 differ by more than it can hold; their mix fits again."""
-    full = lambda value: torch.full((1, 5), value, dtype=torch.float16, device=device)
-    scale = torch.tensor([0.5], device=device)
-    numbers = torch.tensor([[0.0, 1, 0, 0, 0, 1]], device=device)
+    full = lambda value: torch.full((1, 5), value, dtype=torch.float16, device=kernel_device)
+    scale = torch.tensor([0.5], device=kernel_device)
+    numbers = torch.tensor([[0.0, 1, 0, 0, 0, 1]], device=kernel_device)
     zero = full(0.0)
     for got in run_kernel(zero, full(60000.0), full(-60000.0), zero, zero, scale, numbers):
         assert not got.any()
 
 
-def test_nothing_to_do(device):
+def test_nothing_to_do(kernel_device):
     for shape in ((0, 4), (2, 0)):
-        inputs = [torch.zeros(shape, device=device)] * 5
-        inputs += [torch.zeros(shape[0], device=device), torch.zeros(shape[0], 6, device=device)]
+        inputs = [torch.zeros(shape, device=kernel_device)] * 5
+        inputs += [
+            torch.zeros(shape[0], device=kernel_device),
+            torch.zeros(shape[0], 6, device=kernel_device),
+        ]
         assert all(got.shape == shape for got in run_kernel(*inputs))
         grads = run_backward_kernel(inputs, (inputs[0], inputs[0]))
         assert [g.shape for g in grads] == [t.shape for t in inputs]
@@ -149,7 +207,7 @@ def test_is_a_well_formed_operator(device, rng):
     numbers = [t.detach() for t in numbers]
     torch.library.opcheck(
         torch.ops.kinetiq.guided_step_backward.default,
-        (detached, *numbers, *grads),
+        (detached, *numbers, *grads, [True, False, True, False, False, True, False]),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -200,3 +258,70 @@ def test_compiles_at_production_shapes():
         assert not account.error, account
         assert account.spill_bytes == 0, account
         assert account.dots == 0, account
+
+
+@pytest.mark.gpu
+def test_is_captured_and_replayed():
+    """With its gradient; a wait for the GPU would be an error while a graph is captured."""
+    rng = torch.Generator("cuda").manual_seed(0)
+    tensors, *numbers = sample((2, 4, 500), "cuda", rng)
+    inputs = [t.requires_grad_() for t in (*tensors, *numbers)]
+
+    def step():
+        following, clean = guided_step(*inputs)
+        return following, clean, *torch.autograd.grad((following + clean).sum(), inputs)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = step()
+    with torch.no_grad():
+        for tensor in inputs:
+            tensor.copy_(torch.randn_like(tensor))
+    graph.replay()
+    for got, wanted in zip(kept, step(), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.gpu
+def test_more_clips_than_a_grid_axis_has():
+    rng = torch.Generator("cuda").manual_seed(0)
+    tensors, *numbers = sample((70_000, 3), "cuda", rng)
+    inputs = (*tensors, *numbers)
+    wanted = operator.guided_step_reference(*double(inputs))
+    naive = operator.guided_step_reference(*inputs)
+    for three in zip(guided_step(*inputs), naive, wanted, strict=True):
+        assert_as_good_as(*three)
+    grads = (tensors[1], tensors[2])
+    got = run_backward_kernel(inputs, grads)[0]
+    a, p = numbers[1].double()[:, :1], numbers[1].double()[:, 4:5]
+    exact = a * grads[0].double() + p * grads[1].double()
+    assert_as_good_as(got, exact.float(), exact)
+
+
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count():
+    x = torch.randn(2, 2**30 + 8, device="cuda", dtype=torch.float16)
+    assert x.numel() > 2**31
+    scale = torch.full((2,), 3.0, device="cuda")
+    numbers = torch.randn(2, 6, device="cuda")
+    last = x[:, -8:].contiguous()
+    for got, wanted in zip(
+        guided_step(x, x, x, x, x, scale, numbers),
+        guided_step(last, last, last, last, last, scale, numbers),
+        strict=True,
+    ):
+        assert torch.equal(got[:, -8:], wanted)
+    needed = [True] + [False] * 6
+    backward = torch.ops.kinetiq.guided_step_backward
+    got = backward([x] * 5, scale, numbers, x, x, needed)[0]
+    wanted = backward([last] * 5, scale, numbers, last, last, needed)[0]
+    assert torch.equal(got[:, -8:], wanted)
+
+
+@pytest.mark.gpu
+def test_touches_no_memory_but_its_own(memory_check):
+    memory_check(__file__, "agree")

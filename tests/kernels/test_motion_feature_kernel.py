@@ -1,5 +1,6 @@
 """Motion features, by the operator and by its kernels, against the formula in float64."""
 
+import contextlib
 import importlib
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kinetiq as kq
-from kinetiq.kernels import _compile, motion_feature
+from kinetiq.kernels import _compile, _launch, motion_feature
 
 operator = importlib.import_module("kinetiq.kernels.motion_feature")  # not the function
 
@@ -99,25 +100,34 @@ def double(*tensors):
     return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
 
 
-@pytest.mark.parametrize("run", [run_operator, run_kernel], ids=["operator", "kernel"])
+def check(run, inputs):
+    got = run(*inputs)
+    assert got.dtype == inputs[0].dtype and got.is_contiguous()
+    assert_as_good_as(got, plain(*inputs), plain(*double(*inputs)))
+
+
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_agrees_with_float64(run, shape, kind, dtype, device, rng):
-    if run is run_kernel and dtype == torch.bfloat16 and "proj" in kind and device == "cpu":
+def test_operator_agrees_with_float64(shape, kind, dtype, device, rng):
+    check(run_operator, sample(shape, kind, dtype, device, rng))
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_agrees_with_float64(shape, kind, dtype, kernel_device, kernel_rng):
+    if dtype == torch.bfloat16 and "projection" in kind and kernel_device == "cpu":
         pytest.skip("Triton's interpreter multiplies bfloat16 matrices wrongly")
-    inputs = sample(shape, kind, dtype, device, rng)
-    got = run(*inputs)
-    assert got.dtype == dtype and got.is_contiguous()
-    assert_as_good_as(got, plain(*inputs), plain(*double(*inputs)))
+    check(run_kernel, sample(shape, kind, dtype, kernel_device, kernel_rng))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradient_kernel_agrees_with_float64(shape, kind, dtype, device, rng):
-    inputs = x, *rest = sample(shape, kind, dtype, device, rng)
-    grad = torch.randn(plain(*inputs).shape, generator=rng, device=device).to(dtype)
+def test_gradient_kernel_agrees_with_float64(shape, kind, dtype, kernel_device, kernel_rng):
+    inputs = x, *rest = sample(shape, kind, dtype, kernel_device, kernel_rng)
+    grad = torch.randn(plain(*inputs).shape, generator=kernel_rng, device=kernel_device).to(dtype)
     got = run_backward_kernel(grad, *rest, x.shape)
     naive = gradient(x, grad, *rest)
     exact = gradient(*double(x, grad, *rest))
@@ -127,13 +137,15 @@ def test_gradient_kernel_agrees_with_float64(shape, kind, dtype, device, rng):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernels_read_any_strides(kind, device, rng):
-    x, channels, projection, weights = sample((2, 5, 7, 33), kind, torch.float32, device, rng)
+def test_kernels_read_any_strides(kind, kernel_device, kernel_rng):
+    x, channels, projection, weights = sample(
+        (2, 5, 7, 33), kind, torch.float32, kernel_device, kernel_rng
+    )
     y = run_kernel(x, channels, projection, weights)
-    grad = torch.randn(y.shape, generator=rng, device=device)
+    grad = torch.randn(y.shape, generator=kernel_rng, device=kernel_device)
     dx = run_backward_kernel(grad, channels, projection, weights, x.shape)
     strided = x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)
-    wide = torch.full((2, 5, 7, 40), float("nan"), device=device)
+    wide = torch.full((2, 5, 7, 40), float("nan"), device=kernel_device)
     wide[..., :33] = x
     turned = projection if projection is None else projection.T.contiguous().T
     one = weights if weights is None else weights[:1].expand(2, -1)
@@ -150,16 +162,16 @@ def test_kernels_read_any_strides(kind, device, rng):
     )
 
 
-def test_a_long_region_is_split_over_programs(device, rng):
-    x, _, _, weights = sample((1, 4, 3000, 5), "region", torch.float32, device, rng)
+def test_a_long_region_is_split_over_programs(kernel_device, kernel_rng):
+    x, _, _, weights = sample((1, 4, 3000, 5), "region", torch.float32, kernel_device, kernel_rng)
     inputs = (x, None, None, weights)
     assert_as_good_as(run_kernel(*inputs), plain(*inputs), plain(*double(*inputs)))
 
 
 @pytest.mark.parametrize("frames", [2, 128])
-def test_extreme_values(frames, device, rng):
+def test_extreme_values(frames, kernel_device, kernel_rng):
     """The sum of 128 frames near the end of float16 does not fit into float16."""
-    x = torch.full((1, frames, 3, 40), 65000.0, dtype=torch.float16, device=device)
+    x = torch.full((1, frames, 3, 40), 65000.0, dtype=torch.float16, device=kernel_device)
     assert not run_kernel(x, None, None, None).any()
     x[:, 0] = 0.0
     got = run_kernel(x[..., :4], None, None, None)
@@ -167,9 +179,9 @@ def test_extreme_values(frames, device, rng):
     assert torch.equal(got, exact.to(torch.float16))
 
 
-def test_an_empty_region_is_zero_and_an_absent_batch_is_empty(device, rng):
-    x = torch.randn(2, 3, 4, 5, generator=rng, device=device)
-    region = torch.tensor([[0.0, 0, 0, 0], [0, 1, 0, 0]], device=device)
+def test_an_empty_region_is_zero_and_an_absent_batch_is_empty(kernel_device, kernel_rng):
+    x = torch.randn(2, 3, 4, 5, generator=kernel_rng, device=kernel_device)
+    region = torch.tensor([[0.0, 0, 0, 0], [0, 1, 0, 0]], device=kernel_device)
     got = motion_feature(x, region=region)
     assert not got[0].any()
     torch.testing.assert_close(got[1], motion_feature(x)[1, :, 1:2])
@@ -178,14 +190,81 @@ def test_an_empty_region_is_zero_and_an_absent_batch_is_empty(device, rng):
     assert run_kernel(x[:0], None, None, None).shape == (0, 3, 4, 5)
 
 
-def test_an_unknown_channel_never_reads_elsewhere(device, rng):
-    x = torch.randn(1, 3, 4, 5, generator=rng, device=device)
+def test_an_unknown_channel_never_reads_elsewhere(kernel_device, kernel_rng):
+    x = torch.randn(1, 3, 4, 5, generator=kernel_rng, device=kernel_device)
     for bad in (5, -1, 2**40):
-        channels = torch.tensor([2, bad], device=device)
-        weights = torch.full((1, 4), 0.25, device=device)
+        channels = torch.tensor([2, bad], device=kernel_device)
+        weights = torch.full((1, 4), 0.25, device=kernel_device)
         for got in (run_kernel(x, channels, None, None), run_kernel(x, channels, None, weights)):
             assert got[..., 0].isfinite().all()
             assert got[..., 1].isnan().all()
+        for region in (None, weights):  # nor is its gradient written anywhere
+            grad = torch.ones(1, 3, 4 if region is None else 1, 2, device=kernel_device)
+            grad[:, 0, :, 0] = 2.0
+            dx = run_backward_kernel(grad, channels, None, region, x.shape)
+            assert dx[..., 2].any() and not dx[..., [0, 1, 3, 4]].any()
+
+
+def test_sums_of_a_region_do_not_take_the_default_type(kernel_device, kernel_rng):
+    x, _, _, weights = sample((1, 4, 70, 5), "region", torch.float32, kernel_device, kernel_rng)
+    wanted = run_kernel(x, None, None, weights)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        got = run_kernel(x, None, None, weights)
+    finally:
+        torch.set_default_dtype(usual)
+    assert torch.equal(got, wanted)
+
+
+def test_gradients_of_a_channel_named_twice_add_up_in_one_order(
+    monkeypatch, kernel_device, kernel_rng
+):
+    """An `index_add_` on a GPU adds in whatever order its threads come."""
+    channels = torch.tensor([3, 0, 3, 3], device=kernel_device)
+    weights = torch.full((1, 7), 1 / 7, device=kernel_device)
+    shape = (2, 5, 7, 6)
+    grad = torch.randn(2, 5, 1, 4, generator=kernel_rng, device=kernel_device)
+
+    def refuse(*_):
+        raise AssertionError("gradients must add up in one order")
+
+    for name in ("index_add_", "scatter_add_", "index_put_"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    got = run_backward_kernel(grad, channels, None, weights, shape)
+    moved = grad.double() - grad.double().mean(1, keepdim=True)
+    wanted = torch.zeros(shape, dtype=torch.float64, device=kernel_device)
+    for at, channel in enumerate(channels.tolist()):
+        wanted[..., channel] += moved[..., at] / 7
+    assert_as_good_as(got, wanted.float(), wanted)
+    for _ in range(5):
+        assert torch.equal(run_backward_kernel(grad, channels, None, weights, shape), got)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_launches_on_the_device_of_its_tensors(kind, monkeypatch, kernel_device, kernel_rng):
+    """Settings are those of that GPU too, so they are asked for with it as the current one."""
+    x, *rest = sample((2, 3, 4, 5), kind, torch.float32, kernel_device, kernel_rng)
+    grad = run_kernel(x, *rest)
+    current, asked = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor.shape)
+        yield
+        current.pop()
+
+    def settings(operator, key):
+        asked.append(list(current))
+        return _launch.settings(operator, key)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(operator, "settings", settings)
+    run_kernel(x, *rest)
+    forward = len(asked)
+    run_backward_kernel(grad, *rest, x.shape)
+    assert 0 < forward < len(asked)
+    assert asked == [[x.shape]] * len(asked)
 
 
 def test_gradcheck(rng):
@@ -256,12 +335,19 @@ def test_ignores_what_does_not_change_and_the_order_of_all_else(rows, frames, to
 def test_channels_and_regions_come_in_several_forms(device, rng):
     x = torch.randn(2, 3, 4, 5, generator=rng, device=device)
     wanted = motion_feature(x)[..., [3, 0, 3]]
-    assert torch.equal(motion_feature(x, [3, 0, 3]), wanted)
+    if device == "cpu":
+        assert torch.equal(motion_feature(x, [3, 0, 3]), wanted)
     assert torch.equal(motion_feature(x, torch.tensor([3, 0, 3], device=device)), wanted)
     region = torch.tensor([True, False, True, True], device=device)
     wanted = motion_feature(x)[:, :, region].mean(2, keepdim=True)
     torch.testing.assert_close(motion_feature(x, region=region), wanted)
     torch.testing.assert_close(motion_feature(x, region=5.0 * region.expand(2, -1)), wanted)
+
+
+def test_integers_are_not_copied_to_a_gpu_at_every_call():
+    message = r"int64 tensor on cuda:1 like x, got integers; .* torch.tensor\(.*device='cuda:1'\)"
+    with pytest.raises(kq.ShapeError, match="^motion_feature: channels must be an " + message):
+        operator._check_channels([0, 1], 5, torch.device("cuda:1"))
 
 
 X = torch.zeros(2, 3, 4, 5)
@@ -322,3 +408,72 @@ def test_compiles_at_production_shapes():
         assert account.spill_bytes == 0, account
         assert not account.misses_matrix_units, account
         assert bool(account.dots) == ("projection" in account.request.shape), account
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_captured_and_replayed(kind):
+    """With its gradient; a wait for the GPU would be an error while a graph is captured."""
+    rng = torch.Generator("cuda").manual_seed(0)
+    x, channels, projection, region = sample((2, 16, 9, 40), kind, torch.float16, "cuda", rng)
+    leaves = [t.requires_grad_() for t in (x, projection) if t is not None]
+
+    def step():
+        y = motion_feature(x, channels, projection, region)
+        return y, *torch.autograd.grad(y.sum(), leaves)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    for got, wanted in zip(kept, step(), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_rows_than_a_grid_axis_has(kind):
+    rng = torch.Generator("cuda").manual_seed(0)
+    inputs = x, *rest = sample((70_000, 2, 3, 20), kind, torch.float32, "cuda", rng)
+    check(run_kernel, inputs)
+    grad = torch.randn(plain(*inputs).shape, generator=rng, device="cuda")
+    got = run_backward_kernel(grad, *rest, x.shape)
+    exact = gradient(*double(x, grad, *rest))
+    assert_as_good_as(got, gradient(x, grad, *rest), exact, slack=3.0, name="gradient of x")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_elements_than_32_bits_count(kind):
+    """The last position, alone and after two thousand million others; a region that is it alone."""
+    x = torch.randn(1, 16, 2**20 + 1, 128, device="cuda", dtype=torch.float16)
+    assert x.numel() > 2**31
+    channels = projection = weights = None
+    if "channels" in kind:
+        channels = torch.tensor([127, 0, 127], device="cuda")
+    if "projection" in kind:
+        projection = torch.randn(128, 16, device="cuda", dtype=torch.float16)
+    if "region" in kind:
+        weights = torch.zeros(1, x.shape[2], device="cuda")
+        weights[:, -1] = 1.0
+    alone = None if weights is None else weights[:, -1:]
+    last = x[:, :, -1:].contiguous()
+    got = run_operator(x, channels, projection, weights)[:, :, -1:]
+    torch.testing.assert_close(got, run_operator(last, channels, projection, alone))
+    places = 1 if weights is not None else x.shape[2]
+    grad = torch.randn(1, 16, places, got.shape[-1], device="cuda", dtype=torch.float16)
+    backward = torch.ops.kinetiq.motion_feature_backward
+    dx = backward(grad, channels, projection, weights, *x.shape[2:])[:, :, -1:]
+    wanted = backward(grad[:, :, -1:].contiguous(), channels, projection, alone, 1, 128)
+    torch.testing.assert_close(dx, wanted)
+
+
+@pytest.mark.gpu
+def test_touches_no_memory_but_its_own(memory_check):
+    memory_check(__file__, "kernel_agrees")
