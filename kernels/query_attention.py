@@ -38,6 +38,7 @@ from kinetiq.kernels._triton import tl, triton
 MAX_HEAD_DIM = 256  # on a GPU: a tile of queries and its sums must fit in registers
 KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SMALL = 128  # tokens or keys; below it, plain products often beat the fused kernel of a CPU
+_LANES = 16  # keys; with fewer, the fused kernel of a CPU gives 0 where all scores are NaN
 _LOG2E = tl.constexpr(math.log2(math.e))
 
 
@@ -453,12 +454,12 @@ def _query_attention_kernel(
     key_by_row, key_by_frame, key_by_key, key_by_column,
     value_by_row, value_by_frame, value_by_key, value_by_column,
     mask_by_row, mask_by_frame,
-    out_ptr, log2_total_ptr,
+    out_ptr, statistics_ptr,
     HEADS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     SCALE: tl.constexpr, PER_TOKEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a tile of one row's queries, and the logarithm of their sums of exponentials."""
+    """Attention of a tile of one row's queries, and what their weights can be found from again."""
     row, frame, head, block = _program(tl.cdiv(tokens, BLOCK_M), frames, HEADS)
     query = (query_ptr, query_by_row, query_by_frame, query_by_token, query_by_column)
     key = (key_ptr, key_by_row, key_by_frame, key_by_key, key_by_column)
@@ -485,15 +486,36 @@ def _query_attention_kernel(
 
     out = _dense_matrix(out_ptr, first, head, HEADS, D)
     _store(out, places, inside, _scaled(sums, 1.0 / total[:, None]), D)
-    if log2_total_ptr is not None:
-        line = first * HEADS + head * tokens + places
-        log2_total = high * (SCALE * _LOG2E) + tl.log2(total)
-        tl.store(log2_total_ptr + line, log2_total, mask=inside)
+    if statistics_ptr is not None:
+        statistics = statistics_ptr + 2 * (first * HEADS + head * tokens)
+        tl.store(statistics + places, high, mask=inside)
+        tl.store(statistics + tokens + places, tl.log2(total), mask=inside)
+
+
+@triton.jit
+def _load_statistics(statistics, places, inside, tokens):
+    """Of each query, its highest score and the logarithm to base 2 of its sum of weights.
+
+    A query that is not `inside` has an infinite sum, and so no weight.
+    """
+    high = tl.load(statistics + places, mask=inside, other=0.0)
+    log2_total = tl.load(statistics + tokens + places, mask=inside, other=float("inf"))
+    return high, log2_total
+
+
+@triton.jit
+def _weights(scores, high, log2_total, SCALE: tl.constexpr):
+    """The softmax, from scores that are computed again."""
+    # The two stay apart: in the rounding of one large number, the sum would be lost. No score is
+    # above the highest, unless its product was added up in another order than the first time;
+    # and where one is NaN, so is the logarithm.
+    below = tl.minimum(scores - high, 0.0)
+    return tl.exp2(below * (SCALE * _LOG2E) - log2_total)
 
 
 @triton.jit
 def _gather_from_keys(
-    q, grad, log2_total, dots, sums, key, value, mask_ptr, masked, count,
+    q, grad, high, log2_total, dots, sums, key, value, mask_ptr, masked, count,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr, EVEN_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -503,7 +525,7 @@ def _gather_from_keys(
         inside = start + lanes < count
         k = _load(_behind(key, start), lanes, inside, D, MAIN, TAIL, EVEN_KEYS)
         scores = _scores(q, k, mask_ptr, start + lanes, inside, masked, SCALE, EVEN_KEYS, PRECISION)
-        weights = tl.exp2(scores * (SCALE * _LOG2E) - log2_total[:, None])
+        weights = _weights(scores, high[:, None], log2_total[:, None], SCALE)
         v = _load(_behind(value, start), lanes, inside, D, MAIN, TAIL, EVEN_KEYS)
         push = weights * (_product(grad, v, PRECISION) - dots[:, None])  # gradient of the scores
         sums = _add_product(sums, push, k, PRECISION)
@@ -512,7 +534,7 @@ def _gather_from_keys(
 
 @triton.jit
 def _query_gradient_kernel(
-    grad_ptr, result_ptr, log2_total_ptr,
+    grad_ptr, result_ptr, statistics_ptr,
     query_ptr, key_ptr, value_ptr, query_row_ptr, blend_ptr, key_rows_ptr, mask_ptr,
     frames, tokens, keys, entries,
     query_by_row, query_by_frame, query_by_token, query_by_column,
@@ -547,13 +569,14 @@ def _query_gradient_kernel(
     dots = _dots(grad, _load(result, places, inside, D, MAIN, TAIL, False))
     line = first * HEADS + head * tokens + places
     tl.store(dots_ptr + line, dots, mask=inside)
-    log2_total = tl.load(log2_total_ptr + line, mask=inside, other=float("inf"))
+    statistics = statistics_ptr + 2 * (first * HEADS + head * tokens)
+    high, log2_total = _load_statistics(statistics, places, inside, tokens)
 
     sums = _zeros(BLOCK_M, MAIN, TAIL)
     for index in range(entries if key_rows_ptr is not None else 1):
         seen, count, masked = _entry(key_rows_ptr, row, index, entries, keys)
         sums = _gather_from_keys(
-            q, grad, log2_total, dots, sums,
+            q, grad, high, log2_total, dots, sums,
             _matrix(key, seen, frame, head, D), _matrix(value, seen, frame, head, D),
             _mask_of(mask_ptr, seen, frame, mask_by_row, mask_by_frame), masked, count,
             D, MAIN, TAIL, SCALE, BLOCK_N, EVEN_KEYS, PRECISION,
@@ -568,8 +591,22 @@ def _query_gradient_kernel(
 
 
 @triton.jit
+def _scores_by_key(k, q, PRECISION: tl.constexpr):
+    """[keys, queries], without a mask."""
+    if k[0].dtype == tl.float32:
+        # The very product of the forward direction: weights are no closer than scores agree with
+        # the highest that was found there. To turn it is nothing beside a float32 product; in the
+        # short types, whose own rounding is far larger, it would take the registers of one matrix
+        # product through shared memory to be the operand of the next.
+        scores = tl.trans(_product(q, k, PRECISION))
+    else:
+        scores = _product(k, q, PRECISION)
+    return scores
+
+
+@triton.jit
 def _gather_from_queries(
-    k, v, key_sums, value_sums, bias, own, other, grad, log2_total_ptr, dots_ptr,
+    k, v, key_sums, value_sums, bias, own, other, grad, statistics, dots_ptr,
     blend_ptr, reader, first, tokens,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, SCALE: tl.constexpr,
     PER_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, EVEN_TOKENS: tl.constexpr,
@@ -582,12 +619,11 @@ def _gather_from_queries(
         inside = places < tokens
         share = _share(blend_ptr, reader, first, places, inside, PER_TOKEN)
         q = _choose(own, other, share, places, inside, D, MAIN, TAIL, EVEN_TOKENS)
-        # a query that is not there has an infinite total, and so no weight
-        log2_total = tl.load(log2_total_ptr + places, mask=inside, other=float("inf"))
-        scores = _product(k, q, PRECISION)  # [keys, queries]
+        high, log2_total = _load_statistics(statistics, places, inside, tokens)
+        scores = _scores_by_key(k, q, PRECISION)
         if bias is not None:
             scores += bias[:, None]
-        weights = tl.exp2(scores * (SCALE * _LOG2E) - log2_total[None, :])
+        weights = _weights(scores, high[None, :], log2_total[None, :], SCALE)
         g = _load(grad, places, inside, D, MAIN, TAIL, EVEN_TOKENS)
         slopes = _product(v, g, PRECISION)  # gradient of the weights
         dots = tl.load(dots_ptr + places, mask=inside, other=0.0)
@@ -599,7 +635,7 @@ def _gather_from_queries(
 
 @triton.jit
 def _key_gradient_kernel(
-    grad_ptr, log2_total_ptr, dots_ptr,
+    grad_ptr, statistics_ptr, dots_ptr,
     query_ptr, key_ptr, value_ptr, query_row_ptr, blend_ptr, mask_ptr, order_ptr, start_ptr,
     frames, tokens, keys, entries,
     query_by_row, query_by_frame, query_by_token, query_by_column,
@@ -643,7 +679,8 @@ def _key_gradient_kernel(
         line = begin * HEADS + head * tokens
         key_sums, value_sums = _gather_from_queries(
             k, v, key_sums, value_sums, bias, own, other,
-            _dense_matrix(grad_ptr, begin, head, HEADS, D), log2_total_ptr + line, dots_ptr + line,
+            _dense_matrix(grad_ptr, begin, head, HEADS, D),
+            statistics_ptr + 2 * line, dots_ptr + line,
             blend_ptr, reader, begin, tokens,
             D, MAIN, TAIL, SCALE, PER_TOKEN, BLOCK_M, EVEN_TOKENS, PRECISION,
         )  # fmt: skip
@@ -719,18 +756,19 @@ class Inputs(NamedTuple):
         return self._replace(query_row=row, query_blend=blend, key_rows=rows, key_log_mask=mask)
 
 
-def _launch_forward(inputs: Inputs, out: Tensor, log2_total: Tensor | None) -> None:
-    """Fill `out`, contiguous like the query, and `log2_total`, if given.
+def _launch_forward(inputs: Inputs, out: Tensor, statistics: Tensor | None) -> None:
+    """Fill `out`, contiguous like the query, and `statistics`, if given.
 
-    `log2_total`, float32 [rows, frames, heads, tokens], is the logarithm to base 2 of the sum of
-    the exponentials of a query's scores.
+    `statistics`, float32 [rows, frames, heads, 2, tokens], are the highest of a query's scores
+    before they are scaled, h = max(q k^T + sqrt(d) M), and the logarithm to base 2 of the sum of
+    exp((q k^T + sqrt(d) M - h) / sqrt(d)).
     """
     inputs = inputs.with_plain_controls()
     query, key, value, row, blend, key_rows, mask, _ = inputs
     sizes = _settings("query_attention", inputs)
     _query_attention_kernel[_grid(inputs, query, sizes["BLOCK_M"])](
         query, key, value, row, blend, key_rows, mask, *_sizes(inputs), *_strides(inputs),
-        out, log2_total,
+        out, statistics,
         **_constants(inputs), **sizes, EVEN_KEYS=key.shape[2] % sizes["BLOCK_N"] == 0,
     )  # fmt: skip
 
@@ -738,7 +776,7 @@ def _launch_forward(inputs: Inputs, out: Tensor, log2_total: Tensor | None) -> N
 def _launch_query_gradient(
     grad: Tensor,
     out: Tensor,
-    log2_total: Tensor,
+    statistics: Tensor,
     inputs: Inputs,
     chosen_grad: Tensor,
     dots: Tensor,
@@ -747,14 +785,14 @@ def _launch_query_gradient(
     """Fill the last three from the others; `grad` and `out` are contiguous.
 
     `chosen_grad`, contiguous like the query, is the gradient of the queries as chosen. The others
-    are like `log2_total`: `dots`, which the keys' gradients need, and `share_grad`, if given, which
-    is each head's part of the gradient of a query's blend.
+    are float32 [rows, frames, heads, tokens]: `dots`, which the keys' gradients need, and
+    `share_grad`, if given, which is each head's part of the gradient of a query's blend.
     """
     inputs = inputs.with_plain_controls()
     query, key, value, row, blend, key_rows, mask, _ = inputs
     sizes = _settings("query_attention_query_gradient", inputs)
     _query_gradient_kernel[_grid(inputs, query, sizes["BLOCK_M"])](
-        grad, out, log2_total, query, key, value, row, blend, key_rows, mask,
+        grad, out, statistics, query, key, value, row, blend, key_rows, mask,
         *_sizes(inputs), *_strides(inputs),
         chosen_grad, dots, share_grad,
         **_constants(inputs), **sizes, EVEN_KEYS=key.shape[2] % sizes["BLOCK_N"] == 0,
@@ -763,7 +801,7 @@ def _launch_query_gradient(
 
 def _launch_key_gradient(
     grad: Tensor,
-    log2_total: Tensor,
+    statistics: Tensor,
     dots: Tensor,
     inputs: Inputs,
     key_grad: Tensor,
@@ -780,7 +818,7 @@ def _launch_key_gradient(
         order, start = _readers(torch.cat([own, others], 1).flatten(), rows)
     sizes = _settings("query_attention_key_gradient", inputs)
     _key_gradient_kernel[_grid(inputs, key, sizes["BLOCK_N"])](
-        grad, log2_total, dots, query, key, value, row, blend, mask, order, start,
+        grad, statistics, dots, query, key, value, row, blend, mask, order, start,
         *_sizes(inputs), *_strides(inputs),
         key_grad, value_grad,
         **_constants(inputs), **sizes, EVEN_TOKENS=query.shape[2] % sizes["BLOCK_M"] == 0,
@@ -898,27 +936,27 @@ def _query_attention_training(
     heads: int,
 ) -> tuple[Tensor, Tensor]:
     """The same, and what the backward direction would else have to compute again."""
-    out, log2_total = _empty_like(query), _empty_per_query(query, heads)
+    out, statistics = _empty_like(query), _empty_statistics(query, heads)
     with torch.cuda.device_of(query):
         _launch_forward(
             Inputs(query, key, value, query_row, query_blend, key_rows, key_log_mask, heads),
             out,
-            log2_total,
+            statistics,
         )
-    return out, log2_total
+    return out, statistics
 
 
 @_query_attention_training.register_fake
 def _(*inputs):
     given = Inputs(*inputs)
-    return _empty_like(given.query), _empty_per_query(given.query, given.heads)
+    return _empty_like(given.query), _empty_statistics(given.query, given.heads)
 
 
 @torch.library.custom_op("kinetiq::query_attention_backward", mutates_args=(), device_types="cuda")
 def _query_attention_backward(
     grad: Tensor,
     out: Tensor,
-    log2_total: Tensor,
+    statistics: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -933,11 +971,11 @@ def _query_attention_backward(
     """Gradients of query, key, value and blend; one that is not needed has no elements."""
     inputs = Inputs(query, key, value, query_row, query_blend, key_rows, key_log_mask, heads)
     with torch.cuda.device_of(query):
-        return _differentiate(grad.contiguous(), out, log2_total, inputs, keys_needed, blend_needed)
+        return _differentiate(grad.contiguous(), out, statistics, inputs, keys_needed, blend_needed)
 
 
 @_query_attention_backward.register_fake
-def _(grad, out, log2_total, query, key, value, query_row, query_blend, *options):
+def _(grad, out, statistics, query, key, value, query_row, query_blend, *options):
     *_, keys_needed, blend_needed = options
     kept = ((query, True), (key, keys_needed), (value, keys_needed), (query_blend, blend_needed))
     return tuple(_empty_like(like) if needed else query.new_empty(0) for like, needed in kept)
@@ -946,17 +984,17 @@ def _(grad, out, log2_total, query, key, value, query_row, query_blend, *options
 def _differentiate(
     grad: Tensor,
     out: Tensor,
-    log2_total: Tensor,
+    statistics: Tensor,
     inputs: Inputs,
     keys_needed: bool,
     blend_needed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the backward operator returns."""
     query, key, value, query_row, query_blend, *_ = inputs
-    query_grad, dots = _empty_like(query), torch.empty_like(log2_total)
+    query_grad, dots = _empty_like(query), _empty_per_query(query, inputs.heads)
     chosen_grad = query_grad if query_row is None else _empty_like(query)
-    share_grad = torch.empty_like(log2_total) if blend_needed else None
-    _launch_query_gradient(grad, out, log2_total, inputs, chosen_grad, dots, share_grad)
+    share_grad = torch.empty_like(dots) if blend_needed else None
+    _launch_query_gradient(grad, out, statistics, inputs, chosen_grad, dots, share_grad)
     if query_row is not None:
         _launch_return_gradient(chosen_grad, inputs, query_grad)
 
@@ -965,11 +1003,11 @@ def _differentiate(
         # one gradient a frame, added up after: a frame's keys then need not wait for the others
         size = (key.shape[0], query.shape[1], *key.shape[2:])
         parts = [key.new_empty(size, dtype=torch.float32) for _ in range(2)]
-        _launch_key_gradient(grad, log2_total, dots, inputs, *parts)
+        _launch_key_gradient(grad, statistics, dots, inputs, *parts)
         key_grad, value_grad = (part.sum(1, keepdim=True).to(key.dtype) for part in parts)
     elif keys_needed:
         key_grad, value_grad = _empty_like(key), _empty_like(value)
-        _launch_key_gradient(grad, log2_total, dots, inputs, key_grad, value_grad)
+        _launch_key_gradient(grad, statistics, dots, inputs, key_grad, value_grad)
     if query_blend is not None and share_grad is not None:
         axes = (2,) if query_blend.ndim == 3 else (1, 2, 3)
         blend_grad = share_grad.sum(axes).to(query_blend.dtype)
@@ -983,6 +1021,11 @@ def _empty_like(tensor: Tensor) -> Tensor:
 def _empty_per_query(query: Tensor, heads: int) -> Tensor:
     rows, frames, tokens, _ = query.shape
     return query.new_empty(rows, frames, heads, tokens, dtype=torch.float32)
+
+
+def _empty_statistics(query: Tensor, heads: int) -> Tensor:
+    rows, frames, tokens, _ = query.shape
+    return query.new_empty(rows, frames, heads, 2, tokens, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -1001,8 +1044,8 @@ def _backward(ctx, grad: Tensor):
     tensors = list(ctx.saved_tensors)
     if grad.is_cuda:
         inputs = Inputs._make((*tensors, ctx.heads))
-        out, log2_total = _query_attention_training(*inputs)
-        return _run_backward(ctx, grad, out, log2_total, inputs)
+        out, statistics = _query_attention_training(*inputs)
+        return _run_backward(ctx, grad, out, statistics, inputs)
     wanted = [at for at in (0, 1, 2, 4) if ctx.needs_input_grad[at]]
     for at in wanted:
         tensors[at] = tensors[at].detach().requires_grad_()
@@ -1014,14 +1057,14 @@ def _backward(ctx, grad: Tensor):
 
 
 def _backward_training(ctx, grad: Tensor, _: Tensor | None):
-    *tensors, out, log2_total = ctx.saved_tensors
-    return _run_backward(ctx, grad, out, log2_total, Inputs._make((*tensors, ctx.heads)))
+    *tensors, out, statistics = ctx.saved_tensors
+    return _run_backward(ctx, grad, out, statistics, Inputs._make((*tensors, ctx.heads)))
 
 
-def _run_backward(ctx, grad: Tensor, out: Tensor, log2_total: Tensor, inputs: Inputs):
+def _run_backward(ctx, grad: Tensor, out: Tensor, statistics: Tensor, inputs: Inputs):
     _, key_needed, value_needed, _, blend_needed, *_ = ctx.needs_input_grad
     keys_needed = key_needed or value_needed
-    grads = _query_attention_backward(grad, out, log2_total, *inputs, keys_needed, blend_needed)
+    grads = _query_attention_backward(grad, out, statistics, *inputs, keys_needed, blend_needed)
     needed = (True, keys_needed, keys_needed, blend_needed)
     query, key, value, blend = (t if need else None for t, need in zip(grads, needed, strict=True))
     return query, key, value, None, blend, None, None, None
@@ -1052,7 +1095,7 @@ def _attend_on_cpu(inputs: Inputs) -> Tensor:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention over [batch, heads, tokens, d], by whichever way is quicker on a CPU."""
+    """Softmax attention over [batch, heads, tokens, d], by a CPU's quickest way that keeps NaN."""
     recorded = _is_recorded(query, key, value)
     fused = F.scaled_dot_product_attention
     if min(query.shape[-2], key.shape[-2]) >= _SMALL:
@@ -1060,7 +1103,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
             wide = None if mask is None else mask.float()
             return fused(query.float(), key.float(), value.float(), wide).to(query.dtype)
         return fused(query, key, value, mask)
-    if query.dtype == torch.float32 and not recorded:
+    if query.dtype == torch.float32 and not recorded and key.shape[-2] >= _LANES:
         return fused(query, key, value, mask)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if mask is not None:
@@ -1245,11 +1288,11 @@ def _launch_empty(
     key_rows = empty(rows, further, dtype=torch.int64) if further else None
     mask = empty(key.shape[:3]) if further else None
     inputs = Inputs(query, key, key, query_row, query_blend, key_rows, mask, heads)
-    log2_total = _empty_per_query(query, heads)
+    statistics = _empty_statistics(query, heads)
     if backward:
-        _differentiate(query, query, log2_total, inputs, keys_needed=True, blend_needed=False)
+        _differentiate(query, query, statistics, inputs, keys_needed=True, blend_needed=False)
     else:
-        _launch_forward(inputs, query, log2_total)
+        _launch_forward(inputs, query, statistics)
 
 
 COMPILED = (
@@ -1266,6 +1309,8 @@ COMPILED = (
     _compile_case("zeroscope_40x72_prompt", 24, 2880, 5, 64, keys=77),
     _compile_case("zeroscope_5x9", 24, 45, 20, 64, blend=1),
     _compile_case("videocrafter2_40x64", 16, 2560, 5, 64, blend=1),
+    _compile_case("head_dim_192", 16, 256, 8, 192, blend=1),
+    _compile_case("head_dim_256", 16, 256, 8, 256, blend=1),
     _compile_case("embedded_16x16", 8, 256, 2, 32, blend=1),
     _compile_case("embedded_16x16_prompt", 8, 256, 2, 32, keys=24),
     _compile_case("animatediff_64x64", 16, 4096, 8, 40, backward=True),
@@ -1274,5 +1319,6 @@ COMPILED = (
     _compile_case("animatediff_32x32_shots", 16, 1024, 8, 80, further=3, backward=True),
     _compile_case("animatediff_16x16", 16, 256, 8, 160, blend=1, backward=True),
     _compile_case("zeroscope_40x72", 24, 2880, 5, 64, blend=1, backward=True),
+    _compile_case("videocrafter2_40x64", 16, 2560, 5, 64, blend=1, backward=True),
     _compile_case("embedded_16x16", 8, 256, 2, 32, blend=1, backward=True),
 )

@@ -1,6 +1,7 @@
 """Query attention against its formula in float64, and what must hold of it whatever the input."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -21,9 +22,11 @@ SHAPES = [  # rows, frames, frames of the keys, tokens, keys, heads, d
     pytest.param((2, 1, 1, 129, 131, 2, 40), id="one past the fused kernel's threshold"),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# In float32 the project promises 1e-4 of the largest value. PyTorch's fused CPU kernel, whose exp
-# is a polynomial, errs up to four times as much as the plain products, which is 1e-6.
-SLACK = {torch.float32: 4.0, torch.float16: 2.0, torch.bfloat16: 2.0}
+# PyTorch's fused kernel for CPUs errs more in float32 than plain products do: its exp is a
+# polynomial, with which a weight was seen to err by a third more, and its gradients take weights
+# from one number that holds the maximum and the logarithm of a sum, whose rounding is in each. That
+# is 1e-6, where 1e-4 is promised. Our own kernels, on a GPU, have to do without.
+FUSED_SLACK = 4.0
 
 
 def sample(shape, dtype, device, rng):
@@ -73,7 +76,8 @@ def test_agrees_with_float64(shape, dtype, kind, device, rng):
     got = query_attention(*inputs, heads=heads, query_row=row, query_blend=blend)
     assert got.dtype == dtype
     assert got.is_contiguous()
-    assert_as_good_as(got, naive, exact, slack=SLACK[dtype])
+    fused = device == "cpu" and dtype == torch.float32 and shape[4] >= operator._LANES
+    assert_as_good_as(got, naive, exact, slack=FUSED_SLACK if fused else 2.0)
     reference = operator.query_attention_reference(
         *inputs, heads=heads, query_row=row, query_blend=blend
     )
@@ -88,6 +92,25 @@ def test_reads_any_strides(device, rng):
     assert not any(t.is_contiguous() for t in strided)
     exact = plain(*(t.double() for t in strided), 2)
     assert_as_good_as(query_attention(*strided, heads=2), plain(*strided, 2), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("further", [False, True])
+@pytest.mark.parametrize("keys", [1, 5, 15, 16, 17, 140])
+def test_nan_does_not_vanish(keys, further, dtype, device, rng):
+    """A query that is NaN, or whose every key is, has no answer; the others keep theirs."""
+    query, key, value = sample((2, 1, 1, 140, keys, 1, 8), dtype, device, rng)
+    options = {"heads": 1}
+    if further:
+        options["key_rows"] = torch.tensor([[1], [1]], device=device)
+    query[0, 0, 1] = math.nan
+    got = query_attention(query, key, value, **options).isnan()
+    assert got[0, 0, 1].all()
+    assert got.sum() == 8
+    key[1] = math.nan
+    lost = query_attention(query.nan_to_num(), key, value, **options).isnan()
+    assert lost[1].all()
+    assert lost[0].all() == further
 
 
 def test_a_blend_of_one_is_a_gather_and_of_zero_is_none_bit_for_bit(device, rng):
@@ -148,8 +171,9 @@ def test_gradient_in_every_type(dtype, tokens, device, rng):
     got = gradients(lambda q, k, v: query_attention(q, k, v, heads=1), inputs)
     naive = gradients(formula, inputs)
     exact = gradients(formula, [t.double() for t in inputs])
+    fused = device == "cpu" and dtype == torch.float32 and tokens >= operator._SMALL
     for name, *three in zip("qkv", got, naive, exact, strict=True):
-        assert_as_good_as(*three, slack=SLACK[dtype], name=name)
+        assert_as_good_as(*three, slack=FUSED_SLACK if fused else 3.0, name=name)
 
 
 @settings(max_examples=20, deadline=None)
