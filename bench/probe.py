@@ -8,7 +8,7 @@ from kinetiq.sprites.probe import probe_sites
 
 
 def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
-    """Entropy and effect of every self-attention site, on references of every motion."""
+    """Entropy and effect of every attention site, on references of every motion."""
     pairs = transfer_pairs(2 if options.quick else 8, seed=options.seed)
     figures: dict[str, Figure] = {}
     with Engine.load("sprites", device=options.device) as engine:

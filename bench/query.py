@@ -3,7 +3,9 @@
 Every setting is measured on pairs of a reference and a prompt that names another colour, texture,
 shape and background and says nothing of motion, in ten steps, so that each tenth of `until` is a
 step, and in bfloat16, which halves the time on a CPU. The best setting of a method is the variant
-and `until` with the largest fidelity minus leak.
+and `until` with the largest fidelity minus leak. All headlines are measured on the same pairs,
+which chose none of them, and are compared pair by pair: with plain sampling, and the leak-reduced
+queries with the ordinary ones at the points of their curves that are nearest in fidelity.
 """
 
 import functools
@@ -11,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kinetiq.bench.figures import Figure
 from kinetiq.bench.harness import Bench, BenchOptions, Progress
@@ -21,6 +25,7 @@ from kinetiq.errors import MissingDependencyError, OutputError
 from kinetiq.files import check_target, replacing
 from kinetiq.motion_injection import MotionInjection
 from kinetiq.query_injection import QueryInjection
+from kinetiq.sprites import metrics
 from kinetiq.sprites.cases import (
     TransferPair,
     TransferScores,
@@ -100,21 +105,26 @@ def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
         }
         # The best of many is lucky, so it is measured again on pairs that did not choose it.
         others = transfer_pairs(len(pairs), seed=options.seed + 1)
-        best = {method: best_of(method, scores) for method in ("query", "injection")}
-        headline = {
-            "plain": (_plain, pairs),
-            "paper": (_at(CURVES[0], 4), pairs),
-            **{method: (settings[name], others) for method, name in best.items()},
+        both, leak_reduced = nearest_in_fidelity("query.both", "query.leak_reduced", scores)
+        chosen = {
+            "plain": "curve.plain",
+            "paper": "query.spatial.until_04",
+            "query": best_of("query", scores),
+            "injection": best_of("injection", scores),
+            "both": both,
+            "leak_reduced": leak_reduced,
         }
-        heads = {
-            name: score(controls, chosen)
-            for name, (controls, chosen) in progress.track(headline.items(), "headline", 4)
+        names = list(dict.fromkeys(chosen.values()))  # two headlines may be of one setting
+        measured = {
+            name: score(settings[name], others)
+            for name in progress.track(names, "headline", len(names))
         }
+    heads = {head: measured[name] for head, name in chosen.items()}
     if picture is not None:
         draw(scores, tenths, picture)
-    figures = _figures(scores, heads)
-    for method, name in best.items():  # the name says which setting the headline is of
-        figures[f"{name}.headline_fidelity"] = figures[f"{method}.motion_fidelity"]
+    figures = _figures(scores, heads) | _differences(heads)
+    for name in names:  # the name says which setting a headline is of
+        figures[f"{name}.headline_fidelity"] = figure(measured[name].motion_fidelity)
     return figures
 
 
@@ -142,6 +152,33 @@ def best_of(method: str, scores: Mapping[str, TransferScores]) -> str:
         candidates,
         key=lambda name: scores[name].motion_fidelity.mean - scores[name].identity_leak.mean,
     )
+
+
+def nearest_in_fidelity(
+    one: str, other: str, scores: Mapping[str, TransferScores]
+) -> tuple[str, str]:
+    """The points of two curves whose fidelities differ least, of those that steer.
+
+    A point steers when it has half of the fidelity that both curves reach: curves all meet where
+    nothing is steered, and to compare them there says nothing.
+    """
+    points = {
+        stem: {
+            name: score.motion_fidelity.mean
+            for name, score in scores.items()
+            if name.startswith(stem + ".until_")
+        }
+        for stem in (one, other)
+    }
+    reach = min(max(curve.values()) for curve in points.values())
+    candidates = [
+        (abs(first - second), -first, name, opposite)
+        for name, first in points[one].items()
+        for opposite, second in points[other].items()
+        if min(first, second) >= min(reach, reach / 2)
+    ]
+    _, _, name, opposite = min(candidates)
+    return name, opposite
 
 
 def draw(scores: Mapping[str, TransferScores], tenths: Sequence[int], path: Path) -> None:
@@ -185,24 +222,41 @@ def _at(variant: Variant, tenth: int) -> Controls:
 def _figures(
     scores: Mapping[str, TransferScores], heads: Mapping[str, TransferScores]
 ) -> dict[str, Figure]:
-    named = {
-        "query.plain_": heads["plain"],
-        "query.paper_": heads["paper"],
-        "query.": heads["query"],
-        "injection.": heads["injection"],
-    }
+    stems = {"query": "query.", "injection": "injection."}
     figures: dict[str, Figure] = {}
-    for stem, score in named.items():
+    for head, score in heads.items():
+        stem = stems.get(head, f"query.{head}_")
         fidelity = "fidelity" if stem.endswith("_") else "motion_fidelity"
         leak = "leak" if stem.endswith("_") else "identity_leak"
         figures[stem + fidelity] = figure(score.motion_fidelity)
         figures[stem + leak] = figure(score.identity_leak)
         figures[stem + "colour_accuracy"] = figure(score.colour_accuracy)
         figures[stem + "shape_accuracy"] = figure(score.shape_accuracy)
+        figures[stem + "background_accuracy"] = figure(score.background_accuracy)
+        figures[stem + "frame_consistency"] = figure(score.frame_consistency)
     for name, score in scores.items():
         figures[f"{name}.motion_fidelity"] = figure(score.motion_fidelity)
         figures[f"{name}.identity_leak"] = figure(score.identity_leak)
         figures[f"{name}.colour_accuracy"] = figure(score.colour_accuracy)
+    return figures
+
+
+def _differences(heads: Mapping[str, TransferScores]) -> dict[str, Figure]:
+    """What a headline costs, pair by pair, against what it is compared with."""
+    plain, both, reduced = heads["plain"], heads["both"], heads["leak_reduced"]
+    figures: dict[str, Figure] = {}
+    for method in ("query", "injection"):
+        drop = metrics.share_difference(
+            plain.colours_right, heads[method].colours_right, paired=True
+        )
+        extra = metrics.share_difference(heads[method].leaks, plain.leaks, paired=True)
+        figures[f"{method}.colour_drop"] = figure(drop)
+        figures[f"{method}.extra_leak"] = figure(extra)
+    extra = metrics.share_difference(reduced.leaks, both.leaks, paired=True)
+    gains = np.subtract(reduced.fidelities, both.fidelities)
+    gain = metrics.mean_with_interval(gains, bounds=(-2.0, 2.0))
+    figures["query.leak_reduced_extra_leak"] = figure(extra)
+    figures["query.leak_reduced_extra_fidelity"] = figure(gain)
     return figures
 
 

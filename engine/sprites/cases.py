@@ -1,12 +1,13 @@
 """Fixed sets of prompts and references on which the embedded model is judged."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kinetiq.clip import Clip
+from kinetiq.errors import RequestError
 from kinetiq.generation import Progress, no_progress
 from kinetiq.request import Request
 from kinetiq.sprites import components, metrics, world
@@ -43,7 +44,10 @@ class TransferPair:
 
 @dataclass(frozen=True)
 class TransferScores:
-    """How a set of clips moves like its references and looks like its prompts."""
+    """How a set of clips moves like its references and looks like its prompts.
+
+    The last three are of each clip, so that methods can be compared pair by pair.
+    """
 
     motion_fidelity: Interval
     identity_leak: Interval
@@ -51,6 +55,9 @@ class TransferScores:
     shape_accuracy: Interval
     background_accuracy: Interval
     frame_consistency: Interval
+    fidelities: tuple[float, ...]
+    leaks: tuple[bool, ...]
+    colours_right: tuple[bool, ...]
 
 
 def render_clip(scene: Scene, frames: int = components.FRAMES, size: int = components.SIZE) -> Clip:
@@ -81,16 +88,52 @@ def transfer_pairs(count: int, seed: int = 0) -> list[TransferPair]:
 
 
 def prompt_captions(count: int, *, held_out: bool, seed: int = 0) -> list[Caption]:
-    """Captions that name everything, of combinations that were trained on or held out."""
+    """Captions that name everything, of combinations that were trained on or held out.
+
+    Both sets hold every shape, colour, texture, motion and background equally often, so that they
+    differ in how these are combined and in nothing else: the trained combinations are the held-out
+    ones of the same seed with their colours and motions exchanged.
+
+    Raises:
+        RequestError: so few captions cannot be rearranged into trained combinations.
+    """
     rng = np.random.default_rng([seed, 2])
     captions: list[Caption] = []
     while len(captions) < count:
         motion = world.MOTIONS[len(captions) % len(world.MOTIONS)]
         shape, colour = _choice(rng, world.SHAPES), _choice(rng, world.COLOURS)
-        if world.is_held_out(shape, colour, motion) is held_out:
+        if world.is_held_out(shape, colour, motion):
             mention = Mention(shape, colour, _choice(rng, world.TEXTURES), motion)
             captions.append(Caption((mention,), _choice(rng, world.COLOURS)))
-    return captions
+    return captions if held_out else _rearranged(captions, rng)
+
+
+def _rearranged(captions: Sequence[Caption], rng: np.random.Generator) -> list[Caption]:
+    """The same words in combinations that were trained on."""
+    mentions = [caption.mentions[0] for caption in captions]
+    for _ in range(100 * len(mentions)):
+        held = [index for index, mention in enumerate(mentions) if _is_held_out(mention)]
+        if not held:
+            return [
+                replace(caption, mentions=(mention,))
+                for caption, mention in zip(captions, mentions, strict=True)
+            ]
+        attribute = str(rng.choice(["colour", "motion"]))
+        one, other = held[0], int(rng.integers(len(mentions)))
+        exchanged = [
+            replace(mentions[to], **{attribute: getattr(mentions[of], attribute)})
+            for to, of in ((one, other), (other, one))
+        ]
+        if not any(map(_is_held_out, exchanged)):
+            mentions[one], mentions[other] = exchanged
+    raise RequestError(
+        "prompt_captions: held-out combinations must be enough to be rearranged into trained ones, "
+        f"got {len(captions)}; ask for 16 or more"
+    )
+
+
+def _is_held_out(mention: Mention) -> bool:
+    return world.is_held_out(str(mention.shape), mention.colour, str(mention.motion))
 
 
 def transfer(
@@ -101,7 +144,9 @@ def transfer(
     progress: Progress = no_progress,
     **options: Any,
 ) -> list[ClipReading]:
-    """Generate a clip for every pair and read it back.
+    """Generate a clip for every pair and read back at most two shapes of each.
+
+    A second shape matters because it may be a copy of the reference's.
 
     Args:
         engine: with the embedded model.
@@ -115,27 +160,44 @@ def transfer(
         for pair in pairs
     ]
     clips = engine.generate_many(requests, progress=progress)
-    return read_clips(np.stack([clip.frames for clip in clips]))
+    return read_clips(np.stack([clip.frames for clip in clips]), count=2)
 
 
 def score_transfer(
     readings: Sequence[ClipReading], pairs: Sequence[TransferPair]
 ) -> TransferScores:
-    """How the clips move like their references and look like their prompts."""
+    """How the clips move like their references and look like their prompts.
+
+    The path is that of the shape which the prompt means (`metrics.match_sprites`).
+    """
     captions = [pair.caption for pair in pairs]
+    references = [pair.sprite for pair in pairs]
     frames = readings[0].frames
+    meant = [
+        metrics.match_sprites(reading, caption)[0]
+        for reading, caption in zip(readings, captions, strict=True)
+    ]
     fidelity = metrics.motion_fidelity(
-        [metrics.first_path(reading) for reading in readings],
-        [pair.sprite.path.points(frames) for pair in pairs],
+        [None if sprite is None else sprite.path for sprite in meant],
+        [reference.path.points(frames) for reference in references],
     )
     return TransferScores(
         motion_fidelity=fidelity.mean,
-        identity_leak=metrics.identity_leak(readings, [pair.sprite for pair in pairs], captions),
+        identity_leak=metrics.identity_leak(readings, references, captions),
         colour_accuracy=metrics.colour_accuracy(readings, captions),
         shape_accuracy=metrics.shape_accuracy(readings, captions),
         background_accuracy=metrics.background_accuracy(readings, captions),
         frame_consistency=metrics.mean_with_interval(
             [metrics.frame_consistency(reading) for reading in readings], bounds=(0.0, 1.0)
+        ),
+        fidelities=tuple(fidelity.per_clip.tolist()),
+        leaks=tuple(
+            metrics.identity_leak([reading], [reference], [caption]).mean == 1.0
+            for reading, reference, caption in zip(readings, references, captions, strict=True)
+        ),
+        colours_right=tuple(
+            metrics.colour_accuracy([reading], [caption]).mean == 1.0
+            for reading, caption in zip(readings, captions, strict=True)
         ),
     )
 

@@ -28,10 +28,17 @@ from kinetiq.sprites.world import COLOURS, MOTIONS, Caption, Mention, Path, hue_
 # that reading noise adds up to.
 STILL_SPREAD = 0.5 / 32
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+# Backgrounds are rendered with a value of up to 0.28; half as much again is still called dark, as
+# hues of up to half as much again as are rendered under a name still bear it.
+LIGHTEST_DARK = 0.42
 FREE_ATTRIBUTES = ("shape", "colour", "texture", "background")
 
 _TRAVEL = (0.12, 0.7)  # sampled paths travel 0.19 to 0.5; what travels less is hardly a motion
 _PHASES = 64
+# A motion has a name when its best fit leaves at most this share of the path's spread (mean
+# squares). Of paths read with an error of 0.5 pixel, which is more than any spoiled clip has, all
+# leave less (0.09 at most); of random walks 99 in 100 leave more.
+_LEFT_BY_MOTION = 0.1
 _STRONGEST_TEXTURE = 0.5  # mean darkness of stripes, the darkest texture
 
 
@@ -39,7 +46,7 @@ class Looks(Protocol):
     """What `world.Sprite` and `reading.SpriteReading` both tell of a shape."""
 
     @property
-    def shape(self) -> str: ...  # noqa: D102
+    def shape(self) -> str | None: ...  # noqa: D102
     @property
     def hue(self) -> float: ...  # noqa: D102
     @property
@@ -123,6 +130,66 @@ def _student(probability: float, freedom: int) -> float:
     return math.sqrt(freedom) * math.tan(float(np.interp(probability * below[-1], below, angle)))
 
 
+def share_difference(first: Sequence[bool], second: Sequence[bool], *, paired: bool) -> Interval:
+    """Share of `first` minus share of `second`, with its 95 % interval, -1 to 1.
+
+    Newcombe's hybrid score interval: the distances of both shares p to their Wilson limits l and u,
+    low = d - √((p₁ - l₁)² - 2φ(p₁ - l₁)(u₂ - p₂) + (u₂ - p₂)²), high likewise, which stays honest
+    where all agree. φ is the correlation of pairs, with his correction for continuity, and 0 for
+    independent samples.
+
+    Args:
+        first: one verdict for each trial.
+        second: as `first`; as many where `paired`.
+        paired: whether verdicts of the same place belong to the same trial.
+
+    Returns:
+        The difference; n is the smaller count.
+
+    Raises:
+        RequestError: one of them is empty, or not of booleans.
+        ShapeError: `paired` and not as many.
+
+    Source: Newcombe 1998, Stat. Med. 17, pages 873 (independent) and 2635 (paired), method 10.
+    """
+    one, two = np.asarray(first), np.asarray(second)
+    for name, sample in (("first", one), ("second", two)):
+        if sample.size and sample.dtype != bool:
+            raise RequestError(
+                f"share_difference: {name} must be booleans, got {sample.dtype.name}"
+            )
+    if paired and len(one) != len(two):
+        raise ShapeError(
+            f"share_difference: pairs must be complete, got {len(one)} and {len(two)} verdicts"
+        )
+    a, b = mean_with_interval(one), mean_with_interval(two)
+    correlation = _pair_correlation(one, two) if paired else 0.0
+    reach = [
+        math.sqrt(max(x * x - 2.0 * correlation * x * y + y * y, 0.0))
+        for x, y in ((a.mean - a.low, b.high - b.mean), (a.high - a.mean, b.mean - b.low))
+    ]
+    difference = a.mean - b.mean
+    return Interval(
+        difference,
+        max(difference - reach[0], -1.0),
+        min(difference + reach[1], 1.0),
+        min(a.n, b.n),
+    )
+
+
+def _pair_correlation(one: np.ndarray, two: np.ndarray) -> float:
+    """φ of a 2x2 table; a positive one is corrected for continuity, so that it is never 1."""
+    both, neither = int((one & two).sum()), int((~one & ~two).sum())
+    only_one, only_two = int((one & ~two).sum()), int((~one & two).sum())
+    margins = (both + only_one) * (neither + only_two) * (both + only_two) * (neither + only_one)
+    if margins == 0:
+        return 0.0
+    excess = float(both * neither - only_one * only_two)
+    if excess > 0:
+        excess = max(excess - len(one) / 2, 0.0)
+    return excess / math.sqrt(margins)
+
+
 def displacements(path: np.ndarray) -> np.ndarray:
     """Steps between frames, d_t = p_(t+1) - p_t, [frames - 1, 2] in widths.
 
@@ -196,7 +263,7 @@ def motion_fidelity(
 
 
 def first_path(reading: ClipReading) -> np.ndarray | None:
-    """Path of the clip's main shape, None where nothing was found."""
+    """Path of the clip's main shape, None where nothing was found, or not in most frames."""
     return reading.sprites[0].path if reading.sprites else None
 
 
@@ -240,7 +307,9 @@ def direction_accuracy(readings: Sequence[ClipReading], captions: Sequence[Capti
 
 
 def background_accuracy(readings: Sequence[ClipReading], captions: Sequence[Caption]) -> Interval:
-    """Share of clips whose background is within 15 degrees of the colour named, 0 to 1.
+    """Share of clips whose background is dark and within 15 degrees of the colour named, 0 to 1.
+
+    Dark is a value (the strongest channel) of at most `LIGHTEST_DARK`.
 
     Raises:
         ShapeError: the lists differ in length.
@@ -249,6 +318,7 @@ def background_accuracy(readings: Sequence[ClipReading], captions: Sequence[Capt
     _as_many("background_accuracy", "captions", captions, readings)
     right = [
         reading.background_colour == caption.background
+        and reading.background_value <= LIGHTEST_DARK
         for reading, caption in zip(readings, captions, strict=True)
         if caption.background is not None
     ]
@@ -263,10 +333,12 @@ def identity_leak(
     Only clips whose prompt names another colour, texture or shape than the reference's count; with
     several mentions, each of them must, or the look may be what was left open. A hue leaks when it
     lies within 15 degrees of the reference's and is not a colour asked for. A clip in which nothing
-    was found counts as a leak: destroying the clip must not pay.
+    was found counts as a leak: destroying the clip must not pay. Every shape that was read is
+    judged, so a copy of the reference beside the shape asked for is a leak if `readings` were made
+    with `count=2`.
 
     Args:
-        readings: of the generated clips.
+        readings: of the generated clips, with as many shapes as were found in them.
         references: the shape of each reference clip, rendered or read.
         captions: the prompts.
 
@@ -297,7 +369,9 @@ def _others(reference: Looks, caption: Caption) -> dict[str, bool]:
     """For each attribute, whether every mention names it, and none as the reference has it."""
     mentions = caption.mentions
     return {
-        "shape": bool(mentions) and all(m.shape not in (None, reference.shape) for m in mentions),
+        "shape": bool(mentions)
+        and reference.shape is not None
+        and all(m.shape not in (None, reference.shape) for m in mentions),
         "texture": bool(mentions)
         and all(m.texture not in (None, reference.texture) for m in mentions),
         "colour": bool(mentions)
@@ -329,9 +403,10 @@ def consistency(
 ) -> float:
     """Share of pairs of shots whose free attributes all agree, 0 to 1.
 
-    Shapes and textures agree when equal, colours and backgrounds when their hues lie within 15
-    degrees. A pair agrees with nothing when a shot shows no shape. Pairs of one set are not
-    independent, so an interval belongs over sets: `mean_with_interval` of their consistencies.
+    Textures agree when equal, shapes when equal and not None, colours and backgrounds when their
+    hues lie within 15 degrees. A pair agrees with nothing when a shot shows no shape. Pairs of one
+    set are not independent, so an interval belongs over sets: `mean_with_interval` of their
+    consistencies.
 
     Args:
         shots: readings of the shots of one subject, at least two.
@@ -357,7 +432,7 @@ def _agree(one: ClipReading, other: ClipReading, free: Collection[str]) -> bool:
         return False
     first, second = one.sprites[0], other.sprites[0]
     agreement = {
-        "shape": first.shape == second.shape,
+        "shape": first.shape is not None and first.shape == second.shape,
         "colour": hue_distance(first.hue, second.hue) <= COLOUR_TOLERANCE,
         "texture": first.texture == second.texture,
         "background": hue_distance(one.background_hue, other.background_hue) <= COLOUR_TOLERANCE,
@@ -389,16 +464,17 @@ def _steadiness(sprite: SpriteReading) -> float:
     return float(1.0 - np.where(both, change, 1.0).mean())
 
 
-def classify_motion(path: np.ndarray) -> tuple[str, dict[str, float]]:
+def classify_motion(path: np.ndarray) -> tuple[str | None, dict[str, float]]:
     """Which of `world.MOTIONS` a path shows, by least squares.
 
     Every motion's path is fitted over centre, travel (0.12 to 0.7), phase and heading; the closest
-    wins. A path that `is_still` is still.
+    wins. A path that `is_still` is still. A path of which the closest leaves more than a tenth of
+    the mean squared distance from its own mean is none of them.
 
     Returns:
-        The motion, and for every motion the score 1 / (1 + e / `STILL_SPREAD`), 0 to 1, where e is
-        the root mean square distance that its best fit leaves, in widths. A still path may be
-        close to other motions too; the name is the decision.
+        The motion or None, and for every motion the score 1 / (1 + e / `STILL_SPREAD`), 0 to 1,
+        where e is the root mean square distance that its best fit leaves, in widths. A still path
+        may be close to other motions too; the name is the decision.
 
     Raises:
         ShapeError: `path` is not [frames, 2], or has fewer than 3 frames, which every motion fits.
@@ -407,17 +483,19 @@ def classify_motion(path: np.ndarray) -> tuple[str, dict[str, float]]:
     if len(points) < 3:
         raise ShapeError(f"classify_motion: path must have at least 3 frames, got {len(points)}")
     around = points - points.mean(axis=0)
-    scores = {}
+    scores, errors = {}, {}
     for motion in MOTIONS:
         shapes = _templates(motion, len(points))  # [candidates, frames, 2], of unit travel
         size = np.square(shapes).sum((1, 2))
         along = (shapes * around).sum((1, 2)) / np.maximum(size, 1e-12)
         travel = along.clip(*_TRAVEL)[:, None, None]
-        error = np.square(around - travel * shapes).sum(2).mean(1).min()
-        scores[motion] = 1.0 / (1.0 + math.sqrt(float(error)) / STILL_SPREAD)
+        errors[motion] = float(np.square(around - travel * shapes).sum(2).mean(1).min())
+        scores[motion] = 1.0 / (1.0 + math.sqrt(errors[motion]) / STILL_SPREAD)
     if is_still(points):
         return "still", scores
-    return max((m for m in MOTIONS if m != "still"), key=scores.__getitem__), scores
+    closest = min((m for m in MOTIONS if m != "still"), key=errors.__getitem__)
+    spread = float(np.square(around).sum(1).mean())
+    return (closest if errors[closest] <= _LEFT_BY_MOTION * spread else None), scores
 
 
 @cache
@@ -450,11 +528,11 @@ def _texture_is_right(sprite: SpriteReading, named: str) -> bool:
 
 
 def _motion_is_right(sprite: SpriteReading, named: str) -> bool:
-    return classify_motion(sprite.path)[0] == named
+    return sprite.path is not None and classify_motion(sprite.path)[0] == named
 
 
 def _direction_is_right(sprite: SpriteReading, named: str) -> bool:
-    return direction(sprite.path) == named
+    return sprite.path is not None and direction(sprite.path) == named
 
 
 def direction(path: np.ndarray) -> str | None:
@@ -473,15 +551,13 @@ def direction(path: np.ndarray) -> str | None:
 def match_sprites(reading: ClipReading, caption: Caption) -> tuple[SpriteReading | None, ...]:
     """For each mention of `caption`, the shape that it means.
 
-    The clip's largest shapes are given to the mentions so that as many of the attributes named as
-    possible are right. A mention for which no shape is left gets None.
+    The clip's shapes are given to the mentions so that as many of the attributes named as possible
+    are right; of equals, the largest come first. A mention for which no shape is left gets None.
     """
     count = len(caption.mentions)
-    sprites: list[SpriteReading | None] = list(reading.sprites[:count])
+    sprites: list[SpriteReading | None] = list(reading.sprites)
     sprites += [None] * (count - len(sprites))
-    if count < 2:
-        return tuple(sprites)
-    return max(permutations(sprites), key=lambda order: _agreement(order, caption.mentions))
+    return max(permutations(sprites, count), key=lambda order: _agreement(order, caption.mentions))
 
 
 def _agreement(sprites: Sequence[SpriteReading | None], mentions: Sequence[Mention]) -> int:

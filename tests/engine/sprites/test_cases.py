@@ -1,5 +1,9 @@
-import numpy as np
+import dataclasses
 
+import numpy as np
+import pytest
+
+from kinetiq.errors import RequestError
 from kinetiq.sprites import cases, world
 from kinetiq.sprites.reading import read_clips
 
@@ -29,6 +33,44 @@ def test_prompt_captions_are_held_out_or_not():
         for caption in cases.prompt_captions(32, held_out=held_out):
             mention = caption.mentions[0]
             assert world.is_held_out(mention.shape, mention.colour, mention.motion) is held_out
+
+
+def test_both_halves_differ_in_how_words_are_combined_and_in_nothing_else():
+    halves = [cases.prompt_captions(128, held_out=held_out) for held_out in (True, False)]
+    for attribute in ("shape", "colour", "texture", "motion"):
+        words = [sorted(getattr(c.mentions[0], attribute) for c in half) for half in halves]
+        assert words[0] == words[1]
+    assert [c.background for c in halves[0]] == [c.background for c in halves[1]]
+    assert halves[1] == cases.prompt_captions(128, held_out=False)
+    with pytest.raises(RequestError, match="rearranged into trained ones, got 1; ask for 16"):
+        cases.prompt_captions(1, held_out=False)
+
+
+def test_a_copy_beside_a_perfect_clip_leaks_and_leaves_the_rest_right():
+    pair = next(p for p in cases.transfer_pairs(32) if p.sprite.path.motion == "still")
+    mention = pair.caption.mentions[0]
+    path = world.Path("still", centre=(0.27, 0.5))
+    own = world.Sprite(mention.shape, world.COLOURS[mention.colour], path, mention.texture, 0.18)
+    beside = dataclasses.replace(
+        pair.sprite, radius=0.22, path=dataclasses.replace(path, centre=(0.73, 0.5))
+    )
+    ground = world.COLOURS[pair.caption.background]
+    clips = [
+        cases.render_clip(world.Scene(sprites, background_hue=ground))
+        for sprites in ((own,), (own, beside))
+    ]
+
+    class Engine:
+        def generate_many(self, requests, **_):
+            assert [request.seed for request in requests] == [pair.seed] * 2
+            return iter(clips)
+
+    pairs = [pair, pair]
+    scores = cases.score_transfer(cases.transfer(Engine(), pairs, lambda _: None), pairs)
+    assert scores.leaks == (False, True)
+    assert scores.identity_leak.mean == 0.5
+    assert scores.colours_right == (True, True)
+    assert scores.fidelities == (1.0, 1.0)
 
 
 def test_a_perfect_model_scores_perfectly_and_a_copying_one_leaks():

@@ -24,9 +24,12 @@ def mean_path(engine, reference):
         kq.Request(PROMPT, kq.MotionInjection(reference), seed=seed, steps=8)
         for seed in range(SEEDS)
     ]
-    clips = engine.generate_many(requests)
-    paths = [metrics.first_path(r) for r in read_clips(np.stack([c.frames for c in clips]))]
-    return np.mean([path for path in paths if path is not None], axis=0)
+    clips = list(engine.generate_many(requests))
+    readings = read_clips(np.stack([clip.frames for clip in clips]))
+    # A clip that shows nothing went nowhere; it stays in the mean and makes it shorter.
+    nowhere = world.Path("still").points(clips[0].frames.shape[0])
+    paths = [metrics.first_path(reading) for reading in readings]
+    return np.mean([nowhere if path is None else path for path in paths], axis=0)
 
 
 def test_a_mirrored_reference_mirrors_the_path_and_a_reversed_one_reverses_it(engine):

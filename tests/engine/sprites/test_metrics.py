@@ -187,6 +187,45 @@ def test_motions_are_told_apart(motion):
         assert all(0 < score <= 1 for score in scores.values())
 
 
+def test_a_path_that_fits_no_motion_has_no_name():
+    rng = np.random.default_rng(1)
+    walks = [np.cumsum(rng.normal(0, 2 / 32, (FRAMES, 2)), axis=0) for _ in range(100)]
+    names = [metrics.classify_motion(walk)[0] for walk in walks]
+    assert names.count(None) >= 97  # 99 in 100 leave more than a tenth
+    for motion in MOVING:  # an error of half a pixel must not cost a motion its name
+        for _ in range(10):
+            path = world.sample_path(rng, motion).points(FRAMES)
+            read_path = path + rng.normal(0, 0.5 / 32 / math.sqrt(2), path.shape)
+            assert metrics.classify_motion(read_path)[0] == motion
+
+
+def test_a_background_must_be_dark(readings):
+    asked = [Caption((), readings[0].background_colour)]
+    lit = lambda value: [dataclasses.replace(readings[0], background_value=value)]
+    assert metrics.background_accuracy(lit(0.28), asked).mean == 1.0
+    assert metrics.background_accuracy(lit(0.42), asked).mean == 1.0
+    assert metrics.background_accuracy(lit(0.43), asked).mean == 0.0
+    bright = world.render([Scene((sprite_of(),), 225.0, 0.8, 0.6)], FRAMES, 32)[0]
+    read_back = [read_clip(bright)]
+    assert read_back[0].background_colour == "blue"
+    assert metrics.background_accuracy(read_back, [Caption((), "blue")]).mean == 0.0
+
+
+def test_a_shape_that_vanishes_has_no_motion():
+    clip = world.render([Scene((sprite_of(path=Path("right")),))], FRAMES, 32)[0]
+    clip[1:7] = clip[0, 0, 0]
+    readings, asked = [read_clip(clip)], [Caption((Mention("circle", motion="right"),))]
+    assert metrics.shape_accuracy(readings, asked).mean == 1.0
+    assert metrics.motion_accuracy(readings, asked).mean == 0.0
+    assert metrics.direction_accuracy(readings, asked).mean == 0.0
+    path = metrics.first_path(readings[0])
+    assert metrics.path_fidelity(path, Path("right").points(FRAMES)) == 0.0
+    clip[:] = clip[3]
+    clip[[0, 7]] = world.render([Scene((sprite_of(path=Path("still")),))], 2, 32)[0]
+    asked = [Caption((Mention("circle", motion="still"),))]
+    assert metrics.motion_accuracy([read_clip(clip)], asked).mean == 0.0
+
+
 @given(SEEDS, st.sampled_from(MOVING))
 @settings(max_examples=60, deadline=None)
 def test_fidelity_oracles(seed, motion):
@@ -270,6 +309,34 @@ def test_identity_leak():
     assert leak(sprite_of(), Caption((Mention("square"),))) == 0
 
 
+def test_a_copy_of_the_reference_beside_what_was_asked_for_is_a_leak():
+    reference = sprite_of(
+        shape="square", hue=225.0, texture="striped", path=Path("up", 0.3, centre=(0.75, 0.5))
+    )
+    own = sprite_of(path=Path("down", 0.3, centre=(0.25, 0.5)))
+    asked = [Caption((Mention("circle", "red", "plain"),))]
+    clip = world.render([Scene((own, reference))], FRAMES, 32)[0]
+    alone = world.render([Scene((own,))], FRAMES, 32)[0]
+    leak = lambda frames: metrics.identity_leak([read_clip(frames, 2)], [reference], asked).mean
+    assert leak(clip) == 1 and leak(alone) == 0
+    reading = read_clip(clip, 2)
+    assert len(reading.sprites) == 2
+    (meant,) = metrics.match_sprites(reading, asked[0])  # whichever of the two is larger
+    assert (meant.shape, meant.colour) == ("circle", "red")
+    assert metrics.colour_accuracy([reading], asked).mean == 1.0
+
+
+def test_a_shape_without_a_name_is_nobodys():
+    nameless = [dataclasses.replace(read(sprite_of()).sprites[0], shape=None)]
+    shot = dataclasses.replace(read(sprite_of()), sprites=tuple(nameless))
+    asked = [Caption((Mention("square"),))]
+    assert metrics.identity_leak([shot], [sprite_of(shape="ring")], asked).mean == 0
+    with pytest.raises(RequestError, match="at least one prompt must name"):
+        metrics.identity_leak([shot], nameless, asked)  # nothing is known of the reference
+    assert metrics.shape_accuracy([shot], [Caption((Mention("circle"),))]).mean == 0.0
+    assert metrics.consistency([shot, shot], ["shape"]) == 0
+
+
 def test_identity_leak_counts_what_it_can_judge(empty):
     reference = sprite_of(shape="ring")
     another, same = Caption((Mention("circle"),)), Caption((Mention("ring"),))
@@ -343,6 +410,47 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     shares = [metrics.mean_with_interval(rng.uniform(size=40) < 0.8) for _ in range(trials)]
     held = np.mean([i.low <= 0.8 <= i.high for i in shares])
     assert held == pytest.approx(0.95, abs=0.03)  # a proportion is discrete
+
+
+def test_known_differences_of_shares():
+    # Newcombe 1998, Stat. Med. 17: 56 of 70 against 48 of 80, and of 50 pairs 36 both, 12 the first
+    # alone, 2 the second alone.
+    of = lambda right, count: [True] * right + [False] * (count - right)
+    independent = metrics.share_difference(of(56, 70), of(48, 80), paired=False)
+    assert independent.mean == pytest.approx(0.2)
+    assert (independent.low, independent.high) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+    assert independent.n == 70
+    one, two = of(48, 50), [True] * 36 + [False] * 12 + [True] * 2
+    pairs = metrics.share_difference(one, two, paired=True)
+    assert (pairs.mean, pairs.n) == (pytest.approx(0.2), 50)
+    assert (pairs.low, pairs.high) == pytest.approx((0.0569, 0.3404), abs=1e-4)
+    same = metrics.share_difference([True] * 8, [True] * 8, paired=True)
+    assert same.low < same.mean == 0.0 < same.high  # honest where all agree
+    halves = [True, False] * 32
+    alike = metrics.share_difference(halves, halves, paired=True)
+    opposed = metrics.share_difference(halves, halves[::-1], paired=True)
+    assert alike.high - alike.low < 0.2 * (opposed.high - opposed.low)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_differences_hold_the_truth_as_often_as_they_say(paired):
+    rng = np.random.default_rng(2)
+    held, trials = 0, 600  # the share that holds errs by 0.009 (one standard deviation)
+    for _ in range(trials):
+        luck = rng.uniform(size=(64, 2))
+        one, two = luck[:, 0] < 0.9, luck[:, 0 if paired else 1] < 0.8
+        found = metrics.share_difference(one, two, paired=paired)
+        held += found.low <= 0.1 <= found.high
+    assert held / trials > 0.93
+
+
+def test_says_what_is_wrong_with_differences():
+    with pytest.raises(RequestError, match="share_difference: first must be booleans, got float64"):
+        metrics.share_difference([0.5], [True], paired=False)
+    with pytest.raises(ShapeError, match="pairs must be complete, got 1 and 2 verdicts"):
+        metrics.share_difference([True], [True, False], paired=True)
+    with pytest.raises(RequestError, match="at least one number"):
+        metrics.share_difference([], [True], paired=False)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=50), st.floats(0.5, 0.99))

@@ -166,6 +166,79 @@ def test_frames_without_the_shape_are_not_visible(scenes):
     assert path_error(sprite, truth) < CLEAN_PIXELS  # interpolated, and the true path is straight
 
 
+@pytest.mark.parametrize("hidden", [(1, 2, 3, 4, 5, 6), (1, 3, 5), (3, 5)])
+def test_a_shape_that_vanishes_for_more_than_a_quarter_has_no_path(hidden):
+    """Two frames would be enough to interpolate a run that the clip does not show."""
+    truth = Sprite("square", 90.0, Path("right", travel=0.4))
+    clip = world.render([Scene((truth,))], FRAMES, 32)[0]
+    clip[list(hidden)] = clip[0, 0, 0].clone()
+    (sprite,) = read_clip(clip).sprites
+    assert sprite.shape == "square"
+    assert np.flatnonzero(~sprite.visible).tolist() == list(hidden)
+    if len(hidden) > 2:
+        assert sprite.path is None
+    else:
+        assert path_error(sprite, truth) < CLEAN_PIXELS
+
+
+def blobs(width, flatness=1.0):
+    """Round or flat spots without an edge, in 15 places, sizes and colours."""
+    rng = np.random.default_rng(7)
+    axis = (torch.arange(32) + 0.5) / 32
+    clips = []
+    for index in range(15):
+        sprite = world.sample_sprite(rng, hue=24.0 * index)
+        scene = Scene((sprite,), background_hue=float(rng.uniform(0, 360)))
+        path = torch.tensor(sprite.path.points(FRAMES), dtype=torch.float32)[..., None, None]
+        x, y = axis - path[:, 0], axis[:, None] - path[:, 1]
+        turn = torch.tensor(rng.uniform(0, np.pi))
+        along, across = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
+        size = width * rng.uniform(0.9, 1.1)
+        cover = torch.exp(-0.5 * ((along / size) ** 2 + (across / (flatness * size)) ** 2))
+        paint = torch.tensor(world._rgb(sprite.hue, 0.9, 0.95))
+        ground = world.render([dataclasses.replace(scene, sprites=())], FRAMES, 32)[0]
+        clips.append(torch.lerp(ground, paint.expand_as(ground), cover[..., None]))
+    return torch.stack(clips)
+
+
+def naming_figures(clips):
+    """What naming a shape is judged by: softness, and the share that the best leaves of the next."""
+    figures = []
+    for read in read_clips(clips):
+        (sprite,) = read.sprites
+        best, following = sorted(sprite.shape_scores.values(), reverse=True)[:2]
+        figures.append((sprite.softness, (1 - best) / (1 - following), sprite.shape))
+    return figures
+
+
+def test_the_limits_of_a_name_lie_between_shapes_and_what_is_none(clips):
+    """Softness tells blobs from shapes, the lead over the next best tells other outlines from them."""
+    worst = naming_figures(spoil(clips[::2], blur=1.3, noise=0.05))  # the softest that must be read
+    assert max(softness for softness, _, _ in worst) < 0.26 < reading._SOFTEST
+    assert max(left for _, left, _ in worst) < 0.78 < reading._LEFT_OF_NEXT
+    for width, flatness in ((0.1, 1.0), (0.14, 1.0), (0.14, 0.6)):
+        none = naming_figures(blobs(width, flatness))
+        assert min(softness for softness, _, _ in none) > 0.32 > reading._SOFTEST
+        assert {shape for _, _, shape in none} == {None}
+    turn = np.deg2rad(30.0)
+    axis = (torch.arange(32) + 0.5) / 32 - 0.5
+    x, y = axis, axis[:, None]
+    along, across = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+    distance = torch.sqrt(along**2 + (across / 0.55) ** 2) - 0.24
+    cover = (0.5 - 0.55 * 32 * distance).clamp(0.0, 1.0)[..., None]
+    ellipse = 0.2 + cover * torch.tensor([0.7, 0.1, 0.1])
+    ((softness, left, shape),) = naming_figures(ellipse.expand(1, FRAMES, 32, 32, 3))
+    assert shape is None and softness < reading._SOFTEST and left > reading._LEFT_OF_NEXT
+
+
+def test_looking_for_two_shapes_finds_one_where_one_is(clips):
+    """Halves of a shape would be shapes that nobody drew."""
+    singles = torch.cat(
+        [clips[::6], spoil(clips[::6], 0.8, 0.04), spoil(clips[::6], 1.3, 0.05), blobs(0.12)[::3]]
+    )
+    assert {len(read.sprites) for read in read_clips(singles, count=2)} == {1}
+
+
 def test_a_grey_shape_has_no_colour_name():
     grey = Sprite("square", 0.0, Path("left"), saturation=0.05)
     (sprite,) = read_clip(world.render([Scene((grey,))], FRAMES, 32)[0]).sprites
