@@ -137,7 +137,8 @@ def render(accounts: Sequence[Account]) -> str:
             account.spill_bytes,
             account.shared_bytes,
             "" if account.occupancy is None else f"{account.occupancy:.2f}",
-            ", ".join(f"{number} {name}" for name, number in found),
+            ", ".join(f"{number} {name}" for name, number in found)
+            + (f"; {account.ordinary_dots} on ordinary units" if account.ordinary_dots else ""),
             f"{account.padded_work:.2f}",
             account.error.replace("|", "/"),
         ]

@@ -141,7 +141,7 @@ class TemporalTransformer(nn.Module):
         position = None if block.pos_embed is None else block.pos_embed.pe[0, : tokens.shape[1]]
         for (norm, attention), site in zip(pairs, sites, strict=True):
             _refuse(attention, None, {})
-            if self._signal.controls == ControlTensors() and _fuses(attention, tokens):
+            if self._signal.controls == ControlTensors() and _fuses(norm, attention, tokens):
                 tokens = _fused(norm, attention, position, tokens)
                 continue
             normed = norm(tokens)
@@ -176,15 +176,36 @@ class TemporalTransformer(nn.Module):
         return _project_out(attention, out)
 
 
-def _fuses(attention: Any, tokens: Tensor) -> bool:
-    """Whether one kernel for the whole layer computes it, and was measured to be quicker."""
+def _fuses(norm: Any, attention: Any, tokens: Tensor) -> bool:
+    """Whether one kernel for the whole layer computes it, and was measured to be quicker.
+
+    Not where gradients are wanted, since its own runs the separate operators again; nor where
+    autocast chooses types within the layer; nor where a layer is more than its weights, such as a
+    LoRA around a projection.
+    """
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(tokens.device.type):
+        return False
+    out, dropout = attention.to_out
+    projections = (attention.to_q, attention.to_k, attention.to_v)
     rows, frames, positions, width = tokens.shape
     heads = attention.heads
     return (
-        wins(rows, frames, positions, heads, width // heads, tokens.dtype)
-        and attention.to_q.bias is attention.to_k.bias is attention.to_v.bias is None
+        type(norm) is nn.LayerNorm
+        and all(vector is not None for vector in (norm.weight, norm.bias))
+        and all(_is_plain(linear) and linear.bias is None for linear in projections)
+        and _is_plain(out)
+        and out.bias is not None
+        and type(dropout) is nn.Dropout
+        and not (dropout.training and dropout.p)
         and attention.rescale_output_factor == 1.0
+        and wins(rows, frames, positions, heads, width // heads, tokens.dtype, tokens.device)
     )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear map by its weights, which nobody listens to or changes."""
+    listened = module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001  no public way
+    return type(module) is nn.Linear and not listened
 
 
 def _fused(norm: Any, attention: Any, position: Tensor | None, tokens: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ All tensors stay [rows, frames, tokens, heads * d]: the frames are not moved int
 program owns all frames of some neighbouring sequences (position and head) of one row, so that
 means, deviations, scores and their gradients never leave the chip, and what neighbours share of a
 cache line is read once: each element of q, k, v and out crosses memory once (see `cost`). Scores,
-softmax and means are in float32.
+softmax and means are in float32. A sequence too long to be held at once is attended to in parts;
+deviations are then moved before, by PyTorch's operators, since every part would need the means.
 
 `frame_attention_with_motion` also returns the motion in the output, (out - mean_F(out)) P, the
 `motion_feature` of it: there a program takes the heads of its positions one after another, and
@@ -72,6 +73,7 @@ _TILE = 16  # the least side of a product on the matrix units
 _PROJECTED = 32  # channels of the output, and motion channels, that are multiplied at a time
 
 _Ordered = tuple[Tensor | None, ...]  # controls, one for each name in CONTROLS
+_UNCONTROLLED: _Ordered = (None,) * len(CONTROLS)
 
 
 class Controls(TypedDict, total=False):
@@ -324,11 +326,22 @@ def _attend_with_motion(
     query: Tensor, key: Tensor, value: Tensor, projection: Tensor, controls: _Ordered, heads: int
 ) -> tuple[Tensor, Tensor]:
     out = _attend(*_mix(query, key, value, controls), heads)
-    return out, motion_feature_reference(out, projection=projection)
+    with keep_types(query):
+        return out, motion_feature_reference(out, projection=projection)
+
+
+def keep_types(tensor: Tensor) -> torch.autocast:
+    """Inside, autocast is off where `tensor` is: a result has the type of what it is made of."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Softmax attention over frames on a CPU, by whichever way is quicker here."""
+    with keep_types(query):
+        return _attend_in_one_type(query, key, value, heads)
+
+
+def _attend_in_one_type(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     direct = query.dtype == torch.float32 and not recorded
     if direct and query.shape[1] >= _TILE:
@@ -425,26 +438,18 @@ def _share(blend_ptr, row, place, frame, PER_TOKEN: tl.constexpr):
 @triton.jit
 def _moved(
     operand, PART: tl.constexpr, row, place, frame,
-    D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr,
-    FRAMES: tl.constexpr, SHARE: tl.constexpr,
+    D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
-    """The same, moved to another row's deviation from its mean over frames."""
+    """The same, moved to another row's deviation from its mean; `frame` is then all frames."""
     own = _biased(operand, row, place, frame, D, FROM, WIDTH)
     deviation = operand[3]
     if deviation[0] is not None:
         own = own.to(tl.float32)
         source = tl.load(deviation[0] + row)
         other = _biased(operand, source, place, frame, D, FROM, WIDTH).to(tl.float32)
-        own_sum, other_sum = tl.sum(own, 1), tl.sum(other, 1)  # [BLOCK, WIDTH]
-        if frame.shape[0] != FRAMES:  # the mean is over all frames, not only over those wanted
-            own_sum, other_sum = tl.zeros_like(own_sum), tl.zeros_like(other_sum)
-            for first in range(0, FRAMES, frame.shape[0]):
-                of = first + tl.arange(0, frame.shape[0])
-                own_part = _biased(operand, row, place, of, D, FROM, WIDTH)
-                other_part = _biased(operand, source, place, of, D, FROM, WIDTH)
-                own_sum += tl.sum(own_part.to(tl.float32), 1)
-                other_sum += tl.sum(other_part.to(tl.float32), 1)
-        change = other + ((own_sum - other_sum) / place[3])[:, None, :] - own
+        # Each is taken off its own mean first, so that what does not change is exactly zero.
+        own_mean, other_mean = tl.sum(own, 1) / place[3], tl.sum(other, 1) / place[3]
+        change = (own_mean[:, None, :] - own) + (other - other_mean[:, None, :])
         if deviation[1] is not None:
             change *= _share(deviation[1], row, place, frame, SHARE)
         if deviation[2] is not None:
@@ -456,16 +461,16 @@ def _moved(
 @triton.jit
 def _chosen(
     operand, choice, row, place, frame,
-    D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, FRAMES: tl.constexpr,
+    D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr,
     CHOICE: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """The same for queries, and then replaced by another row's."""
     reader = row
     if choice[0] is not None:
         reader = tl.load(choice[0] + row)
-    chosen = _moved(operand, 0, reader, place, frame, D, FROM, WIDTH, FRAMES, SHARE)
+    chosen = _moved(operand, 0, reader, place, frame, D, FROM, WIDTH, SHARE)
     if choice[1] is not None:
-        own = _moved(operand, 0, row, place, frame, D, FROM, WIDTH, FRAMES, SHARE)
+        own = _moved(operand, 0, row, place, frame, D, FROM, WIDTH, SHARE)
         share = _share(choice[1], row, place, frame, CHOICE)
         chosen = own.to(tl.float32) + share * (chosen.to(tl.float32) - own.to(tl.float32))
     return chosen
@@ -544,14 +549,13 @@ def _operands(
 @triton.jit
 def _query_tiles(
     operand, choice, row, place, frame, KIND: tl.constexpr, D: tl.constexpr,
-    MAIN: tl.constexpr, TAIL: tl.constexpr, FRAMES: tl.constexpr,
-    CHOICE: tl.constexpr, SHARE: tl.constexpr,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, CHOICE: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """Both tiles of the queries."""
-    main = _chosen(operand, choice, row, place, frame, D, 0, MAIN, FRAMES, CHOICE, SHARE).to(KIND)
+    main = _chosen(operand, choice, row, place, frame, D, 0, MAIN, CHOICE, SHARE).to(KIND)
     tail = main
     if TAIL:
-        wide = _chosen(operand, choice, row, place, frame, D, MAIN, TAIL, FRAMES, CHOICE, SHARE)
+        wide = _chosen(operand, choice, row, place, frame, D, MAIN, TAIL, CHOICE, SHARE)
         tail = wide.to(KIND)
     return main, tail
 
@@ -559,13 +563,13 @@ def _query_tiles(
 @triton.jit
 def _key_tiles(
     operand, INDEX: tl.constexpr, row, place, frame, KIND: tl.constexpr, D: tl.constexpr,
-    MAIN: tl.constexpr, TAIL: tl.constexpr, FRAMES: tl.constexpr, SHARE: tl.constexpr,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """Both tiles of the keys (INDEX 1) or values (INDEX 2)."""
-    main = _moved(operand, INDEX, row, place, frame, D, 0, MAIN, FRAMES, SHARE).to(KIND)
+    main = _moved(operand, INDEX, row, place, frame, D, 0, MAIN, SHARE).to(KIND)
     tail = main
     if TAIL:
-        tail = _moved(operand, INDEX, row, place, frame, D, MAIN, TAIL, FRAMES, SHARE).to(KIND)
+        tail = _moved(operand, INDEX, row, place, frame, D, MAIN, TAIL, SHARE).to(KIND)
     return main, tail
 
 
@@ -614,9 +618,7 @@ def _attend_kernel_part(
     frames = place[3]
     for first in range(0, FRAMES, PART):
         frame = first + tl.arange(0, PART)
-        q = _query_tiles(
-            of_query, choice, row, place, frame, KIND, D, MAIN, TAIL, FRAMES, CHOICE, SHARE
-        )
+        q = _query_tiles(of_query, choice, row, place, frame, KIND, D, MAIN, TAIL, CHOICE, SHARE)
         out = tl.zeros((BLOCK, PART, MAIN), tl.float32)
         out_tail = out
         if TAIL:
@@ -625,8 +627,8 @@ def _attend_kernel_part(
         total = tl.zeros((BLOCK, PART), tl.float32)
         for start in range(0, FRAMES, PART):  # once, unless frames are many
             of = start + tl.arange(0, PART)
-            k = _key_tiles(of_key, 1, row, place, of, KIND, D, MAIN, TAIL, FRAMES, SHARE)
-            v = _key_tiles(of_value, 2, row, place, of, KIND, D, MAIN, TAIL, FRAMES, SHARE)
+            k = _key_tiles(of_key, 1, row, place, of, KIND, D, MAIN, TAIL, SHARE)
+            v = _key_tiles(of_value, 2, row, place, of, KIND, D, MAIN, TAIL, SHARE)
             scores = _known_scores(_over_channels(q, k, TAIL), of, frames, SCALE)
             higher = tl.maximum(top, tl.max(scores, 2))
             kept = tl.exp2(top - higher)
@@ -780,12 +782,10 @@ def _frame_attention_backward_kernel(
 
     # The gradient is zero past the last frame, and so is what such a query adds to any gradient.
     if PART == FRAMES:
-        q = _query_tiles(
-            of_query, choice, row, place, every, kind, D, MAIN, TAIL, FRAMES, CHOICE, SHARE
-        )
+        q = _query_tiles(of_query, choice, row, place, every, kind, D, MAIN, TAIL, CHOICE, SHARE)
         g = _plain_tiles(grad, row, place, every, kind, D, MAIN, TAIL)
-        k = _key_tiles(of_key, 1, row, place, every, kind, D, MAIN, TAIL, FRAMES, SHARE)
-        v = _key_tiles(of_value, 2, row, place, every, kind, D, MAIN, TAIL, FRAMES, SHARE)
+        k = _key_tiles(of_key, 1, row, place, every, kind, D, MAIN, TAIL, SHARE)
+        v = _key_tiles(of_value, 2, row, place, every, kind, D, MAIN, TAIL, SHARE)
         scores = _known_scores(_over_channels(q, k, TAIL), every, frames, SCALE)
         weights = tl.exp2(scores - tl.max(scores, 2)[:, :, None])
         weights /= tl.sum(weights, 2)[:, :, None]
@@ -813,7 +813,7 @@ def _frame_attention_backward_kernel(
         for first in range(0, FRAMES, PART):
             frame = first + tl.arange(0, PART)
             q = _query_tiles(
-                of_query, choice, row, place, frame, kind, D, MAIN, TAIL, FRAMES, CHOICE, SHARE
+                of_query, choice, row, place, frame, kind, D, MAIN, TAIL, CHOICE, SHARE
             )
             g = _plain_tiles(grad, row, place, frame, kind, D, MAIN, TAIL)
             top = tl.full((BLOCK, PART), float("-inf"), tl.float32)
@@ -821,8 +821,8 @@ def _frame_attention_backward_kernel(
             common = tl.zeros((BLOCK, PART), tl.float32)
             for start in range(0, FRAMES, PART):
                 of = start + tl.arange(0, PART)
-                k = _key_tiles(of_key, 1, row, place, of, kind, D, MAIN, TAIL, FRAMES, SHARE)
-                v = _key_tiles(of_value, 2, row, place, of, kind, D, MAIN, TAIL, FRAMES, SHARE)
+                k = _key_tiles(of_key, 1, row, place, of, kind, D, MAIN, TAIL, SHARE)
+                v = _key_tiles(of_value, 2, row, place, of, kind, D, MAIN, TAIL, SHARE)
                 scores = _known_scores(_over_channels(q, k, TAIL), of, frames, SCALE)
                 higher = tl.maximum(top, tl.max(scores, 2))
                 kept = tl.exp2(top - higher)
@@ -840,8 +840,8 @@ def _frame_attention_backward_kernel(
                 grad_q_tail = tl.zeros((BLOCK, PART, TAIL), tl.float32)
             for start in range(0, FRAMES, PART):
                 of = start + tl.arange(0, PART)
-                k = _key_tiles(of_key, 1, row, place, of, kind, D, MAIN, TAIL, FRAMES, SHARE)
-                v = _key_tiles(of_value, 2, row, place, of, kind, D, MAIN, TAIL, FRAMES, SHARE)
+                k = _key_tiles(of_key, 1, row, place, of, kind, D, MAIN, TAIL, SHARE)
+                v = _key_tiles(of_value, 2, row, place, of, kind, D, MAIN, TAIL, SHARE)
                 _weights, grad_scores = _score_gradients(
                     q, g, k, v, of, frames, top, total, common, kind, SCALE, TAIL
                 )
@@ -851,8 +851,8 @@ def _frame_attention_backward_kernel(
             _put_tiles(grad_query_ptr, grad_q, grad_q_tail, row, place, frame, HEADS, D, MAIN, TAIL)
         for start in range(0, FRAMES, PART):
             of = start + tl.arange(0, PART)
-            k = _key_tiles(of_key, 1, row, place, of, kind, D, MAIN, TAIL, FRAMES, SHARE)
-            v = _key_tiles(of_value, 2, row, place, of, kind, D, MAIN, TAIL, FRAMES, SHARE)
+            k = _key_tiles(of_key, 1, row, place, of, kind, D, MAIN, TAIL, SHARE)
+            v = _key_tiles(of_value, 2, row, place, of, kind, D, MAIN, TAIL, SHARE)
             grad_k = tl.zeros((BLOCK, PART, MAIN), tl.float32)
             grad_v = tl.zeros((BLOCK, PART, MAIN), tl.float32)
             grad_k_tail, grad_v_tail = grad_k, grad_v
@@ -862,7 +862,7 @@ def _frame_attention_backward_kernel(
             for first in range(0, FRAMES, PART):
                 frame = first + tl.arange(0, PART)
                 q = _query_tiles(
-                    of_query, choice, row, place, frame, kind, D, MAIN, TAIL, FRAMES, CHOICE, SHARE
+                    of_query, choice, row, place, frame, kind, D, MAIN, TAIL, CHOICE, SHARE
                 )
                 g = _plain_tiles(grad, row, place, frame, kind, D, MAIN, TAIL)
                 weights, grad_scores = _score_gradients(
@@ -904,6 +904,15 @@ def _blocks(operator: str, query: Tensor, further: _Ordered, heads: int) -> dict
     return {"MAIN": main, "TAIL": tail, "FRAMES": padded, "PART": part, "BLOCK": block, **chosen}
 
 
+def _is_mixed_first(controls: _Ordered, blocks: dict[str, int]) -> bool:
+    """Whether the mean over frames is not at hand, since a program takes them in parts.
+
+    Each part of the keys would read all frames of two rows again, for each part of the queries.
+    """
+    moves = controls[CONTROLS.index("deviation_row")] is not None
+    return moves and blocks["PART"] < blocks["FRAMES"]
+
+
 def _padded(frames: int) -> int:
     """How many frames a program takes, of which those past the last count for nothing."""
     return max(triton.next_power_of_2(frames), _TILE)
@@ -928,10 +937,14 @@ def _launch_forward(
     if not out.numel():
         return
     rows, frames, tokens, width = query.shape
-    blocks = _blocks("frame_attention", query, (*controls, projection), heads)
     channels = 0 if projection is None else projection.shape[1]
     sequences = tokens * heads if projection is None else tokens
-    with torch.cuda.device_of(query):  # which Triton launches on is the current device
+    with torch.cuda.device_of(query):  # of the current device are the settings and the launch
+        blocks = _blocks("frame_attention", query, (*controls, projection), heads)
+        if _is_mixed_first(controls, blocks):
+            mixed = _mix(query, key, value, controls)
+            _launch_forward(*mixed, _UNCONTROLLED, heads, out, projection, motion)
+            return
         _frame_attention_kernel[(rows * triton.cdiv(sequences, blocks["BLOCK"]),)](
             query,
             key,
@@ -966,8 +979,12 @@ def _launch_backward(
     if not grad.numel():
         return
     rows, frames, tokens, width = query.shape
-    blocks = _blocks("frame_attention_backward", query, controls, heads)
     with torch.cuda.device_of(query):
+        blocks = _blocks("frame_attention_backward", query, controls, heads)
+        if _is_mixed_first(controls, blocks):
+            mixed = _mix(query, key, value, controls)
+            _launch_backward(grad, *mixed, _UNCONTROLLED, heads, grads)
+            return
         _frame_attention_backward_kernel[(rows * triton.cdiv(tokens * heads, blocks["BLOCK"]),)](
             grad,
             query,
@@ -1077,10 +1094,12 @@ def _(grad, query, key, value, *others):
     mixed = _mix(query, key, value, tuple(controls))
     g, q, k, v = (_by_sequence(t.to(wide), heads) for t in (grad, *mixed))
     scale = q.shape[-1] ** -0.5
-    weights = (q * scale @ k.transpose(-1, -2)).softmax(-1)
-    grad_weights = g @ v.transpose(-1, -2)
-    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
-    grads = (grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ g)
+    with keep_types(query):
+        weights = (q * scale @ k.mT).softmax(-1)
+        grad_weights = g @ v.mT
+        common = (weights * grad_weights).sum(-1, keepdim=True)
+        grad_scores = weights * (grad_weights - common) * scale
+        grads = (grad_scores @ k, grad_scores.mT @ q, weights.mT @ g)
     return tuple(_by_frame(t).to(query.dtype) for t in grads)
 
 
@@ -1101,12 +1120,15 @@ def _save_with_motion(ctx, inputs, output) -> None:
 def _backward_with_motion(ctx, grad: Tensor, grad_motion: Tensor):
     """Motion is linear in the output: its gradient is added to the output's own."""
     out, projection, *tensors = ctx.saved_tensors
-    needed = ctx.needs_input_grad
+    needed = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:])
     of_projection = None
-    if needed[3]:
-        of_projection = _centred(out).flatten(0, 2).mT @ grad_motion.flatten(0, 2)
-    grad = grad + _centred(grad_motion @ projection.mT)
-    others = _gradients(grad, tensors, (*needed[:3], *needed[4:]), ctx.heads)
+    others: list[Tensor | None] = [None] * len(tensors)
+    with keep_types(out):
+        if ctx.needs_input_grad[3]:
+            of_projection = _centred(out).flatten(0, 2).mT @ grad_motion.flatten(0, 2)
+        if any(needed):
+            grad = grad + _centred(grad_motion @ projection.mT)
+            others = _gradients(grad, tensors, needed, ctx.heads)
     return *others[:3], of_projection, *others[3:], None
 
 
@@ -1147,21 +1169,23 @@ def _launch_case(
     dtype: torch.dtype,
     *,
     forward: bool,
-    controlled: bool = False,
+    controlled: tuple[str, ...] = (),
     projected: bool = False,
 ) -> None:
-    """One launch on tensors without memory; `controlled` with controls of all kinds."""
+    """One launch on tensors without memory, with the controls that are named."""
     rows, frames, tokens, heads, d = shape
     width = heads * d
     make = partial(torch.empty, dtype=dtype, device="meta")
     grad, query, key, value = (make(rows, frames, tokens, width) for _ in range(4))
-    controls: _Ordered = (None,) * len(CONTROLS)
-    if controlled:
-        row = torch.empty(rows, dtype=torch.int64, device="meta")
-        blend = make(rows, dtype=torch.float32)
-        bank = make(2, frames, width)
-        values = make(2, frames, tokens, width)
-        controls = (row, blend, row, blend, make(rows, 3), row, blend, bank, bank, values)
+    row = torch.empty(rows, dtype=torch.int64, device="meta")
+    blend = make(rows, dtype=torch.float32)
+    bank = make(2, frames, width)
+    values = make(2, frames, tokens, width)
+    every = (row, blend, row, blend, make(rows, 3), row, blend, bank, bank, values)
+    controls = tuple(
+        control if name in controlled else None
+        for name, control in zip(CONTROLS, every, strict=True)
+    )
     projection = make(width, _MOTION_CHANNELS) if projected else None
     motion = make(rows, frames, tokens, _MOTION_CHANNELS) if projected else None
     if forward:
@@ -1179,6 +1203,8 @@ _SHAPES = {  # rows, frames, tokens, heads, d; rows are the halves of guidance
     "animatediff_64x64": (2, 16, 4096, 8, 40),
     "animatediff_32x32": (2, 16, 1024, 8, 80),
     "animatediff_16x16": (2, 16, 256, 8, 160),
+    "animatediff_32x32_of_32_frames": (2, 32, 1024, 8, 80),
+    "animatediff_16x16_of_32_frames": (2, 32, 256, 8, 160),
     "zeroscope_40x72": (2, 24, 2880, 5, 64),
     "zeroscope_20x36": (2, 24, 720, 10, 64),
     "videocrafter2_40x64": (2, 16, 2560, 5, 64),
@@ -1191,30 +1217,28 @@ _LIMITS = ("longest", "widest")  # that must run, though no model has them
 _MOTION_CHANNELS = 64
 
 
+_IN_PARTS = tuple(name for name in CONTROLS if not name.startswith("deviation"))
+
+
 def _case(
-    name: str, *, forward: bool = True, controlled: bool = False, projected: bool = False
+    name: str, *, forward: bool = True, controlled: tuple[str, ...] = (), projected: bool = False
 ) -> CompileCase:
     shape = _SHAPES[name]
     launch = partial(
         _launch_case, shape, forward=forward, controlled=controlled, projected=projected
     )
-    full = name + "_controlled" * controlled + "_with_motion" * projected
+    full = name + "_controlled" * bool(controlled) + "_with_motion" * projected
     return CompileCase("frame_attention", full, forward, launch, _padded_work(shape[1], shape[4]))
 
 
 COMPILED = (
+    *(_case(name, forward=forward) for name in _SHAPES for forward in (True, False)),
     *(
-        _case(name, forward=forward)
+        _case(name, forward=forward, controlled=_IN_PARTS if name in _LIMITS else CONTROLS)
         for name in _SHAPES
-        for forward in ((False,) if name == "widest" else (True, False))
-    ),
-    *(
-        _case(name, forward=forward, controlled=True)
-        for name in _SHAPES
-        if name not in _LIMITS
         for forward in (True, False)
     ),
-    *(_case(name, projected=True) for name in _SHAPES if name not in _LIMITS),
+    *(_case(name, projected=True) for name in _SHAPES),
 )
 
 
@@ -1303,6 +1327,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, heads: int, controls: _Ord
             f"{_WHERE}: query must be [rows, frames, tokens, heads * d] with heads = "
             f"{heads}, got {list(query.shape)}"
         )
+    if not query.is_floating_point():
+        raise ShapeError(f"{_WHERE}: query must be of a floating type, got {query.dtype}")
     if not query.shape[1] or not query.shape[-1]:
         raise ShapeError(
             f"{_WHERE}: query must have at least one frame and one channel, got {list(query.shape)}"

@@ -15,8 +15,9 @@ square is small, and the matrix units want sides of 16 and more. A value that is
 therefore spoils the positions beside it as well, though never another row.
 
 Rows that read other rows (`query_row`, `deviation_row`) take the separate operators. So does, in
-here, what a program cannot hold: more than 8192 numbers of a head, such as 128 frames of head dim
-80, or a head dim above 128. Where the kernel pays is data for each GPU: see `wins`.
+here, what a program cannot hold without spilling: more than 32 frames, which is the most that a
+motion module has positions for, or a head dim above 80, which only coarse images have.
+Where the kernel pays is data for each GPU: see `wins`.
 
 The gradient is that of the separate operators, computed again from `x`. A kernel of its own would
 have to hold q, k, v and their gradients for all heads, since the gradient of `x` sums over heads
@@ -35,15 +36,16 @@ import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
-from kinetiq.kernels._compile import CompileCase
+from kinetiq.kernels._compile import NVIDIA, CompileCase
 from kinetiq.kernels._cost import Cost
-from kinetiq.kernels._launch import LAUNCH_FILE, architecture, read_table, settings
+from kinetiq.kernels._launch import LAUNCH_FILE, architecture, pretend, read_table, settings
 from kinetiq.kernels._triton import tl, triton
 from kinetiq.kernels.frame_attention import (
     CONTROLS,
     check_motion,
     frame_attention,
     frame_attention_reference,
+    keep_types,
 )
 from kinetiq.kernels.query_attention import split_head_dim
 
@@ -51,9 +53,13 @@ MAX_FRAMES = 128  # all frames of a position must fit on the chip, in the separa
 MAX_HEAD_DIM = 256
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # on a GPU
 _CONTROLS_OF_ROWS = CONTROLS.index("motion_slot")  # before those of motion, and not used here
-_HELD = 8192  # numbers of q that a program can hold beside those of k and v
-_WIDEST = 128  # columns of a head; beyond, the accumulators fill the tensor memory of sm_100
+_LONGEST = 32  # frames; beyond, q, k, v and scores of one position fill the registers
+_WIDEST = 80  # columns of a head; beyond, two tiles of each of q, k and v do
 _TILE = 16  # the least side of a product on the matrix units
+# Read when this is imported: `torch.compile`, which traces `wins`, cannot read a file.
+_MEASURED: Mapping[str, Mapping[str, Mapping[str, int]]] = read_table(LAUNCH_FILE)[
+    "temporal_block_wins"
+]
 
 
 def temporal_block(
@@ -144,21 +150,32 @@ def temporal_block(
     return y
 
 
-def wins(rows: int, frames: int, tokens: int, heads: int, d: int, dtype: torch.dtype) -> bool:
-    """Return whether the kernel was measured to beat the separate operators on the present GPU.
+def wins(
+    rows: int,
+    frames: int,
+    tokens: int,
+    heads: int,
+    d: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Return whether the kernel was measured to beat the separate operators on that GPU.
 
     `launch.json` says under "temporal_block_wins", for an architecture and a key such as
     "frames16_heads8_d40_fp16", from how many POSITIONS (rows times tokens) on it does; 0: never.
     What was not measured on this very architecture is False: nothing is taken from a relative.
     """
-    key = f"frames{frames}_heads{heads}_d{d}_{_NAMES.get(dtype, dtype)}"
-    entry = _measured().get(architecture(), {}).get(key, {"POSITIONS": 0})
+    measured = _MEASURED.get(_architecture_of(device))
+    if measured is None or dtype not in _NAMES:
+        return False
+    entry = measured.get(f"frames{frames}_heads{heads}_d{d}_{_NAMES[dtype]}", {"POSITIONS": 0})
     return 0 < entry["POSITIONS"] <= rows * tokens
 
 
-@functools.cache
-def _measured() -> Mapping[str, Mapping[str, Mapping[str, int]]]:
-    return read_table(LAUNCH_FILE)["temporal_block_wins"]
+@torch.compiler.assume_constant_result  # a graph is compiled for the GPU that is there
+def _architecture_of(device: torch.device) -> str:
+    with torch.cuda.device(device.index if device.type == "cuda" else -1):  # -1: no change
+        return architecture()
 
 
 def temporal_block_reference(
@@ -237,12 +254,13 @@ def _separate(*inputs: Any, attend: Callable[..., Tensor]) -> Tensor:
     """The same by the separate operators, of which `attend` is the attention."""
     x, norm_weight, norm_bias, *weights, out_weight, out_bias, position = inputs[:9]
     *motion, heads, eps = inputs[9:]
-    normed = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-    if position is not None:
-        normed = normed + position[: x.shape[1], None].to(normed.dtype)
-    attended = attend(*(F.linear(normed, weight) for weight in weights), *motion, heads)
-    y: Tensor = x + F.linear(attended, out_weight, out_bias)
-    return y.contiguous()
+    with keep_types(x):
+        normed = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+        if position is not None:
+            normed = normed + position[: x.shape[1], None].to(normed.dtype)
+        attended = attend(*(F.linear(normed, weight) for weight in weights), *motion, heads)
+        y: Tensor = x + F.linear(attended, out_weight, out_bias)
+        return y.contiguous()
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *motion_and_heads: Any) -> Tensor:
@@ -463,14 +481,9 @@ def _launch(x: Tensor, *others: Any) -> None:
         return
     rows, frames, tokens, width = x.shape
     d = width // heads
-    main, tail = split_head_dim(d)
-    # Products in float32 run off the matrix units, and take small tiles on every GPU.
-    name = "temporal_block_fp32" if x.dtype == torch.float32 else "temporal_block"
-    sizes = settings(name, f"d{main + tail}")
-    padded = triton.next_power_of_2(frames)
-    step = max(sizes.pop("ROWS") // padded, _TILE // padded, 1)
-    blocks = triton.cdiv(tokens, step)
-    with torch.cuda.device_of(x):  # which Triton launches on is the current device
+    with torch.cuda.device_of(x):  # of the current device are the settings and the launch
+        sizes = _sizes(frames, d, x.dtype)
+        blocks = triton.cdiv(tokens, sizes["TOKENS"])
         _temporal_block_kernel[(rows * blocks,)](
             x,
             *(None if tensor is None else tensor.contiguous() for tensor in tensors),
@@ -484,19 +497,24 @@ def _launch(x: Tensor, *others: Any) -> None:
             y,
             EPS=eps,
             D=d,
-            MAIN=main,
-            TAIL=tail,
-            FRAMES=padded,
-            TOKENS=step,
             **sizes,
         )
 
 
+def _sizes(frames: int, d: int, dtype: torch.dtype) -> dict[str, int]:
+    """The sizes of a launch, from its settings: ROWS lines of frames and positions a program."""
+    main, tail = split_head_dim(d)
+    # Products in float32 run off the matrix units, and take small tiles on every GPU.
+    name = "temporal_block_fp32" if dtype == torch.float32 else "temporal_block"
+    chosen = settings(name, f"d{main + tail}")
+    padded = triton.next_power_of_2(frames)
+    step = max(chosen.pop("ROWS") // padded, _TILE // padded, 1)
+    return {"MAIN": main, "TAIL": tail, "FRAMES": padded, "TOKENS": step, **chosen}
+
+
 def _holds(frames: int, d: int) -> bool:
     """Whether a program of the kernel can hold one position: q, k, v and scores of one head."""
-    padded = max(triton.next_power_of_2(frames), _TILE)
-    columns = sum(split_head_dim(d))
-    return padded * columns <= _HELD and columns <= _WIDEST
+    return frames <= _LONGEST and sum(split_head_dim(d)) <= _WIDEST
 
 
 _TENSORS = (
@@ -551,14 +569,14 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor):
     """Of the separate operators, which are run again; what needs no gradient is not computed."""
     needed = ctx.needs_input_grad[: len(ctx.saved_tensors)]
-    with torch.enable_grad():
+    with torch.enable_grad(), keep_types(grad):
         tensors = [
             tensor.detach().requires_grad_() if need else tensor
             for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
         y = _separate(*tensors, ctx.heads, ctx.eps, attend=_attend_unchecked)
-    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, grad))
+        wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, grad))
     return *(next(found) if need else None for need in needed), None, None
 
 
@@ -573,6 +591,8 @@ def _check(
             f"temporal_block: x must be [rows, frames, tokens, heads * d] with heads = {heads} "
             f"and at least one frame and token, got {list(x.shape)}"
         )
+    if not x.is_floating_point():
+        raise ShapeError(f"temporal_block: x must be of a floating type, got {x.dtype}")
     if x.device.type == "cuda":
         _check_kernel(x, heads)
     width = x.shape[-1]
@@ -614,6 +634,7 @@ _SHAPES = {  # rows, frames, tokens, heads, d
     "videocrafter2_64x40": (2, 16, 64 * 40, 5, 64),
     "videocrafter2_32x20": (2, 16, 32 * 20, 10, 64),
     "embedded_16x16": (2, 8, 16 * 16, 2, 32),
+    **{f"longest_d{d}": (2, _LONGEST, 32 * 32, 8, d) for d in (32, 40, 64, _WIDEST)},
 }
 
 
@@ -632,9 +653,27 @@ def _case(shape: str) -> CompileCase:
         inputs += [empty(4, frames, tokens, width), heads, 1e-5, empty(x.shape)]
         _launch(*inputs)
 
-    _, frames, _, _, d = _SHAPES[shape]
-    padded = triton.next_power_of_2(frames) / frames * sum(split_head_dim(d)) / d
-    return CompileCase("temporal_block", shape, True, launch, padded)
+    return CompileCase("temporal_block", shape, True, launch, _padded_work(*_SHAPES[shape]))
+
+
+def _padded_work(rows: int, frames: int, tokens: int, heads: int, d: int) -> float:
+    """Multiplications done for each one asked for, with the settings under which that is most.
+
+    Head dims are padded to at most 48/40, as everywhere. Frames are padded to a power of two, and
+    a program multiplies the queries of all its positions with the keys of all of them, of which
+    each position wants its own: at 16 frames and head dim 40 that makes 1.24 of all products.
+    """
+    width = heads * d
+    wanted = frames * tokens * width * (4 * width + 2 * frames)
+    most = 0
+    for target in NVIDIA:
+        with pretend(target):
+            sizes = _sizes(frames, d, torch.float16)
+        lines, columns = sizes["TOKENS"] * sizes["FRAMES"], heads * (sizes["MAIN"] + sizes["TAIL"])
+        read, written = (-(-width // sizes[name]) * sizes[name] for name in ("CHANNELS", "OUT"))
+        done = lines * (3 * read * columns + 2 * lines * columns + read * written)
+        most = max(most, -(-tokens // sizes["TOKENS"]) * done)
+    return most / wanted
 
 
 COMPILED = tuple(_case(shape) for shape in _SHAPES)

@@ -1,6 +1,7 @@
 """The network with our attention in it equals the stock one, and can be had back."""
 
 import copy
+import importlib
 
 import pytest
 import tiny
@@ -10,10 +11,17 @@ from stock import predict_stock
 from torch import nn
 
 import kinetiq as kq
-from kinetiq.attention import CrossProcessor, Signal, SpatialProcessor, TemporalTransformer
+from kinetiq.attention import (
+    CrossProcessor,
+    Signal,
+    SpatialProcessor,
+    TemporalTransformer,
+    _fuses,
+)
 from kinetiq.control_tensors import ControlTensors, DeviationControl, QueryControl, no_injection
 from kinetiq.denoiser import EagerDenoiser
 from kinetiq.families import SiteKind
+from kinetiq.kernels._launch import pretend
 
 TINY = {"animatediff": tiny.tiny_animatediff, "unet3d": tiny.tiny_unet3d}
 TOLERANCE = 1e-4  # of the largest value: the project's word for "equal" in float32
@@ -81,7 +89,8 @@ def test_equals_the_stock_network_where_temporal_layers_are_one_kernel(
     network, given = networks[family], sample()
     wanted = predict_stock(network, family, *given)
     denoiser = EagerDenoiser(network).attach()
-    got = denoiser.predict(*given)
+    with torch.no_grad():
+        got = denoiser.predict(*given)
     denoiser.detach()
     assert_equal(got, wanted)
     temporal = [site for site in denoiser.sites if site.kind is SiteKind.TEMPORAL]
@@ -98,9 +107,115 @@ def test_a_steered_layer_is_never_the_one_kernel_that_cannot_be_steered(networks
         row = no_injection(sites, 2)
         row[:, 0] = 1
         moved = DeviationControl(row, torch.ones(sites, 2), torch.ones(2, 3))
-        denoiser.predict(*sample(), ControlTensors(deviation=moved))
+        with torch.no_grad():
+            denoiser.predict(*sample(), ControlTensors(deviation=moved))
     finally:
         denoiser.detach()
+
+
+class Adapted(nn.Linear):
+    """A projection that is more than its weights, as with a LoRA around it."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+def adapted(linear):
+    made = Adapted(linear.in_features, linear.out_features, linear.bias is not None)
+    made.load_state_dict(linear.state_dict())
+    return made
+
+
+def listen(linear):
+    linear.register_forward_hook(lambda *_: None)
+    return linear
+
+
+def without_bias(linear):
+    return nn.Linear(linear.in_features, linear.out_features, bias=False)
+
+
+def with_bias(linear):
+    return nn.Linear(linear.in_features, linear.out_features)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "change"),
+    [
+        *(("attn1", name, adapted) for name in ("to_q", "to_k", "to_v")),
+        ("attn1.to_out", "0", adapted),
+        ("attn1", "to_v", listen),
+        *(("attn1", name, with_bias) for name in ("to_q", "to_k", "to_v")),
+        ("attn1.to_out", "0", without_bias),
+        ("attn1.to_out", "1", lambda _: nn.Dropout(0.5).train()),
+        ("attn1.to_out", "1", lambda _: nn.Identity()),
+        ("norm1", "weight", lambda _: None),
+        ("norm1", "bias", lambda _: None),
+        ("", "norm1", lambda norm: nn.RMSNorm(norm.normalized_shape)),
+        ("attn1", "rescale_output_factor", lambda _: 2.0),
+    ],
+)
+def test_one_kernel_takes_a_layer_only_if_it_computes_it(
+    networks, owner, name, change, monkeypatch
+):
+    monkeypatch.setattr("kinetiq.attention.wins", lambda *_: True)
+    denoiser = EagerDenoiser(networks["animatediff"])
+    site = next(site for site in denoiser.sites if site.kind is SiteKind.TEMPORAL)
+    block = copy.deepcopy(denoiser.network.get_submodule(site.name.rpartition(".")[0]))
+    tokens = torch.zeros(1, 2, 3, block.attn1.to_q.in_features)
+    fuses = lambda: _fuses(block.norm1, block.attn1, tokens)
+    with torch.no_grad():
+        assert fuses()
+        block.attn1.to_out[1] = nn.Dropout(0.5).eval()
+        assert fuses()
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # its types are not those of the weights
+            assert not fuses()
+        with torch.enable_grad():
+            assert not fuses()
+        changed = block.get_submodule(owner)
+        setattr(changed, name, change(getattr(changed, name)))
+        assert not fuses()
+
+
+def test_an_adapted_layer_is_computed_where_others_are_one_kernel(networks, family, monkeypatch):
+    monkeypatch.setattr("kinetiq.attention.wins", lambda *_: True)
+    network, given = copy.deepcopy(networks[family]), sample()
+    site = next(site for site in EagerDenoiser(network).sites if site.kind is SiteKind.TEMPORAL)
+    attention = network.get_submodule(site.name)
+    attention.to_v = adapted(attention.to_v)
+    with torch.no_grad():
+        wanted = predict_stock(network, family, *given)
+        assert_equal(EagerDenoiser(network).attach().predict(*given), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*functools.lru_cache:UserWarning")  # whether nvtx is here
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "one kernel"])
+def test_a_temporal_transformer_compiles_whole(networks, family, fused, monkeypatch):
+    denoiser = EagerDenoiser(networks[family]).attach()
+    module = next(m for m in denoiser.network.modules() if isinstance(m, TemporalTransformer))
+    heads = module.transformer_blocks[0].attn1.heads
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, module.norm.num_channels, 2, 2, generator=rng)
+    name = f"frames3_heads{heads}_d{module.proj_in.out_features // heads}_fp32"
+    table = {"default": {name: {"POSITIONS": int(fused)}}}
+    operator = importlib.import_module("kinetiq.kernels.temporal_block")  # not the function
+    monkeypatch.setattr(operator, "_MEASURED", table)
+    called = set()
+
+    def backend(graph, _):
+        called.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    try:
+        with torch.no_grad(), pretend("default"):
+            wanted = module(hidden, num_frames=3)
+            got = torch.compile(module, fullgraph=True, backend=backend)(hidden, num_frames=3)
+    finally:
+        denoiser.detach()
+    torch.testing.assert_close(got, wanted)
+    operators = {"temporal_block", "frame_attention"}
+    found = {one for one in operators if any(one in target for target in called)}
+    assert found == {"temporal_block" if fused else "frame_attention"}
 
 
 def test_in_bfloat16_errs_at_most_twice_as_much_as_stock(networks, family):

