@@ -12,8 +12,10 @@ def span(name: str) -> AbstractContextManager[Any]:
 
     Inside `torch.compile` and `torch.export` the range is left out, since it is not an operation.
     """
+    if torch.compiler.is_compiling():  # asked first, since `_nvtx` is not for Dynamo to trace
+        return nullcontext()
     nvtx = _nvtx()
-    if nvtx is None or torch.compiler.is_compiling():
+    if nvtx is None:
         return nullcontext()
     context: AbstractContextManager[Any] = nvtx.annotate(name, domain="kinetiq")
     return context

@@ -188,7 +188,6 @@ def test_an_adapted_layer_is_computed_where_others_are_one_kernel(networks, fami
         assert_equal(EagerDenoiser(network).attach().predict(*given), wanted)
 
 
-@pytest.mark.filterwarnings("ignore:.*functools.lru_cache:UserWarning")  # whether nvtx is here
 @pytest.mark.parametrize("fused", [False, True], ids=["separate", "one kernel"])
 def test_a_temporal_transformer_compiles_whole(networks, family, fused, monkeypatch):
     denoiser = EagerDenoiser(networks[family]).attach()
