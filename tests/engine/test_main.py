@@ -183,7 +183,10 @@ class TestMain:
 
     def test_interrupt(self, generate, tmp_path, monkeypatch):
         monkeypatch.setattr(Engine, "load", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        # A shell starts what runs in its background with this signal ignored, tests too.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         result = generate()
+        signal.signal(signal.SIGINT, before)
         assert (result.exit_code, result.stdout) == (130, "")
         assert result.stderr.strip() == "kinetiq: error: interrupted"
         assert tree(tmp_path) == {}

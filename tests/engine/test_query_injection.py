@@ -133,9 +133,9 @@ def test_the_attention_sees_the_queries_of_the_source(engine, reference, monkeyp
     seen = []
     attend = operator._attend
 
-    def spy(query, key, value):
+    def spy(query, key, *others):
         seen.append((query, key))
-        return attend(query, key, value)
+        return attend(query, key, *others)
 
     monkeypatch.setattr(operator, "_attend", spy)
     latents_of(engine, kq.QueryInjection(reference, until=1.0), steps=1)
@@ -157,7 +157,7 @@ def queries_at_the_first_site(engine, monkeypatch, control):
     """
     seen = []
     attend = operator._attend
-    monkeypatch.setattr(operator, "_attend", lambda q, k, v: (seen.append(q), attend(q, k, v))[1])
+    monkeypatch.setattr(operator, "_attend", lambda q, *others: (seen.append(q), attend(q, *others))[1])
     rows = 2 if control is None else 3
     latents_of(engine, control, steps=1)
     monkeypatch.undo()
@@ -205,7 +205,7 @@ def test_controls_with_different_regions_differ(reference):
 def test_the_leak_reduced_queries_keep_the_clips_own_mean(engine, reference, monkeypatch):
     seen = []
     attend = operator._attend
-    monkeypatch.setattr(operator, "_attend", lambda q, k, v: (seen.append(q), attend(q, k, v))[1])
+    monkeypatch.setattr(operator, "_attend", lambda q, *others: (seen.append(q), attend(q, *others))[1])
     latents_of(engine, steps=1)
     plain = next(q for q in seen if q.shape[0] == 2 * 4)
     seen.clear()
