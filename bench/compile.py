@@ -2,7 +2,7 @@
 
 Each operator's launches are compiled for each type and target (see `kinetiq.kernels._compile`),
 and the machine code is read: registers, local memory, shared memory, matrix instructions. With
-`--out`, `compile.jsonl` grows kernel by kernel, so that a long run in the background can be
+`--out`, `compile.ndjson` grows kernel by kernel, so that a long run in the background can be
 followed and a killed one has left its part; at the end `compile.json` and `compile.md` say it in
 order.
 """
@@ -151,7 +151,7 @@ def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
     requests = plan(find_cases(), quick=options.quick)
     if not requests:
         raise WorkError("bench compile: operators must expose COMPILED, found none that do")
-    log = None if options.out is None else options.out / "compile.jsonl"
+    log = None if options.out is None else options.out / "compile.ndjson"
     accounts = _follow(progress.track(compile_all(requests), "compile", len(requests)), log)
     answered = {account.request for account in accounts}
     lost = [request for request in requests if request not in answered]

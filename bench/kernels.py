@@ -11,8 +11,8 @@ The roof of a case is what the machine itself takes to move its bytes, or to do 
 whichever is slower, at the rates of a copy and of a matrix product that the same run measures. On
 a CPU whose cache holds all tensors a share of it can exceed 1.
 
-With `--out`, `kernels.jsonl` grows case by case, so that a killed run has left its part; at the end
-`kernels.json` and `kernels.md` have every contestant's line.
+With `--out`, `kernels.ndjson` grows case by case, so that a killed run has left its part; at the
+end `kernels.json` and `kernels.md` have every contestant's line.
 """
 
 import contextlib
@@ -1066,7 +1066,7 @@ def _run_all(
 
 
 def _follow(cases: Iterable[list[Line]], folder: Path | None) -> Iterator[list[Line]]:
-    """The cases; the lines of each are in `kernels.jsonl` as soon as they are known."""
+    """The cases; the lines of each are in `kernels.ndjson` as soon as they are known."""
     if folder is None:
         yield from cases
         return
@@ -1074,7 +1074,7 @@ def _follow(cases: Iterable[list[Line]], folder: Path | None) -> Iterator[list[L
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: must be a folder, got: {error}") from error
-    path = folder / "kernels.jsonl"
+    path = folder / "kernels.ndjson"
     _put(path, "w", "")
     for lines in cases:
         _put(path, "a", "".join(json.dumps(asdict(line)) + "\n" for line in lines))

@@ -151,13 +151,13 @@ def test_measures_writes_and_tells(tmp_path, monkeypatch, capsys):
     assert [Request(**row["request"]) for row in rows] == requests
     table = (tmp_path / "new" / "compile.md").read_text().splitlines()
     assert len(table) == 2 + len(requests)
-    log = (tmp_path / "new" / "compile.jsonl").read_text().splitlines()
+    log = (tmp_path / "new" / "compile.ndjson").read_text().splitlines()
     assert [json.loads(line) for line in log] != rows  # in the order in which they came
     assert sorted(log) == sorted(json.dumps(row) for row in rows)
     assert all(line.count("|") == 12 for line in table)
     assert "no / way" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"file.compile.jsonl: must be writable"):
+    with pytest.raises(OutputError, match=r"file.compile.ndjson: must be writable"):
         bench.measure(BenchOptions(quick=True, out=tmp_path / "file"), Progress())
     monkeypatch.setattr(bench, "find_cases", tuple)
     with pytest.raises(WorkError, match="operators must expose COMPILED, found none"):
@@ -175,7 +175,7 @@ def test_a_killed_run_has_left_its_part(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "compile_all", dies)
     with pytest.raises(WorkError, match="got -9"):
         bench.measure(BenchOptions(out=tmp_path), Progress())
-    (line,) = (tmp_path / "compile.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "compile.ndjson").read_text().splitlines()
     assert Request(**json.loads(line)["request"]) == first
     assert not (tmp_path / "compile.json").exists()
 

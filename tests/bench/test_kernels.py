@@ -267,7 +267,7 @@ def test_measures_writes_and_tells(tmp_path, monkeypatch, capsys):
     table = (tmp_path / "new" / "kernels.md").read_text().splitlines()
     assert len(table) == 2 + len(rows)
     assert all(row.count("|") == 12 for row in table)
-    log = (tmp_path / "new" / "kernels.jsonl").read_text().splitlines()
+    log = (tmp_path / "new" / "kernels.ndjson").read_text().splitlines()
     assert [json.loads(line) for line in log] == rows
     assert figures["kernels.failed"].value == 0
     (tmp_path / "file").write_text("")
@@ -286,7 +286,7 @@ def test_one_that_fails_is_counted_and_the_others_go_on(tmp_path, monkeypatch, c
     assert f"{case.name}.ratio_to_usual" in figures
     assert not any(".bad." in name for name in figures)
     assert "failed: OutOfResourcesError: shared memory" in capsys.readouterr().out
-    first, *_ = (tmp_path / "kernels.jsonl").read_text().splitlines()
+    first, *_ = (tmp_path / "kernels.ndjson").read_text().splitlines()
     assert json.loads(first)["failed"] == "OutOfResourcesError: shared memory"
 
 
@@ -299,7 +299,7 @@ def test_a_killed_run_has_left_its_part(tmp_path, monkeypatch):
     monkeypatch.setattr(Machine, "roof", lambda *_: ROOF)
     with pytest.raises(KeyboardInterrupt):
         bench.measure(BenchOptions(quick=True, out=tmp_path), Progress())
-    log = (tmp_path / "kernels.jsonl").read_text().splitlines()
+    log = (tmp_path / "kernels.ndjson").read_text().splitlines()
     assert [json.loads(line)["contestant"] for line in log] == [OURS, USUAL, bench.COMPILED]
     assert not (tmp_path / "kernels.json").exists()
 

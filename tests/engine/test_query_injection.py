@@ -157,7 +157,9 @@ def queries_at_the_first_site(engine, monkeypatch, control):
     """
     seen = []
     attend = operator._attend
-    monkeypatch.setattr(operator, "_attend", lambda q, *others: (seen.append(q), attend(q, *others))[1])
+    monkeypatch.setattr(
+        operator, "_attend", lambda q, *others: (seen.append(q), attend(q, *others))[1]
+    )
     rows = 2 if control is None else 3
     latents_of(engine, control, steps=1)
     monkeypatch.undo()
@@ -205,7 +207,9 @@ def test_controls_with_different_regions_differ(reference):
 def test_the_leak_reduced_queries_keep_the_clips_own_mean(engine, reference, monkeypatch):
     seen = []
     attend = operator._attend
-    monkeypatch.setattr(operator, "_attend", lambda q, *others: (seen.append(q), attend(q, *others))[1])
+    monkeypatch.setattr(
+        operator, "_attend", lambda q, *others: (seen.append(q), attend(q, *others))[1]
+    )
     latents_of(engine, steps=1)
     plain = next(q for q in seen if q.shape[0] == 2 * 4)
     seen.clear()
