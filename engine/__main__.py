@@ -346,6 +346,13 @@ def train() -> None:
     show_default=True,
     help="How far training on clips leans to noisy timesteps; 1 is uniform.",
 )
+@click.option(
+    "--widening-steps",
+    type=click.IntRange(0),
+    default=5_000,
+    show_default=True,
+    help="Steps over which the paths that a word stands for widen from one to all.",
+)
 @click.option("--learning-rate", type=float, default=6e-4, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; PyTorch's own by default.")
@@ -371,6 +378,7 @@ def train_sprites(
     batch: int,
     frame_share: float,
     noise_shift: float,
+    widening_steps: int,
     learning_rate: float,
     seed: int,
     threads: int | None,
@@ -401,6 +409,7 @@ def train_sprites(
         batch=batch,
         frame_share=frame_share,
         noise_shift=noise_shift,
+        widening_steps=widening_steps,
         learning_rate=learning_rate,
         seed=seed,
         save_every=save_every,

@@ -6,16 +6,22 @@ keeps its tensors [rows, frames, tokens, channels], so that no frame is moved in
 back. Both read what the current forward pass is given from a `Signal`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kinetiq.control_tensors import ControlTensors, DeviationControl, at_site
+from kinetiq.control_tensors import (
+    ControlTensors,
+    DeviationControl,
+    LoraControl,
+    MotionControl,
+    at_site,
+)
 from kinetiq.errors import CheckpointError
 from kinetiq.kernels import frame_attention, query_attention, temporal_block
-from kinetiq.kernels.frame_attention import move_deviations
+from kinetiq.kernels.frame_attention import Controls, add_motion, mix
 from kinetiq.kernels.query_attention import reduce_leak
 from kinetiq.kernels.temporal_block import wins
 from kinetiq.profiling import span
@@ -27,6 +33,10 @@ class Signal:
 
     frames: int = 1
     controls: ControlTensors = ControlTensors()  # noqa: RUF009  frozen, so safe to share
+    before_temporal: dict[str, Tensor] = field(default_factory=dict)  # by temporal transformer
+
+
+_PROJECTIONS = ("to_q", "to_k", "to_v")
 
 
 class SpatialProcessor:
@@ -99,16 +109,18 @@ class TemporalTransformer(nn.Module):
 
     Args:
         replaced: the module it stands in for.
+        name: its module path, by which LoRAs know its projections.
         sites: for each block, the site indices of its self-attentions.
         signal: where the current forward pass's controls are read.
     """
 
-    def __init__(self, replaced: Any, sites: list[list[int]], signal: Signal) -> None:
+    def __init__(self, replaced: Any, name: str, sites: list[list[int]], signal: Signal) -> None:
         super().__init__()
         self.norm: nn.GroupNorm = replaced.norm
         self.proj_in: nn.Linear = replaced.proj_in
         self.transformer_blocks: nn.ModuleList = replaced.transformer_blocks
         self.proj_out: nn.Linear = replaced.proj_out
+        self._name = name
         self._sites = sites
         self._signal = signal
         self._returns_tuple = type(replaced).__name__ == "TransformerTemporalModel"
@@ -125,21 +137,25 @@ class TemporalTransformer(nn.Module):
     ) -> Any:
         """Map [rows * frames, channels, h, w] to the same, as the replaced module does."""
         with span("temporal transformer"):
+            if self._signal.controls.skip is not None:
+                self._signal.before_temporal[self._name] = hidden_states
             height, width = hidden_states.shape[-2:]
             rows = hidden_states.unflatten(0, (-1, num_frames)).flatten(3)  # [R, F, C, tokens]
             tokens = self.proj_in(_group_norm(rows, self.norm).transpose(2, 3))
-            for block, sites in zip(self.transformer_blocks, self._sites, strict=True):
-                tokens = self._block(block, sites, tokens)
+            blocks = zip(self.transformer_blocks, self._sites, strict=True)
+            for number, (block, sites) in enumerate(blocks):
+                path = f"{self._name}.transformer_blocks.{number}"
+                tokens = self._block(block, path, sites, tokens)
             out = self.proj_out(tokens).transpose(2, 3).unflatten(3, (height, width)).flatten(0, 1)
             out = out + hidden_states
         return (out,) if self._returns_tuple else out
 
-    def _block(self, block: Any, sites: list[int], tokens: Tensor) -> Tensor:
-        pairs = [(block.norm1, block.attn1)]
+    def _block(self, block: Any, path: str, sites: list[int], tokens: Tensor) -> Tensor:
+        layers = [("attn1", block.norm1, block.attn1)]
         if block.attn2 is not None:
-            pairs.append((block.norm2, block.attn2))
+            layers.append(("attn2", block.norm2, block.attn2))
         position = None if block.pos_embed is None else block.pos_embed.pe[0, : tokens.shape[1]]
-        for (norm, attention), site in zip(pairs, sites, strict=True):
+        for (name, norm, attention), site in zip(layers, sites, strict=True):
             _refuse(attention, None, {})
             if self._signal.controls == ControlTensors() and _fuses(norm, attention, tokens):
                 tokens = _fused(norm, attention, position, tokens)
@@ -147,33 +163,98 @@ class TemporalTransformer(nn.Module):
             normed = norm(tokens)
             if position is not None:
                 normed = normed + position[:, None].to(normed.dtype)
-            tokens = tokens + self._attend(attention, site, normed)
-        out: Tensor = tokens + block.ff(block.norm3(tokens))
-        return out
+            tokens = tokens + self._attend(attention, f"{path}.{name}", site, normed)
+        lora = self._signal.controls.lora
+        return tokens + _feed_forward(block.ff, f"{path}.ff", block.norm3(tokens), lora)
 
-    def _attend(self, attention: Any, site: int, normed: Tensor) -> Tensor:
-        query, key, value = (
-            project(normed) for project in (attention.to_q, attention.to_k, attention.to_v)
-        )
+    def _attend(self, attention: Any, path: str, site: int, normed: Tensor) -> Tensor:
         controls = self._signal.controls
-        moves = _deviation_of(controls.deviation, site, normed.shape[2])
-        if moves and controls.query is not None and controls.query.reduced is not None:
-            # The operator moves deviations before it chooses queries. Leak-reduced queries are
-            # chosen here, so for the same order the deviations are moved here too.
-            query, key, value = move_deviations((query, key, value), **moves)
-            moves = {}
-        query, row, blend = _controlled_query(query, site, self._signal)
-        with span("temporal attention"):
-            out = frame_attention(
-                query,
-                key,
-                value,
-                heads=attention.heads,
-                query_row=row,
-                query_blend=blend,
-                **moves,
+        motion, lora = controls.motion, controls.lora
+        for_query_key = for_value = normed
+        if motion is not None and lora is not None and _adapts(lora, path):
+            # The projections differ from row to row, so the embedding goes through them with x.
+            for_query_key, for_value = _move(normed, motion, site)
+            motion = None
+        query, key, value = (
+            _project(getattr(attention, name), f"{path}.{name}", given, lora)
+            for name, given in zip(
+                _PROJECTIONS, (for_query_key, for_query_key, for_value), strict=True
             )
-        return _project_out(attention, out)
+        )
+        kept: Controls = {
+            **_motion_of(motion, site),
+            **_deviation_of(controls.deviation, site, normed.shape[2]),
+        }
+        if kept and controls.query is not None and controls.query.reduced is not None:
+            # The operator adds motions and moves deviations before it chooses queries. Leak-reduced
+            # queries are chosen here, so for the same order the others come first here too.
+            query, key, value = mix(query, key, value, **kept)
+            kept = {}
+        query, row, blend = _controlled_query(query, site, self._signal)
+        kept = {**kept, "query_row": row, "query_blend": blend}
+        with span("temporal attention"):
+            out = frame_attention(query, key, value, heads=attention.heads, **kept)
+        if lora is None or f"{path}.to_out.0" not in lora.banks:
+            return _project_out(attention, out)
+        projected: Tensor = _project(attention.to_out[0], f"{path}.to_out.0", out, lora)
+        dropped: Tensor = attention.to_out[1](projected) / attention.rescale_output_factor
+        return dropped
+
+
+def _project(linear: nn.Module, path: str, given: Tensor, lora: LoraControl | None) -> Tensor:
+    """W x, and each row's low-rank change of it."""
+    out: Tensor = linear(given)
+    bank = None if lora is None else lora.banks.get(path)
+    if lora is None or bank is None:
+        return out
+    down = bank.down.index_select(0, lora.slot).to(given.dtype)
+    up = bank.up.index_select(0, lora.slot).to(given.dtype)
+    rank = given.flatten(1, -2) @ down.transpose(1, 2) * lora.scale.to(given.dtype)[:, None, None]
+    return out + (rank @ up.transpose(1, 2)).view(out.shape)
+
+
+def _feed_forward(ff: Any, path: str, given: Tensor, lora: LoraControl | None) -> Tensor:
+    first, second = f"{path}.net.0.proj", f"{path}.net.2"
+    if lora is None or not {first, second} & set(lora.banks):
+        out: Tensor = ff(given)
+        return out
+    gated, dropout, last = ff.net[:3]
+    if type(gated).__name__ != "GEGLU" or len(ff.net) != 3:
+        raise CheckpointError(
+            f"{path}: a LoRA of a feed-forward needs GEGLU, got {type(gated).__name__}"
+        )
+    hidden, gate = _project(gated.proj, first, given, lora).chunk(2, dim=-1)
+    return _project(last, second, dropout(hidden * gated.gelu(gate)), lora)
+
+
+def _motion_of(control: MotionControl | None, site: int) -> Controls:
+    """What `frame_attention` is told of motion embeddings at a site."""
+    bank = None if control is None else control.banks.get(site)
+    if control is None or bank is None:
+        return {}
+    return {
+        "motion_slot": control.slot,
+        "motion_scale": control.scale,
+        "query_bank": bank.projected_query,
+        "key_bank": bank.projected_key,
+        "value_bank": bank.projected_value,
+    }
+
+
+def _adapts(lora: LoraControl, path: str) -> bool:
+    return any(f"{path}.{name}" in lora.banks for name in _PROJECTIONS)
+
+
+def _move(normed: Tensor, control: MotionControl, site: int) -> tuple[Tensor, Tensor]:
+    """What a site projects to q and k, and to v: x + m, by each row's slot and scale."""
+    bank = control.banks.get(site)
+    if bank is None:
+        return normed, normed
+    moved = [
+        normed if added is None else add_motion(normed, control.slot, control.scale, added)
+        for added in (bank.query_key, bank.value)
+    ]
+    return moved[0], moved[1]
 
 
 def _fuses(norm: Any, attention: Any, tokens: Tensor) -> bool:
@@ -225,7 +306,7 @@ def _fused(norm: Any, attention: Any, position: Tensor | None, tokens: Tensor) -
         )
 
 
-def _deviation_of(control: DeviationControl | None, site: int, tokens: int) -> dict[str, Tensor]:
+def _deviation_of(control: DeviationControl | None, site: int, tokens: int) -> Controls:
     """What `frame_attention` is told of deviations at a site."""
     if control is None:
         return {}

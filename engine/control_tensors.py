@@ -5,6 +5,7 @@ and changing their values changes no code path. Which *kinds* of control are pre
 kind that no row uses is None and costs nothing.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +46,92 @@ class DeviationControl:
 
 
 @dataclass(frozen=True)
+class MotionBank:
+    """The motion embeddings of one temporal site, by slot; slot 0 is none.
+
+    A site computes W (x + m) as W x + W m, so W m is kept; m itself is wanted only where a LoRA
+    changes W from row to row.
+
+    Args:
+        query_key: [slots, frames, channels], added to what is projected to q and k; or None.
+        value: [slots, frames, tokens, channels], added to what is projected to v; or None.
+        projected_query: `query_key` through the site's projection; None where that is.
+        projected_key: likewise.
+        projected_value: `value` through the site's projection; None where that is.
+    """
+
+    query_key: Tensor | None
+    value: Tensor | None
+    projected_query: Tensor | None
+    projected_key: Tensor | None
+    projected_value: Tensor | None
+
+
+@dataclass(frozen=True)
+class MotionControl:
+    """Which motion embedding each row uses.
+
+    Args:
+        slot: int64 [rows]; 0 is none.
+        scale: [rows], a factor on the embedding.
+        banks: by index of the temporal site; sites that no motion of the batch has are not there.
+    """
+
+    slot: Tensor
+    scale: Tensor
+    banks: Mapping[int, MotionBank]
+
+
+@dataclass(frozen=True)
+class LoraBank:
+    """The low-rank changes of one projection, by slot; slot 0 is none.
+
+    Args:
+        down: [slots, rank, channels in].
+        up: [slots, channels out, rank].
+    """
+
+    down: Tensor
+    up: Tensor
+
+
+@dataclass(frozen=True)
+class LoraControl:
+    """Which LoRA each row uses: y = W x + scale up (down x).
+
+    Args:
+        slot: int64 [rows]; 0 is none.
+        scale: [rows].
+        banks: by module path of the projection, of temporal transformers only.
+    """
+
+    slot: Tensor
+    scale: Tensor
+    banks: Mapping[str, LoraBank]
+
+
+@dataclass(frozen=True)
+class SkipControl:
+    """Where each row's skip connections start, and their strength.
+
+    Args:
+        source: [skips, rows]; 0: behind the temporal transformer, 1: before it.
+        gain: [skips, rows], a factor on what is skipped.
+    """
+
+    source: Tensor
+    gain: Tensor
+
+
+@dataclass(frozen=True)
 class ControlTensors:
     """The controls of one forward pass; None is a kind that no row uses."""
 
     query: QueryControl | None = None
     deviation: DeviationControl | None = None
+    motion: MotionControl | None = None
+    lora: LoraControl | None = None
+    skip: SkipControl | None = None
 
 
 def at_site(mask: Tensor, tokens: int) -> Tensor:

@@ -6,11 +6,13 @@ import attrs
 
 from kinetiq.errors import RequestError
 from kinetiq.families import Site
+from kinetiq.motion_embedding import ResolvedMotionEmbedding
 from kinetiq.motion_injection import (
     MotionInjection,
     ResolvedMotionInjection,
     resolve_motion_injection,
 )
+from kinetiq.motion_lora import ResolvedMotionLora
 from kinetiq.query_injection import (
     QueryInjection,
     ResolvedQueryInjection,
@@ -27,12 +29,14 @@ class ResolvedControls:
 
     query: ResolvedQueryInjection | None = None
     motion: ResolvedMotionInjection | None = None
+    embedding: ResolvedMotionEmbedding | None = None
+    lora: ResolvedMotionLora | None = None
 
     def active(self, step: int) -> "ResolvedControls":
         """The controls that act at `step`, counted from 0."""
+        kinds = {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
         return ResolvedControls(
-            self.query if self.query is not None and step < self.query.steps else None,
-            self.motion if self.motion is not None and step < self.motion.steps else None,
+            **{name: None if c is None or step >= c.steps else c for name, c in kinds.items()}
         )
 
 

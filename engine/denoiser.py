@@ -21,6 +21,7 @@ from kinetiq.families import (
     list_sites,
     temporal_transformers,
 )
+from kinetiq.skips import attach_skips, list_skips
 
 NO_CONTROLS = ControlTensors()
 
@@ -57,11 +58,13 @@ class EagerDenoiser:
     def __init__(self, network: Any, *, keep_zero_taps: bool = False) -> None:
         self.family = detect_family(network)
         self.sites = list_sites(network, self.family)
+        self.skips = list_skips(network, self.family)
         self.network = network
         self._keep_zero_taps = keep_zero_taps
         self._signal = Signal()
         self._processors: dict[str, Any] = {}
         self._replaced: dict[str, nn.Module] = {}
+        self._hooks: list[Any] = []
 
     @property
     def attached(self) -> bool:
@@ -96,11 +99,12 @@ class EagerDenoiser:
                 ]
                 for number in range(len(replaced.transformer_blocks))
             ]
-            self._replace(name, TemporalTransformer(replaced, sites, self._signal))
+            self._replace(name, TemporalTransformer(replaced, name, sites, self._signal))
         for name, convolution in find_centre_taps(self.network).items():
             if convolution.weight.requires_grad and not self._keep_zero_taps:
                 continue
             self._replace(name, CentreTapConvolution(convolution))
+        self._hooks = attach_skips(self.network, self.skips, self._signal)
         return self
 
     def detach(self) -> Any:
@@ -110,7 +114,10 @@ class EagerDenoiser:
         for name, processor in self._processors.items():
             self.network.get_submodule(name).processor = processor
         self._replaced.clear()
+        for hook in self._hooks:
+            hook.remove()
         self._processors.clear()
+        self._hooks.clear()
         return self.network
 
     def _replace(self, name: str, module: nn.Module) -> None:
@@ -136,6 +143,7 @@ class EagerDenoiser:
             out: Tensor = self.network(latents, timesteps, text, return_dict=False)[0]
         finally:
             self._signal.controls = NO_CONTROLS
+            self._signal.before_temporal.clear()
         return out
 
 

@@ -5,6 +5,7 @@ their prompts, seeds, step counts, samplers and controls; a clip that ends makes
 next one at once (continuous batching).
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -18,11 +19,12 @@ from kinetiq.errors import KinetiqError, NonFiniteError, WorkError
 from kinetiq.kernels import guided_step
 from kinetiq.profiling import begin, end, span
 from kinetiq.request import ResolvedRequest
-from kinetiq.rows import ClipState, build_batch
+from kinetiq.rows import Batch, ClipState, build_batch, join_loras, join_motions
 from kinetiq.sampler import step_coefficients
 
 Progress = Callable[[str, int, int], None]
 EncodeText = Callable[[str], Tensor]
+BuildBatch = Callable[[Sequence[ClipState], dict[str, Tensor]], Batch]
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -88,6 +90,12 @@ def denoise(
     upcoming = next(waiting, None)
     running: list[ClipRun] = []
     done_steps = known_steps = 0
+    build = functools.partial(
+        build_batch,
+        sites=len(denoiser.sites),
+        join_motions=functools.lru_cache(maxsize=1)(join_motions),
+        join_loras=functools.lru_cache(maxsize=1)(join_loras),
+    )
     while running or upcoming is not None:
         while upcoming is not None and len(running) < max_clips:
             index, request = upcoming
@@ -104,7 +112,7 @@ def denoise(
         done_steps -= sum(run.step for run in running)
         with span(f"step of {len(running)} clips"), torch.inference_mode():
             failed, max_clips = _step_or_split(
-                running, denoiser, encode_text, device, dtype, max_clips
+                running, denoiser, encode_text, build, device, dtype, max_clips
             )
         done_steps += sum(run.step for run in running)
         progress("denoising", done_steps, known_steps)
@@ -142,6 +150,7 @@ def _step_or_split(
     running: list[ClipRun],
     denoiser: Denoiser,
     encode_text: EncodeText,
+    build: BuildBatch,
     device: torch.device,
     dtype: torch.dtype,
     max_clips: int,
@@ -157,7 +166,7 @@ def _step_or_split(
     while left:
         part = left[:size]
         try:
-            halves = _predict(part, denoiser, encode_text, dtype)
+            halves = _predict(part, denoiser, encode_text, build, dtype)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -186,7 +195,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _predict(
-    runs: Sequence[ClipRun], denoiser: Denoiser, encode_text: EncodeText, dtype: torch.dtype
+    runs: Sequence[ClipRun],
+    denoiser: Denoiser,
+    encode_text: EncodeText,
+    build: BuildBatch,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The network's output for the conditional and the unconditional half of every clip."""
     states = [_state(run, dtype) for run in runs]
@@ -198,7 +211,7 @@ def _predict(
     }
     source_text = {prompt: encode_text(prompt).to(dtype) for prompt in prompts}
     with span("rows"):
-        batch = build_batch(states, source_text, len(denoiser.sites))
+        batch = build(states, source_text)
     with span("network"):
         output = denoiser.predict(batch.latents, batch.timesteps, batch.text, batch.controls)
     return output[batch.conditional], output[batch.unconditional]

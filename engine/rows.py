@@ -4,8 +4,9 @@ Every clip has a conditional row, and an unconditional one if it is guided. Clip
 act at this step read source rows; equal sources at equal timesteps are one row.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,18 @@ from torch import Tensor
 from kinetiq.control_tensors import (
     ControlTensors,
     DeviationControl,
+    LoraBank,
+    LoraControl,
+    MotionBank,
+    MotionControl,
     QueryControl,
+    SkipControl,
     no_injection,
 )
 from kinetiq.controls import ResolvedControls
+from kinetiq.motion_embedding import ResolvedMotionEmbedding
 from kinetiq.motion_injection import ResolvedMotionInjection
+from kinetiq.motion_lora import ResolvedMotionLora
 from kinetiq.query_injection import ResolvedQueryInjection
 from kinetiq.source import ResolvedSource
 
@@ -64,13 +72,55 @@ class Batch:
     unconditional: Tensor
 
 
-def build_batch(clips: Sequence[ClipState], source_text: dict[str, Tensor], sites: int) -> Batch:
+def join_motions(embeddings: tuple[ResolvedMotionEmbedding, ...]) -> dict[int, MotionBank]:
+    """The banks of several embeddings, the first at slot 1; slot 0 is zero."""
+    sites = sorted({site for embedding in embeddings for site in embedding.banks})
+    joined = {}
+    for site in sites:
+        banks = [embedding.banks.get(site) for embedding in embeddings]
+        joined[site] = MotionBank(
+            **{part: _stack_any([_part(bank, part) for bank in banks]) for part in _PARTS}
+        )
+    return joined
+
+
+def join_loras(loras: tuple[ResolvedMotionLora, ...]) -> dict[str, LoraBank]:
+    """The banks of several LoRAs, the first at slot 1; slot 0 is zero.
+
+    Smaller ranks are filled up with zeros, which add nothing.
+    """
+    joined = {}
+    for path in sorted({path for lora in loras for path in lora.banks}):
+        banks = [lora.banks.get(path) for lora in loras]
+        rank = max(bank.down.shape[1] for bank in banks if bank is not None)
+        joined[path] = LoraBank(
+            down=_stack([None if b is None else _fill(b.down, 1, rank) for b in banks]),
+            up=_stack([None if b is None else _fill(b.up, 2, rank) for b in banks]),
+        )
+    return joined
+
+
+_PARTS = ("query_key", "value", "projected_query", "projected_key", "projected_value")
+JoinMotions = Callable[[tuple[ResolvedMotionEmbedding, ...]], Mapping[int, MotionBank]]
+JoinLoras = Callable[[tuple[ResolvedMotionLora, ...]], Mapping[str, LoraBank]]
+
+
+def build_batch(
+    clips: Sequence[ClipState],
+    source_text: dict[str, Tensor],
+    sites: int,
+    join_motions: JoinMotions = join_motions,
+    join_loras: JoinLoras = join_loras,
+) -> Batch:
     """Lay the clips and their sources out as rows.
 
     Args:
         clips: clips of one shape.
         source_text: encoded prompt of each source prompt that is used.
         sites: how many sites the network has.
+        join_motions: makes the banks of the embeddings in use; one that remembers the last ones
+            saves making them again at each step.
+        join_loras: likewise for the LoRAs.
     """
     latents: list[Tensor] = []
     timesteps: list[float] = []
@@ -100,11 +150,17 @@ def build_batch(clips: Sequence[ClipState], source_text: dict[str, Tensor], site
             found.append(source_rows[key])
         reads.append((found[0], found[1]))
     device = latents[0].device
+    joined = _join(clips, halves, reads, len(latents), sites, device)
     return Batch(
         latents=torch.stack(latents),
         timesteps=torch.tensor(timesteps, dtype=torch.float32, device=device),
         text=torch.stack(text),
-        controls=_join(clips, halves, reads, len(latents), sites, device),
+        controls=replace(
+            joined,
+            motion=_motion_control(clips, halves, len(latents), device, join_motions),
+            lora=_lora_control(clips, halves, len(latents), device, join_loras),
+            skip=_skip_control(clips, halves, len(latents), device),
+        ),
         conditional=torch.tensor([half[0] for half in halves], device=device),
         unconditional=torch.tensor([half[1] for half in halves], device=device),
     )
@@ -192,3 +248,86 @@ def _deviation_control(
         parts.to(device),
         None if region is None else region.to(device),
     )
+
+
+def _motion_control(
+    clips: Sequence[ClipState],
+    halves: Sequence[tuple[int, int]],
+    rows: int,
+    device: torch.device,
+    join: JoinMotions,
+) -> MotionControl | None:
+    used = [(clip.controls.embedding, half) for clip, half in zip(clips, halves, strict=True)]
+    slot, scale, motions = _slots([(motion, half) for motion, half in used if motion], rows)
+    if not motions:
+        return None
+    return MotionControl(slot.to(device), scale.to(device), join(motions))
+
+
+def _lora_control(
+    clips: Sequence[ClipState],
+    halves: Sequence[tuple[int, int]],
+    rows: int,
+    device: torch.device,
+    join: JoinLoras,
+) -> LoraControl | None:
+    used = [(clip.controls.lora, half) for clip, half in zip(clips, halves, strict=True)]
+    slot, scale, loras = _slots([(lora, half) for lora, half in used if lora], rows)
+    if not loras:
+        return None
+    return LoraControl(slot.to(device), scale.to(device), join(loras))
+
+
+def _skip_control(
+    clips: Sequence[ClipState],
+    halves: Sequence[tuple[int, int]],
+    rows: int,
+    device: torch.device,
+) -> SkipControl | None:
+    used = [
+        (clip.controls.lora.highway, _readers(half, clip.controls.lora.conditional_only))
+        for clip, half in zip(clips, halves, strict=True)
+        if clip.controls.lora is not None and clip.controls.lora.highway is not None
+    ]
+    if not used:
+        return None
+    skips = len(used[0][0].gain)
+    source, gain = torch.zeros(skips, rows), torch.ones(skips, rows)
+    for highway, readers in used:
+        for reader in readers:
+            source[:, reader] = torch.tensor(highway.source)
+            gain[:, reader] = torch.tensor(highway.gain)
+    return SkipControl(source.to(device), gain.to(device))
+
+
+def _slots(used: Sequence[tuple[Any, tuple[int, int]]], rows: int) -> tuple[Tensor, Tensor, Any]:
+    """The slot and the scale of each row, and what is in the slots from 1 on, each once."""
+    slot, scale = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
+    kept: dict[str, Any] = {}
+    for learned, half in used:
+        kept.setdefault(learned.key, learned)
+        for reader in _readers(half, learned.conditional_only):
+            slot[reader] = 1 + list(kept).index(learned.key)
+            scale[reader] = learned.scale
+    return slot, scale, tuple(kept.values())
+
+
+def _part(bank: MotionBank | None, part: str) -> Tensor | None:
+    return None if bank is None else getattr(bank, part)
+
+
+def _stack_any(parts: Sequence[Tensor | None]) -> Tensor | None:
+    return _stack(parts) if any(part is not None for part in parts) else None
+
+
+def _stack(parts: Sequence[Tensor | None]) -> Tensor:
+    """Banks of one slot each behind a slot of zeros, zeros where one has no such part."""
+    none = torch.zeros_like(next(part for part in parts if part is not None))
+    return torch.cat([none, *(none if part is None else part for part in parts)])
+
+
+def _fill(bank: Tensor, axis: int, rank: int) -> Tensor:
+    """A bank with zeros up to `rank`."""
+    missing = list(bank.shape)
+    missing[axis] = rank - bank.shape[axis]
+    return torch.cat([bank, bank.new_zeros(missing)], dim=axis)

@@ -41,6 +41,7 @@ _MAY_CHANGE = (
     "steps",
     "decay_steps",
     "learning_rate",
+    "widening_steps",
     "save_every",
     "shards",
     "device",
@@ -59,6 +60,9 @@ class TrainingOptions:
         noise_shift: how far training leans to noisy timesteps, s in t = s u / (1 + (s - 1) u) with
             u uniform (Esser et al., arXiv:2403.03206, sec. 5.3.2), in steps that see clips; 1 is
             uniform, as in steps that see single frames, which show each thing once.
+        widening_steps: steps over which the paths and sizes that a word stands for widen from one
+            to all. While one word is one path, words of motion explain much of a clip and are
+            learnt; among all paths from the start, they were not.
         learning_rate: of AdamW, at its height.
         warmup_steps: steps over which the rate rises from zero.
         decay_steps: steps at the end over which the rate falls to zero.
@@ -76,6 +80,7 @@ class TrainingOptions:
     batch: int = 8
     frame_share: float = 0.25
     noise_shift: float = 3.0
+    widening_steps: int = 5_000
     learning_rate: float = 6e-4
     warmup_steps: int = 300
     decay_steps: int = 3_000
@@ -212,6 +217,11 @@ def learning_rate_share(step: int, options: TrainingOptions) -> float:
     return max(0.0, min(1.0, rising, falling))
 
 
+def scene_variety(step: int, options: TrainingOptions) -> float:
+    """The `variety` of the scenes of `step` (counted from 0), rising from 0 to 1."""
+    return min(1.0, step / options.widening_steps) if options.widening_steps else 1.0
+
+
 def _require_same_run(path: Path, said: dict[str, Any]) -> None:
     """Refuse to continue a run under options that would make it another one."""
     if not path.exists():
@@ -304,8 +314,11 @@ def _train_denoiser(
     for step in range(first, options.steps):
         rng = np.random.default_rng([options.seed, step])
         of_frames = bool(rng.uniform() < options.frame_share)
-        sample = sample_frames if of_frames else sample_clips
-        clean, captions = sample(rng, vae, scaling_factor, options)
+        if of_frames:
+            clean, captions = sample_frames(rng, vae, scaling_factor, options)
+        else:
+            variety = scene_variety(step, options)
+            clean, captions = sample_clips(rng, vae, scaling_factor, options, variety)
         tokens = tokenizer(
             captions,
             padding="max_length",
@@ -407,12 +420,18 @@ def _single_frames(rng: np.random.Generator, count: int) -> Tensor:
 
 @torch.no_grad()
 def sample_clips(
-    rng: np.random.Generator, vae: Any, scaling_factor: float, options: TrainingOptions
+    rng: np.random.Generator,
+    vae: Any,
+    scaling_factor: float,
+    options: TrainingOptions,
+    variety: float = 1.0,
 ) -> tuple[Tensor, list[str]]:
     """Scaled latents [batch, channels, frames, h, w] and captions, some of them empty."""
-    scenes = [world.sample_scene(rng) for _ in range(options.batch)]
+    scenes = [world.sample_scene(rng, variety=variety) for _ in range(options.batch)]
     captions = [
-        "" if rng.uniform() < options.caption_dropout else world.sample_caption(rng, scene).text
+        ""
+        if rng.uniform() < options.caption_dropout
+        else world.sample_caption(rng, scene, variety).text
         for scene in scenes
     ]
     latents = _encode(world.render(scenes, components.FRAMES, components.SIZE), vae, scaling_factor)

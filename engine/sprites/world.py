@@ -174,7 +174,11 @@ def is_held_out(shape: str, colour: str | None, motion: str) -> bool:
 
 
 def sample_path(
-    rng: np.random.Generator, motion: str, span: float = 1.0, room: float = 1.0
+    rng: np.random.Generator,
+    motion: str,
+    span: float = 1.0,
+    room: float = 1.0,
+    variety: float = 1.0,
 ) -> Path:
     """A path of this motion with random size, phase and place.
 
@@ -183,18 +187,20 @@ def sample_path(
         motion: one of `MOTIONS`.
         span: factor on its size.
         room: share of the places it could be at, around the middle of the frame.
+        variety: share of the range that size, phase and place are drawn from; at 0 all paths of a
+            motion are one.
     """
     travel = {"circling": (0.24, 0.42), "zigzagging": (0.3, 0.5), "bouncing": (0.2, 0.4)}.get(
         motion, (0.25, 0.5)
     )
     path = Path(
         motion,
-        travel=span * rng.uniform(*travel),
-        phase=rng.uniform(),
-        heading=float(rng.choice([-1.0, 1.0])),
+        travel=span * _draw(rng, *travel, variety),
+        phase=rng.uniform() * variety,
+        heading=-1.0 if rng.uniform() < 0.5 * variety else 1.0,
     )
     reach = np.abs(path.points(33) - 0.5).max(axis=0)
-    most = room * np.maximum(0.5 - _MARGIN - reach, 0.0)
+    most = room * variety * np.maximum(0.5 - _MARGIN - reach, 0.0)
     centre = 0.5 + rng.uniform(-most, most)
     return Path(motion, path.travel, path.phase, path.heading, (float(centre[0]), float(centre[1])))
 
@@ -208,19 +214,28 @@ def sample_sprite(
     motion: str | None = None,
     small: bool = False,
     room: float = 1.0,
+    variety: float = 1.0,
 ) -> Sprite:
-    """A sprite whose unsaid attributes are drawn at random; `room` is that of `sample_path`."""
+    """A sprite whose unsaid attributes are drawn at random.
+
+    `room` and `variety` are those of `sample_path`; `variety` is of the radius too.
+    """
     motion = motion or str(rng.choice(MOTIONS))
     return Sprite(
         shape=shape or str(rng.choice(SHAPES)),
         hue=float(rng.uniform(0.0, 360.0)) if hue is None else hue,
-        path=sample_path(rng, motion, span=0.8 if small else 1.0, room=room),
+        path=sample_path(rng, motion, 0.8 if small else 1.0, room, variety),
         texture=texture or str(rng.choice(TEXTURES, p=[0.5, 0.25, 0.25])),
-        radius=float(rng.uniform(0.13, 0.17) if small else rng.uniform(0.18, 0.27)),
+        radius=_draw(rng, *((0.13, 0.17) if small else (0.18, 0.27)), variety),
         saturation=float(rng.uniform(0.8, 1.0)),
         value=float(rng.uniform(0.85, 1.0)),
         texture_phase=(float(rng.uniform()), float(rng.uniform())),
     )
+
+
+def _draw(rng: np.random.Generator, low: float, high: float, variety: float) -> float:
+    """A number from the middle `variety` of the range."""
+    return float(0.5 * (low + high) + variety * rng.uniform(-0.5, 0.5) * (high - low))
 
 
 def sample_named_hue(rng: np.random.Generator, colour: str) -> float:
@@ -228,39 +243,40 @@ def sample_named_hue(rng: np.random.Generator, colour: str) -> float:
     return float((COLOURS[colour] + rng.uniform(-NAMED_HUE_RANGE, NAMED_HUE_RANGE)) % 360.0)
 
 
-def sample_scene(rng: np.random.Generator, two_share: float = 0.1) -> Scene:
+def sample_scene(rng: np.random.Generator, two_share: float = 0.1, variety: float = 1.0) -> Scene:
     """A scene of the training set: one shape, or two with probability `two_share`.
 
     Half of the hues are drawn within a name's range, half from the whole circle. Half of the paths
     stay near the middle: where place is free, what a word says of motion explains little of a clip,
-    and is learnt late. Combinations for which `is_held_out` are drawn again.
+    and is learnt late. Combinations for which `is_held_out` are drawn again. `variety` below 1
+    makes scenes of the same words alike (see `sample_path`), and names more of the hues.
     """
     count = 2 if rng.uniform() < two_share else 1
     room = _NEAR_MIDDLE if rng.uniform() < 0.5 else 1.0
     sprites: list[Sprite] = []
     while len(sprites) < count:
-        named = rng.uniform() < 0.5
+        named = rng.uniform() < 1.0 - 0.5 * variety
         hue = sample_named_hue(rng, str(rng.choice(list(COLOURS)))) if named else None
-        sprite = sample_sprite(rng, hue=hue, small=count == 2, room=room)
+        sprite = sample_sprite(rng, hue=hue, small=count == 2, room=room, variety=variety)
         named_by_readers = colour_name(sprite.hue, HELD_OUT_RANGE)
         if not is_held_out(sprite.shape, named_by_readers, sprite.path.motion):
             sprites.append(sprite)
     return Scene(
         sprites=tuple(sprites),
         background_hue=float(rng.uniform(0.0, 360.0))
-        if rng.uniform() < 0.4
+        if rng.uniform() < 0.4 * variety
         else sample_named_hue(rng, str(rng.choice(list(COLOURS)))),
         background_saturation=float(rng.uniform(0.7, 0.95)),
         background_value=float(rng.uniform(0.16, 0.28)),
     )
 
 
-def sample_caption(rng: np.random.Generator, scene: Scene) -> Caption:
+def sample_caption(rng: np.random.Generator, scene: Scene, variety: float = 1.0) -> Caption:
     """A true caption of `scene`: half say all, half leave each attribute out half of the time.
 
-    Hues between names are never said.
+    Hues between names are never said. `variety` is the share of the half that leaves out.
     """
-    share = 1.0 if rng.uniform() < 0.5 else 0.5
+    share = 1.0 if rng.uniform() < 1.0 - 0.5 * variety else 0.5
     mentions = []
     for sprite in scene.sprites:
         colour = colour_name(sprite.hue)
