@@ -122,6 +122,20 @@ def test_single_frames_are_as_many_as_the_clips_have_and_say_nothing_of_motion(m
     assert len(captions) == OPTIONS.batch
 
 
+def test_clips_widen_as_training_goes_on(monkeypatch):
+    options = dataclasses.replace(OPTIONS, widening_steps=10)
+    assert [training.scene_variety(step, options) for step in (0, 5, 10, 99)] == [0, 0.5, 1, 1]
+    assert training.scene_variety(0, dataclasses.replace(OPTIONS, widening_steps=0)) == 1
+    drawn = []
+    real = world.sample_scene
+    monkeypatch.setattr(
+        world, "sample_scene", lambda *a, **given: drawn.append(given) or real(*a, **given)
+    )
+    vae = components.build_vae()
+    training.sample_clips(np.random.default_rng(0), vae, 0.5, options, 0.25)
+    assert [given["variety"] for given in drawn] == [0.25] * options.batch
+
+
 def test_the_log_tells_the_losses_of_clips_and_of_frames_apart(tmp_path):
     lines = []
     options = dataclasses.replace(OPTIONS, steps=6, save_every=2)

@@ -215,3 +215,34 @@ def test_hue_distance_is_a_distance_on_the_circle(a, b):
     assert 0 <= apart <= 180
     assert apart == pytest.approx(world.hue_distance(b, a), abs=1e-6)
     assert apart == pytest.approx(world.hue_distance(a + 360, b), abs=1e-6)
+
+
+def test_without_variety_a_word_of_motion_is_one_path():
+    alike = scenes(64, two_share=0.0, variety=0.0)
+    paths = {scene.sprites[0].path for scene in alike}
+    assert len(paths) == len({path.motion for path in paths}) == len(world.MOTIONS)
+    assert len({scene.sprites[0].radius for scene in alike}) == 1
+    assert all(world.colour_name(scene.sprites[0].hue) for scene in alike)
+
+
+def test_variety_widens_what_a_word_stands_for():
+    def spread(variety):
+        drawn = scenes(200, two_share=0.0, variety=variety)
+        runs = [s.sprites[0].path for s in drawn if s.sprites[0].path.motion == "left"]
+        return np.std([path.travel for path in runs]), np.std([path.centre for path in runs])
+
+    narrow, half, wide = (spread(variety) for variety in (0.0, 0.5, 1.0))
+    assert all(a < b < c for a, b, c in zip(narrow, half, wide, strict=True))
+
+
+@pytest.mark.parametrize("variety", [0.0, 0.5, 1.0])
+def test_variety_decides_how_often_captions_leave_out(variety):
+    rng = np.random.default_rng(2)
+    drawn = scenes(400, two_share=0.0, variety=variety)
+    complete = [
+        all((mention.shape, mention.texture, mention.motion))
+        for scene in drawn
+        for mention in world.sample_caption(rng, scene, variety).mentions
+    ]
+    expected = 1 - 0.5 * variety + 0.5 * variety * 0.5**3
+    assert np.mean(complete) == pytest.approx(expected, abs=4 * 0.5 / 400**0.5)
