@@ -60,9 +60,9 @@ class TrainingOptions:
         noise_shift: how far training leans to noisy timesteps, s in t = s u / (1 + (s - 1) u) with
             u uniform (Esser et al., arXiv:2403.03206, sec. 5.3.2), in steps that see clips; 1 is
             uniform, as in steps that see single frames, which show each thing once.
-        widening_steps: steps over which the paths and sizes that a word stands for widen from one
-            to all. While one word is one path, words of motion explain much of a clip and are
-            learnt; among all paths from the start, they were not.
+        widening_steps: steps over which scenes widen from one a motion to all. While scenes differ
+            in motion alone, its words explain a clip and are learnt in tens of steps; among all
+            colours, shapes and paths from the start they were not in thousands.
         learning_rate: of AdamW, at its height.
         warmup_steps: steps over which the rate rises from zero.
         decay_steps: steps at the end over which the rate falls to zero.

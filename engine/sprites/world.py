@@ -117,6 +117,11 @@ class Scene:
     pan: tuple[float, float] = (0.0, 0.0)  # the whole frame moves this far in all, of the width
 
 
+# What scenes without variety show; held out with no motion.
+_USUAL = Sprite("circle", COLOURS["gold"], Path("still"))
+_USUAL_BACKGROUND = COLOURS["blue"]
+
+
 @dataclass(frozen=True)
 class Mention:
     """What a caption says of one sprite; None is left out."""
@@ -248,24 +253,43 @@ def sample_scene(rng: np.random.Generator, two_share: float = 0.1, variety: floa
 
     Half of the hues are drawn within a name's range, half from the whole circle. Half of the paths
     stay near the middle: where place is free, what a word says of motion explains little of a clip,
-    and is learnt late. Combinations for which `is_held_out` are drawn again. `variety` below 1
-    makes scenes of the same words alike (see `sample_path`), and names more of the hues.
+    and is learnt late. Combinations for which `is_held_out` are drawn again.
+
+    Args:
+        rng: draws it.
+        two_share: probability of a second shape.
+        variety: share of it all. It is that of `sample_path`, and the probability with which each
+            of colour, shape, texture and background is drawn, where it would otherwise be
+            `_USUAL`'s. At 0 there are as many scenes as motions.
     """
-    count = 2 if rng.uniform() < two_share else 1
+    count = 2 if rng.uniform() < two_share * variety else 1
     room = _NEAR_MIDDLE if rng.uniform() < 0.5 else 1.0
     sprites: list[Sprite] = []
     while len(sprites) < count:
-        named = rng.uniform() < 1.0 - 0.5 * variety
-        hue = sample_named_hue(rng, str(rng.choice(list(COLOURS)))) if named else None
-        sprite = sample_sprite(rng, hue=hue, small=count == 2, room=room, variety=variety)
+        usual_hue, usual_shape, usual_texture = rng.uniform(size=3) >= variety
+        hue = _USUAL.hue
+        if not usual_hue:
+            hue = sample_named_hue(rng, str(rng.choice(list(COLOURS))))
+            hue = hue if rng.uniform() < 0.5 else float(rng.uniform(0.0, 360.0))
+        sprite = sample_sprite(
+            rng,
+            shape=_USUAL.shape if usual_shape else None,
+            hue=hue,
+            texture=_USUAL.texture if usual_texture else None,
+            small=count == 2,
+            room=room,
+            variety=variety,
+        )
         named_by_readers = colour_name(sprite.hue, HELD_OUT_RANGE)
         if not is_held_out(sprite.shape, named_by_readers, sprite.path.motion):
             sprites.append(sprite)
+    background = _USUAL_BACKGROUND
+    if rng.uniform() < variety:
+        background = sample_named_hue(rng, str(rng.choice(list(COLOURS))))
+        background = background if rng.uniform() < 0.6 else float(rng.uniform(0.0, 360.0))
     return Scene(
         sprites=tuple(sprites),
-        background_hue=float(rng.uniform(0.0, 360.0))
-        if rng.uniform() < 0.4 * variety
-        else sample_named_hue(rng, str(rng.choice(list(COLOURS)))),
+        background_hue=background,
         background_saturation=float(rng.uniform(0.7, 0.95)),
         background_value=float(rng.uniform(0.16, 0.28)),
     )

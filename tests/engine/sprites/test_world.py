@@ -221,8 +221,9 @@ def test_without_variety_a_word_of_motion_is_one_path():
     alike = scenes(64, two_share=0.0, variety=0.0)
     paths = {scene.sprites[0].path for scene in alike}
     assert len(paths) == len({path.motion for path in paths}) == len(world.MOTIONS)
-    assert len({scene.sprites[0].radius for scene in alike}) == 1
-    assert all(world.colour_name(scene.sprites[0].hue) for scene in alike)
+    sprites = {dataclasses.replace(s.sprites[0], path=Path("still")) for s in alike}
+    looks = {(sprite.shape, sprite.hue, sprite.texture, sprite.radius) for sprite in sprites}
+    assert len(looks) == len({scene.background_hue for scene in alike}) == 1
 
 
 def test_variety_widens_what_a_word_stands_for():
@@ -238,7 +239,7 @@ def test_variety_widens_what_a_word_stands_for():
 @pytest.mark.parametrize("variety", [0.0, 0.5, 1.0])
 def test_variety_decides_how_often_captions_leave_out(variety):
     rng = np.random.default_rng(2)
-    drawn = scenes(400, two_share=0.0, variety=variety)
+    drawn = scenes(400, two_share=0.0)
     complete = [
         all((mention.shape, mention.texture, mention.motion))
         for scene in drawn
