@@ -29,11 +29,11 @@ of the mean over frames, MOFT, arXiv:2405.14864, sec. 3.2; their union is this p
 embeddings, "Motion Inversion", arXiv:2403.20193, sec. 3.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import TypedDict, Unpack
 
 import torch
-import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
@@ -47,6 +47,7 @@ from kinetiq.kernels.query_attention import (
     check_device,
     check_kind,
     check_rows,
+    is_recorded,
     split_head_dim,
     take_rows,
 )
@@ -68,7 +69,7 @@ MAX_FRAMES = 128  # all frames of a sequence must fit on the chip
 MAX_HEAD_DIM = 256
 _WHERE = "frame_attention"
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)  # that a GPU kernel takes
-_CACHED = 4096  # frames of all sequences whose scores and output a CPU core's cache keeps
+CACHED = 2**19  # elements of each of a few tensors that a CPU's cache keeps
 _TILE = 16  # the least side of a product on the matrix units
 _PROJECTED = 32  # channels of the output, and motion channels, that are multiplied at a time
 
@@ -148,9 +149,7 @@ def frame_attention(
     )
     _check(query, key, value, heads, controls)
     if query.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Here autograd records PyTorch's own operators, and keeps the weights that the operator
-        # would compute again in its backward.
-        return _attend(*_mix(query, key, value, controls), heads)
+        return attend_on_cpu(*_mix(query, key, value, controls), heads)
     out: Tensor = _frame_attention(query, key, value, *controls, heads)
     return out
 
@@ -325,7 +324,7 @@ def _by_frame(tensor: Tensor) -> Tensor:
 def _attend_with_motion(
     query: Tensor, key: Tensor, value: Tensor, projection: Tensor, controls: _Ordered, heads: int
 ) -> tuple[Tensor, Tensor]:
-    out = _attend(*_mix(query, key, value, controls), heads)
+    out = attend_on_cpu(*_mix(query, key, value, controls), heads)
     with keep_types(query):
         return out, motion_feature_reference(out, projection=projection)
 
@@ -335,50 +334,109 @@ def keep_types(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Softmax attention over frames on a CPU, by whichever way is quicker here."""
+def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Softmax attention over frames of q, k and v as they are, in float32 or wider."""
+    wide = torch.promote_types(query.dtype, torch.float32)
     with keep_types(query):
-        return _attend_in_one_type(query, key, value, heads)
+        q, k, v = (t.to(wide) for t in (query, key, value))
+        if is_recorded(q, k, v):
+            out: Tensor = _InPlace.apply(q, k, v, heads)[0]  # type: ignore[no-untyped-call]
+        else:
+            out, _ = _attend_in_place(q, k, v, heads, keep=False)
+        return out.to(query.dtype)
 
 
-def _attend_in_one_type(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    direct = query.dtype == torch.float32 and not recorded
-    if direct and query.shape[1] >= _TILE:
-        return _attend_in_place(query, key, value, heads)
-    q, k, v = (_by_sequence(t, heads) for t in (query, key, value))
-    if direct:
-        out = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-        out = out.unflatten(0, q.shape[:2])
-    else:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        out = scores.softmax(-1, dtype=wide).to(v.dtype) @ v
-    return _by_frame(out)
+class _InPlace(torch.autograd.Function):
+    """Attention over frames without a permuted copy, and its gradient likewise.
+
+    Returns the weights as well, chunk by chunk, since only what is returned may be kept. They are
+    not differentiable: where a gradient is recorded itself, it computes them again.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, ...]:
+        out, weights = _attend_in_place(query, key, value, heads, keep=True)
+        return out, *weights
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs) -> None:
+        *tensors, ctx.heads = inputs
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.save_for_backward(*tensors, *outputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_):
+        query, key, value, *weights = ctx.saved_tensors
+        kept = None if torch.is_grad_enabled() else weights
+        with keep_types(grad):
+            return *_differentiate_in_place(grad, query, key, value, ctx.heads, kept), None
 
 
-def _attend_in_place(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Softmax attention over frames without a permuted copy.
+def _attend_in_place(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, *, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Softmax attention over frames, chunk by chunk, and the weights of each if they are kept."""
+    out = query.new_empty(query.shape)
+    kept = []
+    for q, k, v, o in _chunks((query, key, value, out), heads):
+        weights = _weights(q, k)
+        o.copy_(torch.bmm(weights.mT, v))
+        if keep:
+            kept.append(weights)
+    return out, kept
+
+
+def _differentiate_in_place(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    kept: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, chunk by chunk; `kept` are the weights of each."""
+    of_query, of_key, of_value = (t.new_empty(t.shape) for t in (query, key, value))
+    tensors = (grad, query, key, value, of_query, of_key, of_value)
+    for index, (g, q, k, v, of_q, of_k, of_v) in enumerate(_chunks(tensors, heads)):
+        weights = _weights(q, k) if kept is None else kept[index]
+        of_weights = torch.bmm(v, g.mT)
+        # what autograd itself calls, in one pass
+        of_scores = torch._softmax_backward_data(of_weights, weights, 1, q.dtype)  # noqa: SLF001
+        of_scores = of_scores * q.shape[-1] ** -0.5
+        of_v.copy_(torch.bmm(weights, g))
+        of_k.copy_(torch.bmm(of_scores, q))
+        of_q.copy_(torch.bmm(of_scores.mT, k))
+    return of_query, of_key, of_value
+
+
+def _chunks(tensors: tuple[Tensor, ...], heads: int) -> Iterator[tuple[Tensor, ...]]:
+    """[sequences, frames, d] of each tensor, as many sequences at a time as a cache holds.
 
     [frames, tokens * heads, d] is a batch of tokens * heads matrices [frames, d] whose lines lie
-    far apart, and a batched product takes it as it is; only the output is written through a
-    small buffer. In chunks, so that scores and output are in the cache when they are read again.
+    far apart, and a batched product takes it as it is; only what it returns has to be copied to
+    its place, out of the cache.
     """
-    rows, frames, tokens, width = query.shape
+    rows, frames, tokens, width = tensors[0].shape
     d = width // heads
-    out = query.new_empty(query.shape)
-    unused = query.new_zeros(()).expand(1, frames, frames)  # baddbmm scales for nothing, bmm cannot
-    chunk = max(_CACHED // frames, 1)
+    chunk = max(CACHED // (frames * d), 1)
+    views = [t.contiguous().view(rows, frames, tokens * heads, d).transpose(1, 2) for t in tensors]
     for row in range(rows):
-        q, k, v, o = (  # [tokens * heads, frames, d]
-            t[row].reshape(frames, tokens * heads, d).transpose(0, 1)
-            for t in (query, key, value, out)
-        )
         for start in range(0, tokens * heads, chunk):
-            part = slice(start, start + chunk)
-            scores = torch.baddbmm(unused, q[part], k[part].transpose(1, 2), beta=0, alpha=d**-0.5)
-            o[part] = torch.bmm(scores.softmax(-1), v[part])
-    return out
+            yield tuple(t[row, start : start + chunk] for t in views)
+
+
+def _weights(query: Tensor, key: Tensor) -> Tensor:
+    """[sequences, keys, queries], which sum to one over the keys.
+
+    The keys come first because softmax over any axis but the last takes whole vectors, where it
+    would fill only a part of one with the few frames of a last axis.
+    """
+    unused = key.new_zeros(()).expand(1, key.shape[1], query.shape[1])
+    # This product scales for nothing, which `bmm` cannot.
+    scores = torch.baddbmm(unused, key, query.mT, beta=0, alpha=query.shape[-1] ** -0.5)
+    return scores.softmax(1)
 
 
 # In the kernels below
@@ -1039,7 +1097,7 @@ def _(query, *_others):
 @_frame_attention.register_kernel("cpu")
 def _(query, key, value, *others):
     *controls, heads = others
-    return _attend(*_mix(query, key, value, tuple(controls)), heads)
+    return attend_on_cpu(*_mix(query, key, value, tuple(controls)), heads)
 
 
 @torch.library.custom_op(
@@ -1092,15 +1150,10 @@ def _(grad, query, key, value, *others):
     *controls, heads = others
     wide = torch.promote_types(query.dtype, torch.float32)
     mixed = _mix(query, key, value, tuple(controls))
-    g, q, k, v = (_by_sequence(t.to(wide), heads) for t in (grad, *mixed))
-    scale = q.shape[-1] ** -0.5
     with keep_types(query):
-        weights = (q * scale @ k.mT).softmax(-1)
-        grad_weights = g @ v.mT
-        common = (weights * grad_weights).sum(-1, keepdim=True)
-        grad_scores = weights * (grad_weights - common) * scale
-        grads = (grad_scores @ k, grad_scores.mT @ q, weights.mT @ g)
-    return tuple(_by_frame(t).to(query.dtype) for t in grads)
+        g, q, k, v = (t.to(wide) for t in (grad, *mixed))
+        grads = _differentiate_in_place(g, q, k, v, heads)
+    return tuple(t.to(query.dtype) for t in grads)
 
 
 def _save(ctx, inputs, output) -> None:

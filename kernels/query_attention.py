@@ -83,7 +83,7 @@ def query_attention(
     if not query.is_cuda and not torch.compiler.is_compiling():
         return _attend_on_cpu(inputs)  # an operator is only overhead there, most in training
     out: Tensor
-    recorded = _is_recorded(query, key, value, query_blend)
+    recorded = is_recorded(query, key, value, query_blend)
     if query.is_cuda and recorded and not torch.compiler.is_exporting():
         out, _ = _query_attention_training(*inputs)
     else:
@@ -1075,28 +1075,34 @@ _query_attention_training.register_autograd(_backward_training, setup_context=_s
 
 
 def _attend_on_cpu(inputs: Inputs) -> Tensor:
-    """The same in PyTorch's own operators, which autograd records."""
+    """The same in PyTorch's own operators, which autograd records.
+
+    With as few calls as can be: in a small image they take as long as the attention itself.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):  # the result has the type of `query`
+            return _attend_on_cpu(inputs)
     query, key, value, query_row, query_blend, key_rows, key_log_mask, heads = inputs
-    with torch.autocast("cpu", enabled=False):  # the result has the type of `query`
-        if query_row is not None:
-            query = choose_queries(query, query_row, query_blend)
-        rows, frames, tokens, width = query.shape
-        mask = None
-        if key_rows is not None:
-            known = None if key_log_mask is None else key_log_mask.detach()
-            key, value, mask = extend_keys(key, value, key_rows, known)
-            mask = mask.flatten(0, 1)[:, None, None]
-        if key.shape[1] == 1:  # keys shared by all frames: fold the frames into the tokens
-            query = query.reshape(rows, 1, frames * tokens, width)
-        q, k, v = (
-            t.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value)
-        )
-        return _attend(q, k, v, mask).transpose(1, 2).reshape(rows, frames, tokens, width)
+    if query_row is not None:
+        query = choose_queries(query, query_row, query_blend)
+    size = rows, _, _, width = query.shape
+    mask = None
+    if key_rows is not None:
+        known = None if key_log_mask is None else key_log_mask.detach()
+        key, value, mask = extend_keys(key, value, key_rows, known)
+        mask = mask.flatten(0, 1)[:, None, None]
+    if key.shape[1] == 1:  # keys shared by all frames: fold the frames into the tokens
+        query = query.reshape(rows, 1, -1, width)
+    q, k, v = (
+        t.reshape(-1, t.shape[2], heads, width // heads).transpose(1, 2)
+        for t in (query, key, value)
+    )
+    return _attend(q, k, v, mask).transpose(1, 2).reshape(size)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention over [batch, heads, tokens, d], by a CPU's quickest way that keeps NaN."""
-    recorded = _is_recorded(query, key, value)
+    recorded = is_recorded(query, key, value)
     fused = F.scaled_dot_product_attention
     if min(query.shape[-2], key.shape[-2]) >= _SMALL:
         if query.dtype == torch.bfloat16 and recorded:
@@ -1112,7 +1118,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
     return scores.softmax(-1, dtype=wider).to(value.dtype) @ value
 
 
-def _is_recorded(*tensors: Tensor | None) -> bool:
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is made of these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -1226,7 +1233,8 @@ def check_rows(where: str, name: str, index: Tensor | None, rows: int) -> None:
 def _check_range(where: str, name: str, index: Tensor, rows: int) -> None:
     if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
         return
-    low, high = (int(bound) for bound in index.aminmax())
+    values = index.flatten().tolist()
+    low, high = min(values), max(values)
     if low < 0 or high >= rows:
         raise ShapeError(
             f"{where}: {name} must have values from 0 to {rows - 1}, got {low} to {high}"

@@ -19,6 +19,8 @@ here, what a program cannot hold without spilling: more than 32 frames, which is
 motion module has positions for, or a head dim above 80, which only coarse images have.
 Where the kernel pays is data for each GPU: see `wins`.
 
+A CPU does the same for as many positions at a time as its cache holds.
+
 The gradient is that of the separate operators, computed again from `x`. A kernel of its own would
 have to hold q, k, v and their gradients for all heads, since the gradient of `x` sums over heads
 and that of a weight over all positions: it would be the same products in worse tiles.
@@ -41,13 +43,15 @@ from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import LAUNCH_FILE, architecture, pretend, read_table, settings
 from kinetiq.kernels._triton import tl, triton
 from kinetiq.kernels.frame_attention import (
+    CACHED,
     CONTROLS,
+    attend_on_cpu,
     check_motion,
     frame_attention,
     frame_attention_reference,
     keep_types,
 )
-from kinetiq.kernels.query_attention import split_head_dim
+from kinetiq.kernels.query_attention import is_recorded, split_head_dim
 
 MAX_FRAMES = 128  # all frames of a position must fit on the chip, in the separate operators too
 MAX_HEAD_DIM = 256
@@ -144,6 +148,8 @@ def temporal_block(
         value_bank,
     )
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not is_recorded(*inputs):
+            return _by_positions(*inputs, heads, eps)
         # Here autograd records PyTorch's own operators, so that nothing is computed twice.
         return _separate(*inputs, heads, eps, attend=_attend)
     y: Tensor = _temporal_block(*inputs, heads, eps)
@@ -286,6 +292,37 @@ def _attend_unchecked(query: Tensor, key: Tensor, value: Tensor, *motion_and_hea
         query, key, value, *[None] * _CONTROLS_OF_ROWS, *motion_and_heads
     )
     return out
+
+
+def _by_positions(*inputs: Any) -> Tensor:
+    """The same on a CPU where autograd records nothing: a few positions at a time, from x to y.
+
+    What lies between stays in the cache, where the separate operators would write ten tensors of
+    the size of `x` to memory, and sums go in place.
+    """
+    x, norm_weight, norm_bias, *weights, out_weight, out_bias, position = inputs[:9]
+    slots, scales, *banks, heads, eps = inputs[9:]
+    rows, frames, tokens, width = x.shape
+    moved = [] if slots is None else slots.tolist()
+    shares = [1.0] * rows if scales is None else scales.tolist()
+    few = max(CACHED // (rows * frames * width), 1)
+    y = x.new_empty(x.shape)
+    with keep_types(x):
+        for start in range(0, tokens, few):
+            some = slice(start, start + few)
+            normed = F.layer_norm(x[:, :, some], (width,), norm_weight, norm_bias, eps)
+            if position is not None:
+                normed += position[:frames, None].to(normed.dtype)
+            query, key, value = (F.linear(normed, weight) for weight in weights)
+            for part, bank in zip((query, key, value), banks, strict=True):
+                if bank is not None:
+                    bias = bank.unsqueeze(2) if bank.ndim == 3 else bank[:, :, some]
+                    for own, slot, share in zip(part, moved, shares, strict=True):
+                        if slot > 0:
+                            own.add_(bias[slot], alpha=share)
+            out = F.linear(attend_on_cpu(query, key, value, heads), out_weight, out_bias)
+            y[:, :, some] = out.add_(x[:, :, some])
+    return y
 
 
 @triton.jit
@@ -558,7 +595,7 @@ def _(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_temporal_block.register_kernel("cpu")(functools.partial(_separate, attend=_attend_unchecked))
+_temporal_block.register_kernel("cpu")(_by_positions)
 
 
 def _save(ctx, inputs, output) -> None:

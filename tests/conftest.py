@@ -33,6 +33,11 @@ def rng(device: str) -> torch.Generator:
 
 
 @pytest.fixture
+def cpu_rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
 def kernel_device() -> str:
     """Where a kernel itself runs: on a GPU if there is one, else interpreted on the CPU.
 

@@ -161,11 +161,11 @@ def test_no_share_is_no_injection_and_a_full_one_is_the_default_bit_for_bit(devi
 
 
 @pytest.mark.parametrize("frames", [4, 16], ids=["by sequence", "in place"])
-def test_autocast_does_not_change_the_type(frames, rng):
+def test_autocast_does_not_change_the_type(frames, cpu_rng):
     shape = (2, frames, 3, 2, 8)
-    inputs = sample(shape, torch.float32, "cpu", rng)
-    chosen = controls("both", shape, "cpu", rng)
-    projection = torch.randn(16, 3, generator=rng)
+    inputs = sample(shape, torch.float32, "cpu", cpu_rng)
+    chosen = controls("both", shape, "cpu", cpu_rng)
+    projection = torch.randn(16, 3, generator=cpu_rng)
 
     def run():
         out, motion = frame_attention_with_motion(*inputs, projection, heads=2, **chosen)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from closeness import assert_as_good_as
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kinetiq as kq
@@ -17,7 +17,6 @@ from kinetiq.kernels.frame_attention import frame_attention_with_motion
 operator = importlib.import_module("kinetiq.kernels.frame_attention")  # not the function
 
 SENTINEL = 17.0
-KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # compiled there, interpreted here
 NAMES = operator.CONTROLS
 # Interpreted, the products of bfloat16 are wrong in Triton 3.7.
 OF_GPUS = [torch.bfloat16] if torch.cuda.is_available() else []
@@ -92,13 +91,7 @@ def prefilled(like, count):
     return [one[: like.numel()].view(like.shape) for one in memory], memory
 
 
-def require_kernel(query):
-    if query.device.type != KERNEL_DEVICE:
-        pytest.skip("where kernels are compiled, they read the memory of a GPU")
-
-
 def forward(query, key, value, heads, chosen):
-    require_kernel(query)
     (out,), memory = prefilled(query, 1)
     operator._launch_forward(query, key, value, tuple(chosen.values()), heads, out)
     assert all((one[query.numel() :] == SENTINEL).all() for one in memory)
@@ -106,7 +99,6 @@ def forward(query, key, value, heads, chosen):
 
 
 def backward(grad, query, key, value, heads, chosen):
-    require_kernel(query)
     grads, memory = prefilled(query, 3)
     operator._launch_backward(grad, query, key, value, tuple(chosen.values()), heads, tuple(grads))
     assert all((one[query.numel() :] == SENTINEL).all() for one in memory)
@@ -136,17 +128,17 @@ def check(shape, dtype, kind, device, rng, change=lambda t: t):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernel_agrees_with_float64(shape, dtype, device, rng):
-    check(shape, dtype, "none", device, rng)
+def test_kernel_agrees_with_float64(shape, dtype, kernel_device, kernel_rng):
+    check(shape, dtype, "none", kernel_device, kernel_rng)
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_kernel_mixes_rows_as_the_definition_does(kind, device, rng):
-    check((3, 5, 2, 2, 8), torch.float32, kind, device, rng)
+def test_kernel_mixes_rows_as_the_definition_does(kind, kernel_device, kernel_rng):
+    check((3, 5, 2, 2, 8), torch.float32, kind, kernel_device, kernel_rng)
 
 
-def test_kernel_mixes_tails_too(device, rng):
-    check((2, 16, 1, 1, 40), torch.float16, "all", device, rng)
+def test_kernel_mixes_tails_too(kernel_device, kernel_rng):
+    check((2, 16, 1, 1, 40), torch.float16, "all", kernel_device, kernel_rng)
 
 
 SMALL = {"TILE": 1, "WHOLE": 1, "ONE_TILE": 1, "ONE_WARPS": 4, "num_warps": 4, "num_stages": 1}
@@ -162,19 +154,21 @@ SMALL = {"TILE": 1, "WHOLE": 1, "ONE_TILE": 1, "ONE_WARPS": 4, "num_warps": 4, "
     ],
     ids=["tail", "queries", "motion", "means that no part has"],
 )
-def test_kernel_takes_long_sequences_in_parts(shape, dtype, kind, device, rng, monkeypatch):
+def test_kernel_takes_long_sequences_in_parts(
+    shape, dtype, kind, kernel_device, kernel_rng, monkeypatch
+):
     """As it does where a head is wide; here 16 frames at a time, the last part nearly empty."""
     monkeypatch.setattr(operator, "settings", lambda *_: dict(SMALL))
-    check(shape, dtype, kind, device, rng)
+    check(shape, dtype, kind, kernel_device, kernel_rng)
 
 
-def test_kernel_reads_any_strides(device, rng):
+def test_kernel_reads_any_strides(kernel_device, kernel_rng):
     def strided(tensor):
         return (
             torch.stack([tensor, tensor], -1)[..., 0].transpose(0, 2).contiguous().transpose(0, 2)
         )
 
-    inputs = sample((2, 5, 3, 2, 8), torch.float32, device, rng)
+    inputs = sample((2, 5, 3, 2, 8), torch.float32, kernel_device, kernel_rng)
     every_second = [torch.stack([t, t], -1)[..., 0] for t in inputs]
     assert not any(strided(t).is_contiguous() or t.is_contiguous() for t in every_second)
     none = dict.fromkeys(NAMES)
@@ -190,7 +184,7 @@ def test_kernel_reads_any_strides(device, rng):
         assert torch.equal(got, same)
 
 
-def test_kernel_reaches_beyond_two_to_the_31(device, rng, tmp_path):
+def test_kernel_reaches_beyond_two_to_the_31(kernel_device, kernel_rng, tmp_path):
     """Channels so far apart that 32 bits do not hold their distance; the rest is a hole in a file.
 
     A distance that wraps around leads to the hole before them, not out of the process.
@@ -198,11 +192,11 @@ def test_kernel_reaches_beyond_two_to_the_31(device, rng, tmp_path):
     far = 2**29
     memory = (
         torch.from_file(str(tmp_path / "hole"), shared=True, size=9 * far, dtype=torch.float16)
-        if device == "cpu"
-        else torch.empty(9 * far, dtype=torch.float16, device=device)
+        if kernel_device == "cpu"
+        else torch.empty(9 * far, dtype=torch.float16, device=kernel_device)
     )
     spread = torch.as_strided(memory, (1, 2, 1, 5), (10, 1, 1, far), 4 * far)
-    query, key, value = sample((1, 2, 1, 5, 1), torch.float16, device, rng)
+    query, key, value = sample((1, 2, 1, 5, 1), torch.float16, kernel_device, kernel_rng)
     spread.copy_(query)
     none = dict.fromkeys(NAMES)
     wanted = forward(query, key, value, 5, none)
@@ -212,9 +206,9 @@ def test_kernel_reaches_beyond_two_to_the_31(device, rng, tmp_path):
 @pytest.mark.parametrize(
     "gain", [0.0, 60.0, 60000.0], ids=["equal scores", "sharp", "at the limit"]
 )
-def test_kernel_survives_extreme_values(gain, device, rng):
+def test_kernel_survives_extreme_values(gain, kernel_device, kernel_rng):
     """Products of float16 reach 1e9 and more, and must not pass through float16."""
-    query, key, value = sample((1, 5, 3, 1, 16), torch.float16, device, rng)
+    query, key, value = sample((1, 5, 3, 1, 16), torch.float16, kernel_device, kernel_rng)
     query, key = (gain * t.sign() for t in (query, key))
     none = dict.fromkeys(NAMES)
     exact = operator.frame_attention_reference(*widen((query, key, value)), heads=1)
@@ -230,13 +224,13 @@ def test_kernel_survives_extreme_values(gain, device, rng):
         assert not grads[0].any()  # keys that are zero pull no query anywhere
 
 
-def test_slot_zero_is_not_read_and_a_full_share_is_the_default(device, rng):
+def test_slot_zero_is_not_read_and_a_full_share_is_the_default(kernel_device, kernel_rng):
     shape = (2, 5, 3, 2, 8)
-    inputs = sample(shape, torch.float32, device, rng)
+    inputs = sample(shape, torch.float32, kernel_device, kernel_rng)
     none = dict.fromkeys(NAMES)
-    bank = torch.full((2, 5, 16), float("nan"), device=device)
+    bank = torch.full((2, 5, 16), float("nan"), device=kernel_device)
     own = forward(*inputs, 2, none)
-    slot = torch.zeros(2, dtype=torch.int64, device=device)
+    slot = torch.zeros(2, dtype=torch.int64, device=kernel_device)
     for run in (forward, lambda *args: frame_attention(*args[:3], heads=2, **args[4])):
         assert torch.equal(
             run(*inputs, 2, none | {"motion_slot": slot, "query_bank": bank}).isnan(),
@@ -245,7 +239,7 @@ def test_slot_zero_is_not_read_and_a_full_share_is_the_default(device, rng):
     given = {"motion_slot": slot, "motion_scale": bank[:, 0, 0] / 0, "key_bank": bank}
     assert torch.equal(forward(*inputs, 2, none | given), own)
     assert frame_attention(*inputs, heads=2, **given).isfinite().all()
-    row, ones = torch.tensor([1, 0], device=device), torch.ones(2, device=device)
+    row, ones = torch.tensor([1, 0], device=kernel_device), torch.ones(2, device=kernel_device)
     moved = forward(*inputs, 2, none | {"deviation_row": row, "query_row": row})
     assert not torch.equal(moved, own)
     for share in (ones, ones[:, None, None].expand(2, 5, 3)):
@@ -255,23 +249,33 @@ def test_slot_zero_is_not_read_and_a_full_share_is_the_default(device, rng):
         assert torch.equal(forward(*inputs, 2, none | nothing), own)
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
-@given(st.integers(1, 3), st.integers(1, 18), st.integers(1, 3), st.integers(0, 2**31))
-def test_kernel_follows_permutations_and_offsets(rows, frames, tokens, seed):
+@settings(
+    max_examples=5,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the device is always the same
+)
+@given(
+    rows=st.integers(1, 3),
+    frames=st.integers(1, 18),
+    tokens=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_kernel_follows_permutations_and_offsets(rows, frames, tokens, seed, kernel_device):
     """Symmetries of the operator, which need no reference."""
     rng = torch.Generator().manual_seed(seed)
     inputs = [
-        t.to(KERNEL_DEVICE) for t in sample((rows, frames, tokens, 1, 8), torch.float32, "cpu", rng)
+        t.to(kernel_device) for t in sample((rows, frames, tokens, 1, 8), torch.float32, "cpu", rng)
     ]
-    row = torch.randint(rows, (rows,), generator=rng).to(KERNEL_DEVICE)
+    row = torch.randint(rows, (rows,), generator=rng).to(kernel_device)
     none = dict.fromkeys(NAMES)
     run = lambda tensors, row=row: forward(*tensors, 1, none | {"query_row": row})
     base = run(inputs)
-    permutation = lambda count: torch.randperm(count, generator=rng).to(KERNEL_DEVICE)
+    permutation = lambda count: torch.randperm(count, generator=rng).to(kernel_device)
     place, time = permutation(tokens), permutation(frames)
     query, key, value = inputs
     offset = torch.randn(rows, 1, tokens, 8, generator=rng)  # adds to all scores of a query alike
-    offset = offset.to(KERNEL_DEVICE)
+    offset = offset.to(kernel_device)
     # A score is rounded by its size, and its weight by as much; one of each side, query and key.
     size = 1 + (query.norm(dim=-1).max() * (key + offset).norm(dim=-1).max()).item() / 8**0.5
     error = 4 * torch.finfo(torch.float32).eps * size * (value + offset).abs().max().item()
@@ -299,11 +303,11 @@ def test_is_a_well_formed_operator(kind, device, rng):
     torch.library.opcheck(torch.ops.kinetiq.frame_attention_backward.default, arguments)
 
 
-def test_operator_and_recorded_path_have_one_gradient(rng):
+def test_operator_and_recorded_path_have_one_gradient(cpu_rng):
     """Also of blends, scales and banks; and by finite differences."""
     shape = (2, 3, 1, 2, 2)
-    inputs = sample(shape, torch.float64, "cpu", rng)
-    chosen = controls("all", shape, torch.float64, "cpu", rng)
+    inputs = sample(shape, torch.float64, "cpu", cpu_rng)
+    chosen = controls("all", shape, torch.float64, "cpu", cpu_rng)
     names = [name for name in NAMES if chosen[name].is_floating_point()]
     leaves = [t.requires_grad_() for t in (*inputs, *(chosen[name] for name in names))]
 
@@ -311,7 +315,7 @@ def test_operator_and_recorded_path_have_one_gradient(rng):
         return call(tensors[:3], chosen | dict(zip(names, tensors[3:], strict=True)))
 
     assert torch.autograd.gradcheck(of_operator, leaves, fast_mode=True)
-    grad = torch.randn(shape[0], shape[1], shape[2], 4, generator=rng, dtype=torch.float64)
+    grad = torch.randn(shape[0], shape[1], shape[2], 4, generator=cpu_rng, dtype=torch.float64)
     got = torch.autograd.grad(of_operator(*leaves), leaves, grad)
     recorded = torch.autograd.grad(frame_attention(*inputs, heads=2, **chosen), leaves, grad)
     for one, other in zip(got, recorded, strict=True):
@@ -355,25 +359,25 @@ def test_gradients_of_shared_rows_are_the_same_every_time(name, device, rng):
         assert all(torch.equal(*pair) for pair in zip(first, other, strict=True))
 
 
-def test_only_what_needs_a_gradient_has_one(rng):
+def test_only_what_needs_a_gradient_has_one(cpu_rng):
     shape = (2, 3, 1, 1, 2)
-    query, key, value = sample(shape, torch.float64, "cpu", rng)
-    chosen = controls("query", shape, torch.float64, "cpu", rng)
+    query, key, value = sample(shape, torch.float64, "cpu", cpu_rng)
+    chosen = controls("query", shape, torch.float64, "cpu", cpu_rng)
     call((query, key.requires_grad_(), value), chosen, 1).sum().backward()
     assert query.grad is None and value.grad is None
     assert key.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("kind", ["none", "query", "all"])
-def test_a_projection_alone_may_need_a_gradient(kind, rng):
+def test_a_projection_alone_may_need_a_gradient(kind, cpu_rng):
     shape = (2, 3, 2, 2, 4)
-    inputs = sample(shape, torch.float64, "cpu", rng)
-    chosen = controls(kind, shape, torch.float64, "cpu", rng)
-    projection = torch.randn(8, 3, generator=rng, dtype=torch.float64, requires_grad=True)
+    inputs = sample(shape, torch.float64, "cpu", cpu_rng)
+    chosen = controls(kind, shape, torch.float64, "cpu", cpu_rng)
+    projection = torch.randn(8, 3, generator=cpu_rng, dtype=torch.float64, requires_grad=True)
     _, motion = torch.ops.kinetiq.frame_attention_with_motion(
         *inputs, projection, *chosen.values(), 2
     )
-    grad = torch.randn(motion.shape, generator=rng, dtype=torch.float64)
+    grad = torch.randn(motion.shape, generator=cpu_rng, dtype=torch.float64)
     (got,) = torch.autograd.grad(motion, projection, grad)
     out = plain(*inputs, 2, chosen)
     torch.testing.assert_close(
@@ -381,16 +385,16 @@ def test_a_projection_alone_may_need_a_gradient(kind, rng):
     )
 
 
-def test_one_frame_has_no_deviation_from_its_mean(device, rng):
+def test_one_frame_has_no_deviation_from_its_mean(kernel_device, kernel_rng):
     """Not even a rounding error: values of far apart sizes, each off its own mean first."""
-    query, key, value = sample((2, 1, 3, 2, 8), torch.float32, device, rng)
+    query, key, value = sample((2, 1, 3, 2, 8), torch.float32, kernel_device, kernel_rng)
     value[1] *= 1000
-    row = torch.tensor([1, 0], device=device)
+    row = torch.tensor([1, 0], device=kernel_device)
     got = forward(query, key, value, 2, dict.fromkeys(NAMES) | {"deviation_row": row})
     assert torch.equal(got, value)
 
 
-def test_settings_are_those_of_the_gpu_of_the_inputs(rng, monkeypatch):
+def test_settings_are_those_of_the_gpu_of_the_inputs(cpu_rng, monkeypatch):
     entered, asked = [], []
 
     @contextmanager
@@ -408,7 +412,7 @@ def test_settings_are_those_of_the_gpu_of_the_inputs(rng, monkeypatch):
     kernels = ("_frame_attention_kernel", "_frame_attention_backward_kernel")
     for kernel in kernels:
         monkeypatch.setattr(operator, kernel, defaultdict(lambda: lambda *_, **__: None))
-    query, key, value = sample((1, 2, 1, 1, 8), torch.float32, "cpu", rng)
+    query, key, value = sample((1, 2, 1, 1, 8), torch.float32, "cpu", cpu_rng)
     none = (None,) * len(NAMES)
     operator._launch_forward(query, key, value, none, 1, query)
     operator._launch_backward(query, query, key, value, none, 1, (query, key, value))
@@ -417,7 +421,6 @@ def test_settings_are_those_of_the_gpu_of_the_inputs(rng, monkeypatch):
 
 def with_motion(query, key, value, projection, heads, chosen):
     """Both results of the kernel, in memory that it must fill and no more."""
-    require_kernel(query)
     (out,), memory = prefilled(query, 1)
     (motion,), more = prefilled(query.new_empty(*query.shape[:3], projection.shape[1]), 1)
     controls = tuple(chosen.values())
@@ -440,12 +443,16 @@ def motion_of(out, projection):
         pytest.param((1, 16, 2, 1, 40), 33, "none", id="channels in two tiles"),
     ],
 )
-def test_kernel_returns_the_motion_of_what_it_returns(shape, channels, kind, dtype, device, rng):
-    query, key, value = sample(shape, dtype, device, rng)
+def test_kernel_returns_the_motion_of_what_it_returns(
+    shape, channels, kind, dtype, kernel_device, kernel_rng
+):
+    query, key, value = sample(shape, dtype, kernel_device, kernel_rng)
     inputs = (query, key, value + 20)  # what does not move is large, and must not cost digits
     heads = shape[-2]
-    chosen = controls(kind, shape, dtype, device, rng)
-    projection = torch.randn(heads * shape[-1], channels, generator=rng, device=device).to(dtype)
+    chosen = controls(kind, shape, dtype, kernel_device, kernel_rng)
+    projection = torch.randn(
+        heads * shape[-1], channels, generator=kernel_rng, device=kernel_device
+    ).to(dtype)
     exact = operator.frame_attention_reference(*widen(inputs), heads=heads, **widen(chosen))
     naive = plain(*inputs, heads, chosen)
     options = {name: control for name, control in chosen.items() if control is not None}
@@ -458,10 +465,10 @@ def test_kernel_returns_the_motion_of_what_it_returns(shape, channels, kind, dty
     torch.testing.assert_close(public[1], motion_feature(public[0], projection=projection))
 
 
-def test_kernel_with_motion_takes_long_sequences_in_parts(device, rng, monkeypatch):
+def test_kernel_with_motion_takes_long_sequences_in_parts(kernel_device, kernel_rng, monkeypatch):
     monkeypatch.setattr(operator, "settings", lambda *_: dict(SMALL))
-    inputs = sample((1, 17, 2, 2, 8), torch.float32, device, rng)
-    projection = torch.randn(16, 3, generator=rng, device=device)
+    inputs = sample((1, 17, 2, 2, 8), torch.float32, kernel_device, kernel_rng)
+    projection = torch.randn(16, 3, generator=kernel_rng, device=kernel_device)
     out, motion = with_motion(*inputs, projection, 2, dict.fromkeys(NAMES))
     exact = operator.frame_attention_reference(*widen(inputs), heads=2)
     naive = plain(*inputs, 2, dict.fromkeys(NAMES))
@@ -471,11 +478,14 @@ def test_kernel_with_motion_takes_long_sequences_in_parts(device, rng, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["none", "all"])
-def test_motion_has_gradients(kind, rng):
+def test_motion_has_gradients(kind, cpu_rng):
     """By finite differences, of all that can have one; and those of the recorded path."""
     shape = (2, 3, 1, 2, 2)
-    inputs = [*sample(shape, torch.float64, "cpu", rng), torch.rand(4, 3, generator=rng).double()]
-    chosen = controls(kind, shape, torch.float64, "cpu", rng)
+    inputs = [
+        *sample(shape, torch.float64, "cpu", cpu_rng),
+        torch.rand(4, 3, generator=cpu_rng).double(),
+    ]
+    chosen = controls(kind, shape, torch.float64, "cpu", cpu_rng)
     chosen = {name: control for name, control in chosen.items() if control is not None}
     names = [name for name, control in chosen.items() if control.is_floating_point()]
     leaves = [t.requires_grad_() for t in (*inputs, *(chosen[name] for name in names))]
@@ -486,7 +496,7 @@ def test_motion_has_gradients(kind, rng):
 
     assert torch.autograd.gradcheck(of_operator, leaves, fast_mode=True)
     recorded = frame_attention_with_motion(*inputs, heads=2, **chosen)
-    weights = [torch.rand(t.shape, generator=rng).double() for t in recorded]
+    weights = [torch.rand(t.shape, generator=cpu_rng).double() for t in recorded]
     results = [
         torch.autograd.grad(outs, leaves, weights) for outs in (recorded, of_operator(*leaves))
     ]
@@ -509,8 +519,8 @@ class Site(torch.nn.Module):
         return frame_attention(query, key, value, heads=2, query_row=row)
 
 
-def test_export_keeps_one_node(rng):
-    inputs = (*sample((2, 3, 4, 2, 4), torch.float32, "cpu", rng), torch.tensor([1, 1]))
+def test_export_keeps_one_node(cpu_rng):
+    inputs = (*sample((2, 3, 4, 2, 4), torch.float32, "cpu", cpu_rng), torch.tensor([1, 1]))
     dims = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}
     program = torch.export.export(
         Site(), inputs, dynamic_shapes=(dims, dims, dims, {0: torch.export.Dim.AUTO})
@@ -521,8 +531,8 @@ def test_export_keeps_one_node(rng):
     assert torch.equal(program.module()(*inputs), Site()(*inputs))
 
 
-def test_compiles_without_a_break(rng):
-    inputs = sample((2, 3, 2, 2, 4), torch.float32, "cpu", rng)
+def test_compiles_without_a_break(cpu_rng):
+    inputs = sample((2, 3, 2, 2, 4), torch.float32, "cpu", cpu_rng)
     row = torch.tensor([1, 1])
     compiled = torch.compile(Site(), fullgraph=True, backend="aot_eager")
     leaves = [[t.clone().requires_grad_() for t in inputs] for _ in range(2)]
@@ -534,17 +544,65 @@ def test_compiles_without_a_break(rng):
         torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_direct_cpu_path_reads_in_place_whatever_the_size(rng):
-    """From 16 frames on, in chunks: as many sequences as fill some, and a rest."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "chunks"),
+    [((2, 16, 9, 1, 8), 3), ((1, 40, 5, 3, 5), 8), ((2, 3, 7, 2, 4), 1)],
+    ids=["a rest of one", "heads apart", "one chunk"],
+)
+def test_cpu_path_reads_in_place_whatever_the_size(shape, chunks, dtype, cpu_rng, monkeypatch):
+    """Output and gradient, some sequences of a row at a time and the last time fewer."""
+    monkeypatch.setattr(operator, "CACHED", 16 * 8 * 4)
+    inputs, heads = sample(shape, dtype, "cpu", cpu_rng), shape[-2]
+    if dtype == torch.float32:
+        assert len(list(operator._chunks(inputs, heads))) == shape[0] * chunks
     none = dict.fromkeys(NAMES)
-    for shape in ((2, 16, 300, 1, 8), (1, 40, 37, 3, 5)):  # 256 and 102 sequences a chunk
-        inputs, heads = sample(shape, torch.float32, "cpu", rng), shape[-2]
-        for change in (lambda t: t, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)):
-            tensors = [change(t) for t in inputs]
-            exact = operator.frame_attention_reference(*widen(inputs), heads=heads)
-            got = frame_attention(*tensors, heads=heads)
-            assert got.is_contiguous()
-            assert_as_good_as(got, plain(*inputs, heads, none), exact)
+    exact = operator.frame_attention_reference(*widen(inputs), heads=heads)
+    naive = plain(*inputs, heads, none)
+    grad = torch.randn(exact.shape, generator=cpu_rng).to(dtype)
+    for change in (
+        lambda t: t,
+        lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda t: t[..., :1].expand_as(t),  # strides of 0
+    ):
+        g, *tensors = (change(t) for t in (grad, *inputs))
+        if tensors[0].stride(-1) == 0:
+            exact = operator.frame_attention_reference(*widen(tensors), heads=heads)
+            naive = plain(*tensors, heads, none)
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        got = frame_attention(*leaves, heads=heads)
+        assert got.is_contiguous() and got.dtype == dtype
+        assert torch.equal(got, frame_attention(*tensors, heads=heads))
+        assert_as_good_as(got, naive, exact)
+        of_exact = gradients(g.double(), *widen(tensors), heads, none)
+        of_naive = gradients(g, *tensors, heads, none)
+        found = torch.autograd.grad(got, leaves, g)
+        for name, *three in zip("qkv", found, of_naive, of_exact, strict=True):
+            assert_as_good_as(*three, slack=3, name=f"gradient of {name}")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by PyTorch's own jvp
+def test_cpu_path_can_be_transformed_and_differentiated_twice(cpu_rng, monkeypatch):
+    monkeypatch.setattr(operator, "CACHED", 3 * 2 * 2)
+    inputs = sample((2, 3, 2, 2, 2), torch.float64, "cpu", cpu_rng)
+    run = lambda *tensors: frame_attention(*tensors, heads=2)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    assert torch.autograd.gradcheck(run, leaves, check_forward_ad=False)
+    assert torch.autograd.gradgradcheck(run, leaves)
+    change = [torch.randn(t.shape, generator=cpu_rng, dtype=t.dtype) for t in inputs]
+    plainly = lambda *tensors: plain(*tensors, 2, dict.fromkeys(NAMES))
+    for got, wanted in zip(
+        *(torch.func.jvp(function, inputs, tuple(change)) for function in (run, plainly)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted)
+
+    def of_row(function):
+        one = lambda *tensors: function(*(t[None] for t in tensors)).square().sum()
+        return torch.func.vmap(torch.func.grad(one, argnums=(0, 1, 2)))(*inputs)
+
+    for got, wanted in zip(of_row(run), of_row(plainly), strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 def test_compiles_for_gpus_that_are_not_here():

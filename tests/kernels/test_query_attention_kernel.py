@@ -147,12 +147,22 @@ def check(inputs, blend, options, rng):
 
 
 @pytest.mark.parametrize("d", [3, 8, 16, 40, 64, 80, 96, 128, 160, 192, 256])
-def test_kernels_agree_with_float64_at_every_head_dim(d, device, rng):
-    check(sample(1, 1, 1, 17, 21, 1, d, torch.float16, device, rng), None, {"heads": 1}, rng)
+def test_kernels_agree_with_float64_at_every_head_dim(d, kernel_device, kernel_rng):
+    check(
+        sample(1, 1, 1, 17, 21, 1, d, torch.float16, kernel_device, kernel_rng),
+        None,
+        {"heads": 1},
+        kernel_rng,
+    )
 
 
-def test_kernels_keep_heads_and_frames_apart(device, rng):
-    check(sample(1, 2, 2, 17, 5, 2, 40, torch.float32, device, rng), None, {"heads": 2}, rng)
+def test_kernels_keep_heads_and_frames_apart(kernel_device, kernel_rng):
+    check(
+        sample(1, 2, 2, 17, 5, 2, 40, torch.float32, kernel_device, kernel_rng),
+        None,
+        {"heads": 2},
+        kernel_rng,
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,25 +174,31 @@ def test_kernels_keep_heads_and_frames_apart(device, rng):
         pytest.param(torch.float16, 2, 1, None, 1, id="shared further keys"),
     ],
 )
-def test_kernels_read_rows_by_index(dtype, frames, key_frames, blend, further, device, rng):
+def test_kernels_read_rows_by_index(
+    dtype, frames, key_frames, blend, further, kernel_device, kernel_rng
+):
     rows, tokens = 3, 17 if frames == 1 else 5
-    inputs = sample(rows, frames, key_frames, tokens, 16, 1, 8, dtype, device, rng)
+    inputs = sample(rows, frames, key_frames, tokens, 16, 1, 8, dtype, kernel_device, kernel_rng)
     sizes = {None: None, "rows": (rows,), "tokens": (rows, frames, tokens)}
     share = None
     if blend is not None:  # past one half and below, where the formula differs
-        share = torch.rand(sizes[blend], generator=rng, device=device)
-    options = {"heads": 1, "row": torch.tensor([2, 2, 1], device=device)}
+        share = torch.rand(sizes[blend], generator=kernel_rng, device=kernel_device)
+    options = {"heads": 1, "row": torch.tensor([2, 2, 1], device=kernel_device)}
     if further:  # the row itself, twice the same, and one from each of two
-        options["key_rows"] = torch.tensor([[0, 1], [2, 2], [0, 1]], device=device)[:, :further]
-        mask = torch.randn(rows, key_frames, 16, generator=rng, device=device)
+        options["key_rows"] = torch.tensor([[0, 1], [2, 2], [0, 1]], device=kernel_device)[
+            :, :further
+        ]
+        mask = torch.randn(rows, key_frames, 16, generator=kernel_rng, device=kernel_device)
         mask[:, :, ::3] = -math.inf
         mask[1] = -math.inf  # nobody sees any of this row
         options["mask"] = mask
-    check(inputs, share, options, rng)
+    check(inputs, share, options, kernel_rng)
 
 
-def test_statistics_are_the_highest_score_and_the_logarithm_of_the_sum_behind_it(device, rng):
-    query, key, value = sample(1, 1, 1, 5, 21, 1, 8, torch.float32, device, rng)
+def test_statistics_are_the_highest_score_and_the_logarithm_of_the_sum_behind_it(
+    kernel_device, kernel_rng
+):
+    query, key, value = sample(1, 1, 1, 5, 21, 1, 8, torch.float32, kernel_device, kernel_rng)
     _, statistics = run_forward(query, key, value, heads=1)
     scores = query.double() @ key.double().transpose(-1, -2)
     high = scores.amax(-1)
@@ -197,10 +213,10 @@ def spread(tensor, store, offset, strides):
     return view.copy_(tensor)
 
 
-def test_offsets_reach_beyond_2_to_the_31(device, rng):
+def test_offsets_reach_beyond_2_to_the_31(kernel_device, kernel_rng):
     """Rows, keys and frames that far apart, in memory of which hardly a page is touched."""
-    inputs = sample(3, 3, 3, 3, 3, 1, 8, torch.float16, device, rng)
-    store = torch.empty(2**31 + 2**12, dtype=torch.float16, device=device)
+    inputs = sample(3, 3, 3, 3, 3, 1, 8, torch.float16, kernel_device, kernel_rng)
+    store = torch.empty(2**31 + 2**12, dtype=torch.float16, device=kernel_device)
     layouts = (0, (2**30, 128, 16, 1)), (1024, (256, 64, 2**30, 1)), (2048, (128, 2**30, 16, 1))
     apart = [spread(t, store, *layout) for t, layout in zip(inputs, layouts, strict=True)]
     results = []
@@ -240,8 +256,8 @@ def test_programs_are_counted_on_the_axis_that_has_no_end_at_65535(monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["beyond float16", "all equal", "others masked out"])
-def test_kernels_bear_extreme_values(case, device, rng):
-    query, key, value = sample(2, 1, 1, 5, 20, 1, 8, torch.float16, device, rng)
+def test_kernels_bear_extreme_values(case, kernel_device, kernel_rng):
+    query, key, value = sample(2, 1, 1, 5, 20, 1, 8, torch.float16, kernel_device, kernel_rng)
     options = {}
     if case == "beyond float16":  # scores up to 1e10; the largest takes it all
         query, key = (t.clamp(-3, 3) * 2e4 for t in (query, key))
@@ -249,8 +265,8 @@ def test_kernels_bear_extreme_values(case, device, rng):
     elif case == "all equal":
         key = key[:, :, :1].expand_as(key)
     else:
-        options["key_rows"] = torch.tensor([[1], [0]], device=device)
-        options["mask"] = torch.full((2, 1, 20), -math.inf, device=device)
+        options["key_rows"] = torch.tensor([[1], [0]], device=kernel_device)
+        options["mask"] = torch.full((2, 1, 20), -math.inf, device=kernel_device)
     out, _ = run_forward(query, key, value, heads=1, **options)
     exact = plain(*(t.double() for t in (query, key, value)), heads=1)
     assert_as_good_as(out, exact.half(), exact)
@@ -261,12 +277,14 @@ def test_kernels_bear_extreme_values(case, device, rng):
     [(torch.float32, 7.0), (torch.float32, 7e2), (torch.float32, 4e4), (torch.float16, 6e4)],
     ids=str,
 )
-def test_gradients_bear_large_equal_scores(dtype, size, device, rng):
+def test_gradients_bear_large_equal_scores(dtype, size, kernel_device, kernel_rng):
     """Scores from 400 to 3e10, in which eleven equal keys share all the weight."""
-    make = lambda n: torch.randn(1, 1, n, 8, generator=rng, device=device).to(dtype)
+    make = lambda n: torch.randn(1, 1, n, 8, generator=kernel_rng, device=kernel_device).to(dtype)
     value, grad = make(20) / 16, make(5) / 16
     if dtype == torch.float16:  # numbers of four bits, whose products add up exactly in any order
-        few = lambda n: torch.randint(8, 16, (1, 1, n, 8), generator=rng, device=device) * 4096
+        few = lambda n: (
+            torch.randint(8, 16, (1, 1, n, 8), generator=kernel_rng, device=kernel_device) * 4096
+        )
     else:
         few = lambda n: size * (1 + make(n).abs() / 4)
     query, one = few(5).to(dtype), few(1).to(dtype)
@@ -290,11 +308,13 @@ def test_gradients_bear_large_equal_scores(dtype, size, device, rng):
     assert query_grad.abs().max() <= rounding
 
 
-def test_no_weight_is_above_one_in_gradients_whatever_the_rounding_of_scores(device, rng):
-    query, key, value = sample(1, 1, 1, 17, 20, 1, 8, torch.float16, device, rng)
+def test_no_weight_is_above_one_in_gradients_whatever_the_rounding_of_scores(
+    kernel_device, kernel_rng
+):
+    query, key, value = sample(1, 1, 1, 17, 20, 1, 8, torch.float16, kernel_device, kernel_rng)
     query, key, value = query.clamp(-3, 3) * 2e4, key.clamp(-3, 3) * 2e4, value / 16
     out, statistics = run_forward(query, key, value, heads=1)
-    grad = torch.randn(out.shape, generator=rng, device=device).half() / 16
+    grad = torch.randn(out.shape, generator=kernel_rng, device=kernel_device).half() / 16
     *both, value_grad = run_backward(grad, out, statistics, query, key, value, heads=1)
     assert all(t.isfinite().all() for t in both)
     most = grad.abs().sum(2, keepdim=True)
@@ -327,20 +347,22 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("function", "line", "instead"), [(None, "", ""), *MUTANTS])
-def test_a_wrong_line_is_found(function, line, instead, device, rng, tmp_path, monkeypatch):
+def test_a_wrong_line_is_found(
+    function, line, instead, kernel_device, kernel_rng, tmp_path, monkeypatch
+):
     """The comparison holds for the kernels as they are, and for none that differs by a line."""
-    if device == "cuda":
+    if kernel_device == "cuda":
         pytest.skip("a compiled kernel keeps the functions that it was compiled from")
-    inputs = sample(2, 1, 1, 5, 17, 1, 40, torch.float32, device, rng)
+    inputs = sample(2, 1, 1, 5, 17, 1, 40, torch.float32, kernel_device, kernel_rng)
     options = {
         "heads": 1,
-        "row": torch.tensor([1, 0], device=device),
-        "key_rows": torch.tensor([[1], [1]], device=device),
-        "mask": torch.randn(2, 1, 17, generator=rng, device=device),
+        "row": torch.tensor([1, 0], device=kernel_device),
+        "key_rows": torch.tensor([[1], [1]], device=kernel_device),
+        "mask": torch.randn(2, 1, 17, generator=kernel_rng, device=kernel_device),
     }
-    blend = torch.rand(2, 1, 5, generator=rng, device=device)
+    blend = torch.rand(2, 1, 5, generator=kernel_rng, device=kernel_device)
     if function is None:
-        check(inputs, blend, options, rng)
+        check(inputs, blend, options, kernel_rng)
         return
     source = inspect.getsource(getattr(operator, function).fn)
     assert source.count(line) == 1
@@ -350,25 +372,27 @@ def test_a_wrong_line_is_found(function, line, instead, device, rng, tmp_path, m
     exec(compile(path.read_text(), path, "exec"), scope)  # noqa: S102
     monkeypatch.setattr(operator, function, scope[function])
     with pytest.raises(AssertionError):
-        check(inputs, blend, options, rng)
+        check(inputs, blend, options, kernel_rng)
 
 
-def test_a_row_that_lists_itself_or_is_masked_out_sees_its_own_keys_alone(device, rng):
-    inputs = sample(2, 1, 1, 5, 20, 1, 8, torch.float32, device, rng)
+def test_a_row_that_lists_itself_or_is_masked_out_sees_its_own_keys_alone(
+    kernel_device, kernel_rng
+):
+    inputs = sample(2, 1, 1, 5, 20, 1, 8, torch.float32, kernel_device, kernel_rng)
     own, _ = run_forward(*inputs, heads=1)
-    itself = torch.tensor([[0], [1]], device=device)
+    itself = torch.tensor([[0], [1]], device=kernel_device)
     assert torch.equal(run_forward(*inputs, heads=1, key_rows=itself)[0], own)
-    hidden = torch.full((2, 1, 20), -math.inf, device=device)
+    hidden = torch.full((2, 1, 20), -math.inf, device=kernel_device)
     other = itself.flip(0)
     assert torch.equal(run_forward(*inputs, heads=1, key_rows=other, mask=hidden)[0], own)
     assert not torch.equal(run_forward(*inputs, heads=1, key_rows=other)[0], own)
     torch.testing.assert_close(query_attention(*inputs, heads=1, key_rows=itself), own)
 
 
-def test_kernels_gather_exactly_at_the_ends_of_a_blend(device, rng):
-    inputs = sample(2, 1, 1, 5, 7, 1, 8, torch.float16, device, rng)
-    row = torch.tensor([1, 0], device=device)
-    shares = torch.tensor([1.0, 0.0], device=device)
+def test_kernels_gather_exactly_at_the_ends_of_a_blend(kernel_device, kernel_rng):
+    inputs = sample(2, 1, 1, 5, 7, 1, 8, torch.float16, kernel_device, kernel_rng)
+    row = torch.tensor([1, 0], device=kernel_device)
+    shares = torch.tensor([1.0, 0.0], device=kernel_device)
     blended, _ = run_forward(*inputs, shares.half(), heads=1, row=row)
     gathered, _ = run_forward(*inputs, heads=1, row=row)
     own, _ = run_forward(*inputs, heads=1)
@@ -437,23 +461,26 @@ def test_gradient_of_the_operator(device, rng):
 
 
 @pytest.fixture
-def training(device):
+def training(kernel_device):
     """The operator for training; on a CPU its kernels are interpreted, as they are nowhere else."""
-    if device == "cpu":
+    if kernel_device == "cpu":
         for op in (operator._query_attention_training, operator._query_attention_backward):
             op.register_kernel("cpu")(op._init_fn)
     return torch.ops.kinetiq.query_attention_training
 
 
 @pytest.mark.parametrize("frames", [1, 2])
-def test_gradient_of_the_operator_for_training(frames, training, device, rng):
+def test_gradient_of_the_operator_for_training(frames, training, kernel_device, kernel_rng):
     """Queries, blend and keys, which the frames share if there are two."""
-    query, key, value = sample(2, frames, 1, 5, 7, 1, 8, torch.float32, device, rng)
-    row, further = torch.tensor([1, 0], device=device), torch.tensor([[1], [1]], device=device)
+    query, key, value = sample(2, frames, 1, 5, 7, 1, 8, torch.float32, kernel_device, kernel_rng)
+    row, further = (
+        torch.tensor([1, 0], device=kernel_device),
+        torch.tensor([[1], [1]], device=kernel_device),
+    )
     size = (2,) if frames == 1 else (2, frames, 5)
-    blend = torch.rand(size, generator=rng, device=device)
-    mask = torch.randn(2, 1, 7, generator=rng, device=device)
-    direction = torch.randn(query.shape, generator=rng, device=device)
+    blend = torch.rand(size, generator=kernel_rng, device=kernel_device)
+    mask = torch.randn(2, 1, 7, generator=kernel_rng, device=kernel_device)
+    direction = torch.randn(query.shape, generator=kernel_rng, device=kernel_device)
 
     def gradients(function, dtype):
         leaves = [t.to(dtype).requires_grad_() for t in (query, key, value, blend)]
@@ -467,8 +494,10 @@ def test_gradient_of_the_operator_for_training(frames, training, device, rng):
         assert_as_good_as(*three, slack=3.0, name=name)
 
 
-def test_gradients_that_nobody_needs_are_not_computed(training, device, rng, monkeypatch):
-    query, key, value = sample(1, 1, 1, 5, 7, 1, 8, torch.float32, device, rng)
+def test_gradients_that_nobody_needs_are_not_computed(
+    training, kernel_device, kernel_rng, monkeypatch
+):
+    query, key, value = sample(1, 1, 1, 5, 7, 1, 8, torch.float32, kernel_device, kernel_rng)
     expected = training(query.requires_grad_(), key, value, None, None, None, None, 1)[0]
     every = [t.detach().requires_grad_() for t in (query, key, value)]
     whole = torch.autograd.grad(training(*every, None, None, None, None, 1)[0].sum(), every)
@@ -477,8 +506,8 @@ def test_gradients_that_nobody_needs_are_not_computed(training, device, rng, mon
     assert torch.equal(alone, whole[0])
 
 
-def test_is_a_well_formed_operator_for_training(training, device, rng):
-    given = sample(1, 1, 1, 3, 4, 1, 8, torch.float32, device, rng)
+def test_is_a_well_formed_operator_for_training(training, kernel_device, kernel_rng):
+    given = sample(1, 1, 1, 3, 4, 1, 8, torch.float32, kernel_device, kernel_rng)
     given = *(t.requires_grad_() for t in given), None, None, None, None, 1
     torch.library.opcheck(training.default, given)
 
@@ -527,11 +556,11 @@ def test_compiles_into_one_graph_with_its_gradient(device, rng):
         torch.testing.assert_close(got, expected)
 
 
-def test_a_captured_graph_reads_the_rows_that_it_is_given_later(device, rng):
-    if device == "cpu":
+def test_a_captured_graph_reads_the_rows_that_it_is_given_later(kernel_device, kernel_rng):
+    if kernel_device == "cpu":
         pytest.skip("graphs are captured on a GPU")
-    inputs = sample(3, 2, 2, 17, 21, 2, 40, torch.float16, device, rng)
-    row = torch.tensor([1, 1, 2], device=device)
+    inputs = sample(3, 2, 2, 17, 21, 2, 40, torch.float16, kernel_device, kernel_rng)
+    row = torch.tensor([1, 1, 2], device=kernel_device)
     kept = torch.ops.kinetiq.query_attention_training
 
     def run():

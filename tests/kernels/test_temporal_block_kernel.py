@@ -86,41 +86,58 @@ def run_kernel(inputs, heads):
     return y
 
 
-@pytest.mark.parametrize(
-    ("run", "dtype"),
-    [
-        *((run_operator, dtype) for dtype in DTYPES),
-        *((run_kernel, dtype) for dtype in KERNEL_DTYPES),
-    ],
-    ids=lambda value: str(value) if isinstance(value, torch.dtype) else value.__name__,
-)
-@pytest.mark.parametrize("controlled", [False, True], ids=["plain", "motion"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_agrees_with_float64(run, shape, controlled, dtype, device, rng):
-    inputs, heads = sample(shape, device, rng, dtype, controlled=controlled), shape[3]
+def check(run, inputs, heads):
     got = run(inputs, heads)
-    assert got.dtype == dtype and got.is_contiguous()
+    assert got.dtype == inputs[0].dtype and got.is_contiguous()
     assert_as_good_as(got, plain(inputs, heads), plain(double(inputs), heads))
 
 
-def test_reference_is_the_definition(rng):
-    inputs = double(sample((2, 5, 3, 3, 8), "cpu", rng))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("controlled", [False, True], ids=["plain", "motion"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_operator_agrees_with_float64(shape, controlled, dtype, device, rng):
+    check(run_operator, sample(shape, device, rng, dtype, controlled=controlled), shape[3])
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("controlled", [False, True], ids=["plain", "motion"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_agrees_with_float64(shape, controlled, dtype, kernel_device, kernel_rng):
+    inputs = sample(shape, kernel_device, kernel_rng, dtype, controlled=controlled)
+    check(run_kernel, inputs, shape[3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cpu_takes_a_few_positions_at_a_time_and_leaves_its_inputs(dtype, cpu_rng, monkeypatch):
+    """Three of seven at a time, and so one the last time."""
+    inputs = sample((2, 5, 7, 3, 8), "cpu", cpu_rng, dtype)
+    inputs[0] = inputs[0].transpose(1, 2).contiguous().transpose(1, 2)
+    kept = [t.clone() for t in inputs]
+    monkeypatch.setattr(operator, "CACHED", 3 * 2 * 5 * 24)
+    got = run_operator(inputs, 3)
+    assert_as_good_as(got, plain(inputs, 3), plain(double(inputs), 3))
+    for now, before in zip(inputs, kept, strict=True):
+        assert torch.equal(now.nan_to_num(), before.nan_to_num())
+
+
+def test_reference_is_the_definition(cpu_rng):
+    inputs = double(sample((2, 5, 3, 3, 8), "cpu", cpu_rng))
     options = dict(zip(NAMES[8:], inputs[8:], strict=True))
     got = operator.temporal_block_reference(*inputs[:8], heads=3, **options)
     torch.testing.assert_close(got, plain(inputs, 3))
 
 
-def test_kernel_reads_any_strides(device, rng):
-    inputs = sample((2, 5, 3, 3, 8), device, rng)
+def test_kernel_reads_any_strides(kernel_device, kernel_rng):
+    inputs = sample((2, 5, 3, 3, 8), kernel_device, kernel_rng)
     wanted = run_kernel(inputs, 3)
     strided = [t if t is None else t.T.contiguous().T if t.ndim == 2 else t for t in inputs]
     strided[0] = inputs[0].permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)
     torch.testing.assert_close(run_kernel(strided, 3), wanted)
 
 
-def test_extreme_values(device, rng):
+def test_extreme_values(kernel_device, kernel_rng):
     """Activations near the end of float16, and scores far beyond the range of exp."""
-    inputs = sample((1, 4, 2, 1, 16), device, rng, torch.float16, controlled=False)
+    inputs = sample((1, 4, 2, 1, 16), kernel_device, kernel_rng, torch.float16, controlled=False)
     inputs[0] = 60000 + 1000 * (inputs[0] - 3).clamp(-4, 4)
     inputs[1] = 100 * inputs[1]
     assert_as_good_as(run_kernel(inputs, 1), plain(inputs, 1), plain(double(inputs), 1))
@@ -128,8 +145,8 @@ def test_extreme_values(device, rng):
     assert_as_good_as(run_kernel(inputs, 1), plain(inputs, 1), plain(double(inputs), 1))
 
 
-def test_slot_zero_has_no_scale(device, rng):
-    inputs = sample((2, 3, 2, 2, 8), device, rng)
+def test_slot_zero_has_no_scale(kernel_device, kernel_rng):
+    inputs = sample((2, 3, 2, 2, 8), kernel_device, kernel_rng)
     inputs[9].zero_()
     wanted = [*inputs[:9], *[None] * 5]
     inputs[10].fill_(float("inf"))
@@ -137,17 +154,17 @@ def test_slot_zero_has_no_scale(device, rng):
         assert torch.equal(run(inputs, 2), run(wanted, 2))
 
 
-def test_positions_and_rows_keep_to_themselves(device, rng):
-    inputs = sample((2, 3, 6, 1, 16), device, rng)
+def test_positions_and_rows_keep_to_themselves(kernel_device, kernel_rng):
+    inputs = sample((2, 3, 6, 1, 16), kernel_device, kernel_rng)
     y = run_kernel(inputs, 1)
-    order = torch.tensor([4, 1, 0, 5, 3, 2], device=device)
+    order = torch.tensor([4, 1, 0, 5, 3, 2], device=kernel_device)
     moved = [inputs[0][:, :, order], *inputs[1:13], inputs[13][:, :, order]]
     torch.testing.assert_close(run_kernel(moved, 1), y[:, :, order])
     changed = inputs[0].clone()
     changed[1] *= -50
     changed[0, :, 3] *= 7
     got = run_kernel([changed, *inputs[1:]], 1)
-    keep = torch.tensor([0, 1, 2, 4, 5], device=device)
+    keep = torch.tensor([0, 1, 2, 4, 5], device=kernel_device)
     assert torch.equal(got[0][:, keep], y[0][:, keep])
     assert not torch.isclose(got[0][:, 3], y[0][:, 3]).all()
 
@@ -194,8 +211,8 @@ def test_gradients_agree_with_float64(shape, dtype, run, device, rng):
     assert error.abs().max() <= 3 * plainly.abs().max() + allowed.max()
 
 
-def test_gradients_by_finite_differences(rng):
-    inputs = double(sample((2, 3, 1, 2, 2), "cpu", rng))
+def test_gradients_by_finite_differences(cpu_rng):
+    inputs = double(sample((2, 3, 1, 2, 2), "cpu", cpu_rng))
     copies, leaves = with_leaves(inputs)
     slot = copies[9]
     run = lambda *tensors: run_registered([*tensors[:9], slot, *tensors[9:]], 2)
@@ -206,8 +223,8 @@ def test_gradients_by_finite_differences(rng):
 
 
 @pytest.mark.parametrize("run", [run_operator, run_registered], ids=["public", "registered"])
-def test_only_what_needs_a_gradient_has_one(run, rng):
-    inputs = sample((2, 3, 2, 2, 8), "cpu", rng)
+def test_only_what_needs_a_gradient_has_one(run, cpu_rng):
+    inputs = sample((2, 3, 2, 2, 8), "cpu", cpu_rng)
     inputs[12].requires_grad_()
     run(inputs, 2).sum().backward()
     assert [name for name, t in zip(NAMES, inputs, strict=True) if t.grad is not None] == [
@@ -234,11 +251,11 @@ def test_is_a_well_formed_operator(controlled, device, rng):
     ],
 )
 def test_what_a_program_cannot_hold_goes_to_the_separate_operators(
-    frames, d, held, rng, monkeypatch
+    frames, d, held, cpu_rng, monkeypatch
 ):
     launched = []
     monkeypatch.setattr(operator, "_launch", lambda *arguments: launched.append(arguments))
-    inputs = sample((1, frames, 1, 1, d), "cpu", rng)
+    inputs = sample((1, frames, 1, 1, d), "cpu", cpu_rng)
     y = operator._temporal_block._init_fn(*inputs, 1, 1e-5)  # as it is on a GPU
     assert y.shape == inputs[0].shape
     assert bool(launched) == held
@@ -293,7 +310,7 @@ def test_wins_on_the_gpu_of_the_tensor_and_not_on_the_current_one(monkeypatch):
     assert wins("cuda:1") and not wins("cuda:0") and not wins("cpu")
 
 
-def test_settings_are_those_of_the_gpu_of_the_input(rng, monkeypatch):
+def test_settings_are_those_of_the_gpu_of_the_input(cpu_rng, monkeypatch):
     entered, asked = [], []
 
     @contextmanager
@@ -311,15 +328,15 @@ def test_settings_are_those_of_the_gpu_of_the_input(rng, monkeypatch):
     monkeypatch.setattr(
         operator, "_temporal_block_kernel", defaultdict(lambda: lambda *_, **__: None)
     )
-    inputs = sample((1, 2, 1, 1, 8), "cpu", rng)
+    inputs = sample((1, 2, 1, 1, 8), "cpu", cpu_rng)
     operator._launch(*inputs, 1, 1e-5, inputs[0])
     assert asked == [True]
 
 
 @pytest.mark.parametrize("frames", [4, 16])
-def test_autocast_does_not_change_the_type(frames, rng):
-    inputs = sample((2, frames, 3, 2, 8), "cpu", rng)
-    grad = torch.randn(inputs[0].shape, generator=rng)
+def test_autocast_does_not_change_the_type(frames, cpu_rng):
+    inputs = sample((2, frames, 3, 2, 8), "cpu", cpu_rng)
+    grad = torch.randn(inputs[0].shape, generator=cpu_rng)
 
     def results():
         copies, leaves = with_leaves(inputs)
@@ -339,8 +356,8 @@ class Block(torch.nn.Module):
         return temporal_block(*inputs, heads=2)
 
 
-def test_exports_as_one_node_and_compiles_whole(rng):
-    inputs = tuple(sample((2, 3, 2, 2, 8), "cpu", rng, controlled=False)[:8])
+def test_exports_as_one_node_and_compiles_whole(cpu_rng):
+    inputs = tuple(sample((2, 3, 2, 2, 8), "cpu", cpu_rng, controlled=False)[:8])
     with torch.no_grad():
         wanted = temporal_block(*inputs, heads=2)
         program = torch.export.export(Block(), inputs)
@@ -351,9 +368,9 @@ def test_exports_as_one_node_and_compiles_whole(rng):
             torch.testing.assert_close(run(*inputs), wanted)
 
 
-def test_trains_compiled_whole(rng):
+def test_trains_compiled_whole(cpu_rng):
     """With a motion embedding, whose slots must not be looked at while a graph is made."""
-    inputs = sample((2, 3, 2, 2, 8), "cpu", rng)
+    inputs = sample((2, 3, 2, 2, 8), "cpu", cpu_rng)
     compiled = torch.compile(run_operator, fullgraph=True, backend="aot_eager")
     results = []
     for run in (run_operator, compiled):
@@ -397,8 +414,8 @@ def test_trains_compiled_whole(rng):
         ),
     ],
 )
-def test_says_what_is_wrong(name, tensor, message, rng):
-    inputs = dict(zip(NAMES, sample((2, 3, 2, 2, 8), "cpu", rng), strict=True)) | {name: tensor}
+def test_says_what_is_wrong(name, tensor, message, cpu_rng):
+    inputs = dict(zip(NAMES, sample((2, 3, 2, 2, 8), "cpu", cpu_rng), strict=True)) | {name: tensor}
     with pytest.raises(kq.ShapeError, match="^temporal_block: .*(" + message + ")"):
         temporal_block(**inputs, heads=2)
 
