@@ -117,6 +117,10 @@ BENCHES = Registry(
         "query": "kinetiq.bench.query",
         "query_cost": "kinetiq.bench.query_cost",
         "probe": "kinetiq.bench.probe",
+        "embedding": "kinetiq.bench.embedding",
+        "lora": "kinetiq.bench.lora",
+        "training_cost": "kinetiq.bench.training_cost",
+        "mixed_motion": "kinetiq.bench.mixed_motion",
         "kernels": "kinetiq.bench.kernels",
         "compile": "kinetiq.bench.compile",
     }

@@ -1,7 +1,8 @@
 """Generate video whose motion is chosen by a reference clip and whose content by a prompt.
 
 Load a model with `Engine.load`, read a reference with `Clip.read`, and pass it to
-`Engine.generate` in a control: `MotionInjection` or `QueryInjection`.
+`Engine.generate` in a control: `MotionInjection` or `QueryInjection`. Or pass a motion that was
+learned before, `MotionEmbedding.read` or `MotionLora.read`.
 
 Names are imported when they are first used, so that `import kinetiq` is quick.
 """
@@ -27,7 +28,9 @@ from kinetiq.errors import (
 if TYPE_CHECKING:
     from kinetiq.clip import Clip
     from kinetiq.engine import Engine
+    from kinetiq.motion_embedding import MotionEmbedding
     from kinetiq.motion_injection import MotionInjection
+    from kinetiq.motion_lora import MotionLora
     from kinetiq.query_injection import QueryInjection
     from kinetiq.request import Request
 
@@ -36,7 +39,9 @@ __version__ = version("kinetiq")
 _HOMES = {
     "Clip": "kinetiq.clip",
     "Engine": "kinetiq.engine",
+    "MotionEmbedding": "kinetiq.motion_embedding",
     "MotionInjection": "kinetiq.motion_injection",
+    "MotionLora": "kinetiq.motion_lora",
     "QueryInjection": "kinetiq.query_injection",
     "Request": "kinetiq.request",
 }
@@ -49,7 +54,9 @@ __all__ = [
     "InputError",
     "KinetiqError",
     "MissingDependencyError",
+    "MotionEmbedding",
     "MotionInjection",
+    "MotionLora",
     "NonFiniteError",
     "OutputError",
     "QueryInjection",

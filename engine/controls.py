@@ -1,18 +1,20 @@
 """The controls together: which there are, which compose, and what one clip's become."""
 
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 
 from kinetiq.errors import RequestError
 from kinetiq.families import Site
-from kinetiq.motion_embedding import ResolvedMotionEmbedding
+from kinetiq.inversion import ResolvedNoise
+from kinetiq.motion_embedding import MotionEmbedding, ResolvedMotionEmbedding
 from kinetiq.motion_injection import (
     MotionInjection,
     ResolvedMotionInjection,
     resolve_motion_injection,
 )
-from kinetiq.motion_lora import ResolvedMotionLora
+from kinetiq.motion_lora import MotionLora, ResolvedMotionLora
 from kinetiq.query_injection import (
     QueryInjection,
     ResolvedQueryInjection,
@@ -20,21 +22,34 @@ from kinetiq.query_injection import (
 )
 from kinetiq.source import ResolvedSource, Source
 
-Control = QueryInjection | MotionInjection
+LearnedMotion = MotionEmbedding | MotionLora
+Control = QueryInjection | MotionInjection | LearnedMotion
+Learned = tuple[ResolvedMotionEmbedding | ResolvedMotionLora, ResolvedNoise | None]
+
+_FIELDS: dict[type, str] = {  # of each kind of control: its field in `ResolvedControls`
+    QueryInjection: "query",
+    MotionInjection: "motion",
+    MotionEmbedding: "embedding",
+    MotionLora: "lora",
+}
 
 
 @attrs.frozen
 class ResolvedControls:
-    """All controls of one clip as data; None is a kind that it does not use."""
+    """All controls of one clip as data; None is a kind that it does not use.
+
+    `noise` acts once, in the initial noise; the others act at steps.
+    """
 
     query: ResolvedQueryInjection | None = None
     motion: ResolvedMotionInjection | None = None
     embedding: ResolvedMotionEmbedding | None = None
     lora: ResolvedMotionLora | None = None
+    noise: ResolvedNoise | None = None
 
     def active(self, step: int) -> "ResolvedControls":
         """The controls that act at `step`, counted from 0."""
-        kinds = {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
+        kinds = {name: getattr(self, name) for name in _FIELDS.values()}
         return ResolvedControls(
             **{name: None if c is None or step >= c.steps else c for name, c in kinds.items()}
         )
@@ -45,6 +60,7 @@ def resolve_controls(
     encode: Callable[[Source], ResolvedSource],
     steps: int,
     sites: tuple[Site, ...],
+    learned: Callable[[LearnedMotion], Learned] | None = None,
 ) -> ResolvedControls:
     """Resolve the controls of one request.
 
@@ -53,23 +69,43 @@ def resolve_controls(
         encode: makes a source at the size of the request's clip.
         steps: sampler steps of the request.
         sites: the network's sites.
+        learned: makes data of a learned motion, for the request's clip; None: there is no model
+            to do it by.
 
     Raises:
-        RequestError: something is not a control, or two of a kind were asked for.
+        RequestError: something is not a control, two of a kind were asked for, or two bring noise.
+        CheckpointError: a learned motion was made for another model.
     """
-    query, motion = None, None
+    resolved: dict[str, Any] = {}
     for control in controls:
-        if isinstance(control, QueryInjection) and query is None:
-            query = resolve_query_injection(control, encode(control.source), steps, sites)
-        elif isinstance(control, MotionInjection) and motion is None:
-            motion = resolve_motion_injection(control, encode(control.source), steps, sites)
-        elif isinstance(control, QueryInjection | MotionInjection):
+        name = next((name for kind, name in _FIELDS.items() if isinstance(control, kind)), None)
+        if name is None:
+            *first, last = (kind.__name__ for kind in _FIELDS)
             raise RequestError(
-                f"control: at most one {type(control).__name__} acts on a clip, got two; a row "
-                "reads one source, so give each motion a clip of its own"
+                f"control: must be {', '.join(first)} or {last}, got {type(control).__name__}"
             )
+        if name in resolved:
+            raise RequestError(_two_of_a_kind(control))
+        if isinstance(control, QueryInjection):
+            resolved[name] = resolve_query_injection(control, encode(control.source), steps, sites)
+        elif isinstance(control, MotionInjection):
+            resolved[name] = resolve_motion_injection(control, encode(control.source), steps, sites)
+        elif learned is None:
+            raise RequestError("control: a learned motion needs the model of an Engine, got none")
         else:
-            raise RequestError(
-                f"control: must be QueryInjection or MotionInjection, got {type(control).__name__}"
-            )
-    return ResolvedControls(query, motion)
+            resolved[name], noise = learned(control)
+            if noise is not None and "noise" in resolved:
+                raise RequestError(
+                    "noise_prior: one control alone may bring its noise, since a clip starts from "
+                    "one, got two; set noise_prior=0 on one of them"
+                )
+            if noise is not None:
+                resolved["noise"] = noise
+    return ResolvedControls(**resolved)
+
+
+def _two_of_a_kind(control: Control) -> str:
+    asked = f"control: at most one {type(control).__name__} acts on a clip, got two; "
+    if isinstance(control, LearnedMotion):
+        return asked + "add them up: m1 + m2"
+    return asked + "a row reads one source, so give each motion a clip of its own"

@@ -53,6 +53,10 @@ class EagerDenoiser:
         network: of a supported family.
         keep_zero_taps: whether kernels that are zero but for their centres stay so in training;
             without it they run by their centres only where nothing trains them.
+
+    Attributes:
+        signal: what the forward pass under way was given; who runs a part of the network again,
+            as recomputation does, gives it what it was given before.
     """
 
     def __init__(self, network: Any, *, keep_zero_taps: bool = False) -> None:
@@ -61,7 +65,7 @@ class EagerDenoiser:
         self.skips = list_skips(network, self.family)
         self.network = network
         self._keep_zero_taps = keep_zero_taps
-        self._signal = Signal()
+        self.signal = Signal()
         self._processors: dict[str, Any] = {}
         self._replaced: dict[str, nn.Module] = {}
         self._hooks: list[Any] = []
@@ -85,9 +89,9 @@ class EagerDenoiser:
             module = self.network.get_submodule(site.name)
             self._processors[site.name] = module.processor
             module.processor = (
-                SpatialProcessor(index[site.name], self._signal)
+                SpatialProcessor(index[site.name], self.signal)
                 if site.kind is SiteKind.SPATIAL
-                else CrossProcessor(self._signal)
+                else CrossProcessor(self.signal)
             )
         for name in temporal_transformers(self.network, self.family):
             replaced = self.network.get_submodule(name)
@@ -99,12 +103,12 @@ class EagerDenoiser:
                 ]
                 for number in range(len(replaced.transformer_blocks))
             ]
-            self._replace(name, TemporalTransformer(replaced, name, sites, self._signal))
+            self._replace(name, TemporalTransformer(replaced, name, sites, self.signal))
         for name, convolution in find_centre_taps(self.network).items():
             if convolution.weight.requires_grad and not self._keep_zero_taps:
                 continue
             self._replace(name, CentreTapConvolution(convolution))
-        self._hooks = attach_skips(self.network, self.skips, self._signal)
+        self._hooks = attach_skips(self.network, self.skips, self.signal)
         return self
 
     def detach(self) -> Any:
@@ -138,12 +142,12 @@ class EagerDenoiser:
         """
         if not self.attached:
             raise RequestError("predict: the denoiser must be attached, and was detached or closed")
-        self._signal.frames, self._signal.controls = latents.shape[2], controls
+        self.signal.frames, self.signal.controls = latents.shape[2], controls
         try:
             out: Tensor = self.network(latents, timesteps, text, return_dict=False)[0]
         finally:
-            self._signal.controls = NO_CONTROLS
-            self._signal.before_temporal.clear()
+            self.signal.controls = NO_CONTROLS
+            self.signal.before_temporal.clear()
         return out
 
 

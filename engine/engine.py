@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kinetiq.checkpoint import Checkpoint, load_checkpoint
 from kinetiq.clip import Clip
-from kinetiq.controls import resolve_controls
+from kinetiq.control_tensors import MotionBank
+from kinetiq.controls import Learned, LearnedMotion, resolve_controls
 from kinetiq.denoiser import Denoiser, EagerDenoiser
 from kinetiq.errors import (
     CheckpointError,
@@ -25,17 +26,27 @@ from kinetiq.errors import (
 )
 from kinetiq.families import FAMILIES, Family
 from kinetiq.generation import Progress, denoise, in_order, is_out_of_memory, no_progress
+from kinetiq.motion_embedding import (
+    BankRequest,
+    MakeBanks,
+    make_banks,
+    resolve_motion_embedding,
+    resolve_motion_noise,
+)
+from kinetiq.motion_lora import MotionLora, resolve_motion_lora
 from kinetiq.profiling import span
 from kinetiq.request import Request, ResolvedRequest
 from kinetiq.sampler import build_sampler_table
+from kinetiq.skips import list_skips
 from kinetiq.source import ResolvedSource, Source, resolve_source
 from kinetiq.text import encode_prompts
 
 BACKENDS = ("eager",)
 MAX_CLIPS = 8
 _DECODED_FRAMES = 16  # frames the VAE decodes at a time, as diffusers does
-_KEPT_SOURCES = 16  # encoded references and prompts that one call keeps
+_KEPT_SOURCES = 16  # encoded references, prompts and learned motions that one call keeps
 _KEPT_PROMPTS = 256
+_KEPT_MOTIONS = 16
 
 
 @attrs.frozen
@@ -212,12 +223,12 @@ class Engine:
             with span("text"), _room_for("encode: a prompt"):
                 return encode_prompts(self.checkpoint, [prompt])[0]
 
-        encode_reference = self._reference_encoder()
+        encode_reference, make = self._reference_encoder(), self._bank_maker()
 
         def resolve_all() -> Iterator[tuple[int, ResolvedRequest | KinetiqError]]:
             for index, request in enumerate(requests):
                 try:
-                    resolved[index] = self.resolve(request, encode_reference)
+                    resolved[index] = self.resolve(request, encode_reference, make)
                 except KinetiqError as error:
                     yield index, error
                 else:
@@ -240,11 +251,13 @@ class Engine:
         self,
         request: Request,
         encode_reference: Callable[[Source, int, int, int], ResolvedSource] | None = None,
+        make: MakeBanks | None = None,
     ) -> ResolvedRequest:
         """Fill in the checkpoint's defaults, resolve the controls, and check everything.
 
         Raises:
             RequestError: an option, or a combination of options, has no meaning here.
+            CheckpointError: a learned motion was made for another model.
         """
         if not isinstance(request, Request):
             raise RequestError(f"request: must be a Request, got {type(request).__name__}")
@@ -266,11 +279,14 @@ class Engine:
             eta=request.eta,
         )
         encode = encode_reference or self._reference_encoder()
+        make = make or self._bank_maker()
+        shape = (frames, height // self.vae_scale, width // self.vae_scale)
         controls = resolve_controls(
             request.control,  # type: ignore[arg-type]  # the converter made it a tuple
             lambda source: encode(source, frames, height, width),
             table.steps,
             self.denoiser.sites,
+            lambda control: self._learned(control, shape, table.steps, make),
         )
         return ResolvedRequest(
             prompt=request.prompt,
@@ -278,8 +294,8 @@ class Engine:
             seed=request.seed,
             guidance_scale=defaults.guidance_scale if guidance is None else float(guidance),
             frames=frames,
-            latent_height=height // self.vae_scale,
-            latent_width=width // self.vae_scale,
+            latent_height=shape[1],
+            latent_width=shape[2],
             fps=request.fps or defaults.fps,
             sampler=table,
             controls=controls,
@@ -344,6 +360,32 @@ class Engine:
             return resolve_source(source, latents(source.reference, frames, height, width))
 
         return encode
+
+    def _bank_maker(self) -> MakeBanks:
+        """Projects learned motions for the clips they steer, each once a size."""
+
+        @functools.lru_cache(maxsize=_KEPT_MOTIONS)
+        def make(asked: BankRequest) -> dict[int, MotionBank]:
+            with span("motion"), _room_for("motion: the banks of one"):
+                return make_banks(asked, self.checkpoint.unet, self.family, self.denoiser.sites)
+
+        return make
+
+    def _learned(
+        self, control: LearnedMotion, shape: tuple[int, int, int], steps: int, make: MakeBanks
+    ) -> Learned:
+        """A learned motion as data for a clip of `shape`."""
+        if shape[0] < 2:
+            raise RequestError(
+                f"frames: must be at least 2 where a motion is given, got {shape[0]}"
+            )
+        network, family = self.checkpoint.unet, self.family
+        noise = resolve_motion_noise(control, network.config.in_channels, shape)
+        if isinstance(control, MotionLora):
+            skips = list_skips(network, family)
+            return resolve_motion_lora(control, network, family, skips, steps), noise
+        sites = self.denoiser.sites
+        return resolve_motion_embedding(control, network, family, sites, shape, steps, make), noise
 
     def _check_frames(self, frames: int) -> None:
         limit = getattr(self.checkpoint.unet.config, "motion_max_seq_length", None)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kinetiq.denoiser import Denoiser
 from kinetiq.errors import KinetiqError, NonFiniteError, WorkError
+from kinetiq.inversion import blend_noise
 from kinetiq.kernels import guided_step
 from kinetiq.profiling import begin, end, span
 from kinetiq.request import ResolvedRequest
@@ -133,7 +134,10 @@ def _start(
 ) -> ClipRun:
     generator = torch.Generator().manual_seed(request.seed)
     shape = (channels, *request.shape)
-    sample = torch.randn(shape, generator=generator) * request.sampler.initial_scale
+    sample = torch.randn(shape, generator=generator)
+    if request.controls.noise is not None:
+        sample = blend_noise(sample, request.controls.noise.noise, request.controls.noise.share)
+    sample = sample * request.sampler.initial_scale
     return ClipRun(
         index=index,
         request=request,

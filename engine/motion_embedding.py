@@ -1,10 +1,484 @@
-"""Motion embeddings."""
+"""Motion embeddings: a motion learned from one clip, added to what temporal attention projects.
 
-from collections.abc import Mapping
+At a temporal self-attention with normalised input x (frame position included),
+
+    q = W_q (x + s m_qk)    k = W_k (x + s m_qk)    v = W_v (x + s d)
+
+with s the scale, m_qk one vector a frame and transformer block, and d made of one vector m a frame
+and position by the `debias` that keeps appearance out of it:
+
+    difference: d_0 = m_0, d_j = m_j - m_{j-1}    mean: d = m - mean_F(m)    none: d = m
+    drop: no d at all, which leaves motions of the camera
+
+Sampling starts from noise blended with the reference's own, found by DDIM inversion. As the
+embedding is additive, motions can be scaled, negated and summed.
+
+Source: Motion Inversion, arXiv:2403.20193, sec. 3. That its difference is taken after resampling,
+over the trained frames alone, and that m is resized in space are this project's.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from numbers import Real
+from typing import Any, Self
 
 import attrs
+import torch
+import torch.nn.functional as F  # noqa: N812  the name everyone knows
+from torch import Tensor
 
 from kinetiq.control_tensors import MotionBank
+from kinetiq.errors import CheckpointError, RequestError
+from kinetiq.families import Family, Site, SiteKind
+from kinetiq.injection import check_share, injected_steps
+from kinetiq.inversion import ResolvedNoise, resize_noise, resolve_noise
+from kinetiq.motion_file import (
+    MotionInfo,
+    check_tensors,
+    fingerprint,
+    read_motion,
+    require_family,
+    require_kind,
+    require_known,
+    require_site,
+    require_width,
+    take_part,
+    write_motion,
+)
+
+DEBIAS = ("difference", "none", "mean", "drop")
+_PARTS = ("query_key", "value", "noise")
+
+
+def check_factor(_: object, attribute: Any, value: object) -> None:
+    """Require a finite number; an attrs validator."""
+    fits = isinstance(value, Real) and not isinstance(value, bool)
+    if not fits or not math.isfinite(value):  # type: ignore[arg-type]
+        raise RequestError(f"{attribute.name}: must be a finite number, got {value!r}")
+
+
+def check_word(*words: str) -> Any:
+    """Require one of these words; makes an attrs validator."""
+
+    def check(_: object, attribute: Any, value: object) -> None:
+        if value not in words:
+            raise RequestError(
+                f"{attribute.name}: must be one of {', '.join(map(repr, words))}, got {value!r}"
+            )
+
+    return check
+
+
+def freeze_tensor(value: Any) -> Any:
+    """Copy a tensor to the CPU in float32, so that a motion cannot change; an attrs converter."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def freeze_tensors(value: Any) -> Any:
+    """Like `freeze_tensor`, for tensors by name; an attrs converter."""
+    if not isinstance(value, Mapping) or not all(isinstance(t, Tensor) for t in value.values()):
+        raise RequestError(f"motion: must hold tensors by name, got {type(value).__name__}")
+    return {name: freeze_tensor(tensor) for name, tensor in value.items()}
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class MotionEmbedding:
+    """A learned motion that is added at temporal attention; a control.
+
+    `a * m`, `-m`, `m1 + m2` and `m1 - m2` are motions: coefficients go into the tensors, and in a
+    sum so do `scale` and `value_scale`. A coefficient that is not positive leaves the noise behind,
+    which has nothing to say of the reverse of a motion.
+
+    Args:
+        query_key: m_qk by the path of the transformer block, [frames, channels].
+        value: m by the path of the attention, [frames, h, w, channels].
+        noise: the inverted reference, [channels, frames, h, w] at `info`'s size, or None; its
+            deviation is its weight in sums, and it is brought to unit variance where it is used.
+        info: what it was learned from.
+        scale: factor on the embedding, not on the noise; negative reverses the motion.
+        value_scale: a further factor on `value` alone.
+        debias: "difference", "none", "mean" or "drop", as above.
+        noise_prior: share of `noise` in the initial noise, 0 to 1.
+        until: share of the steps in which it acts, from the first, 0 to 1; 0 takes no noise
+            either.
+        halves: "both" halves of guidance, or "cond" alone.
+    """
+
+    query_key: Mapping[str, Tensor] = attrs.field(factory=dict, converter=freeze_tensors)
+    value: Mapping[str, Tensor] = attrs.field(factory=dict, converter=freeze_tensors)
+    noise: Tensor | None = attrs.field(default=None, converter=freeze_tensor)
+    info: MotionInfo = attrs.field(validator=attrs.validators.instance_of(MotionInfo))
+    scale: float = attrs.field(default=1.0, validator=check_factor)
+    value_scale: float = attrs.field(default=1.0, validator=check_factor)
+    debias: str = attrs.field(default="difference", validator=check_word(*DEBIAS))
+    noise_prior: float = attrs.field(default=0.5, validator=check_share)
+    until: float = attrs.field(default=1.0, validator=check_share)
+    halves: str = attrs.field(default="both", validator=check_word("both", "cond"))
+
+    def __attrs_post_init__(self) -> None:
+        require_kind("motion: it", self.info, "embedding")
+        if not self.query_key and not self.value:
+            raise RequestError("motion: must hold an embedding of at least one site, got none")
+        check_tensors("motion: it", self._tensors, RequestError)
+        frames = self.info.frames
+        wanted: dict[str, tuple[tuple[int | None, ...], str]] = {}
+        for name in self.query_key:
+            wanted[f"query_key.{name}"] = (frames, None), "[frames, channels]"
+        for name in self.value:
+            wanted[f"value.{name}"] = (frames, None, None, None), "[frames, h, w, channels]"
+        if self.noise is not None:
+            wanted["noise"] = (None, *self.info.shape), "[channels, frames, h, w]"
+        for name, (shape, said) in wanted.items():
+            got = self._tensors[name].shape
+            if len(got) != len(shape) or any(
+                asked not in (None, size) for asked, size in zip(shape, got, strict=True)
+            ):
+                frames, height, width = self.info.shape
+                raise RequestError(
+                    f"motion: {name} must be {said} for {frames} frames of {height}x{width} "
+                    f"latents, got {list(got)}"
+                )
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], **switches: Any) -> Self:
+        """Read what `write` wrote; `switches` are the options from `scale` on.
+
+        Raises:
+            CheckpointError: the file is none, is damaged, or is another kind of motion.
+            RequestError: a switch is unknown or out of range.
+        """
+        tensors, info = read_motion(path)
+        require_kind(f"read: {path}", info, "embedding")
+        require_known(path, tensors, _PARTS)
+        check_switches(cls, switches)
+        parts: dict[str, Any] = {
+            "query_key": take_part(tensors, "query_key"),
+            "value": take_part(tensors, "value"),
+            "noise": tensors.get("noise"),
+        }
+        try:
+            return cls(**parts, info=info, **switches)
+        except RequestError as error:
+            raise CheckpointError(f"read: {path}: {error}") from error
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the tensors and `info`; the switches are chosen anew when it is read.
+
+        Raises:
+            OutputError: the path cannot be written.
+            RequestError: the name does not end in .safetensors.
+        """
+        write_motion(path, self._tensors, self.info)
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors by the names that they have in a file."""
+        named = {f"query_key.{name}": tensor for name, tensor in self.query_key.items()}
+        named |= {f"value.{name}": tensor for name, tensor in self.value.items()}
+        return named if self.noise is None else named | {"noise": self.noise}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tensors, the family and the size, in hexadecimal; no switch enters."""
+        return fingerprint(self._tensors, self.info)
+
+    @property
+    def _identity(self) -> tuple[Any, ...]:
+        switches = (getattr(self, name) for name in switch_names(type(self)))
+        return (self.fingerprint, self.info, *switches)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether content, origin and switches are the same."""
+        if not isinstance(other, MotionEmbedding):
+            return NotImplemented
+        return self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    def __mul__(self, factor: object) -> "MotionEmbedding":
+        """The motion with its tensors multiplied; its noise stays if `factor` is positive."""
+        if isinstance(factor, bool) or not isinstance(factor, Real):
+            return NotImplemented
+        amount = float(factor)
+        if not math.isfinite(amount):
+            raise RequestError(f"motion: a factor must be finite, got {amount!r}")
+        return attrs.evolve(
+            self,
+            query_key={name: amount * tensor for name, tensor in self.query_key.items()},
+            value={name: amount * tensor for name, tensor in self.value.items()},
+            noise=amount * self.noise if self.noise is not None and amount > 0 else None,
+        )
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "MotionEmbedding":
+        """The motion reversed, without its noise."""
+        return self * -1.0
+
+    def __add__(self, other: "MotionEmbedding") -> "MotionEmbedding":
+        """Both motions at once; sites that one lacks are the other's."""
+        if not isinstance(other, MotionEmbedding):
+            return NotImplemented
+        require_alike(self, other, ("debias", "noise_prior", "until", "halves"))
+        terms = [m if m.scale == 1.0 else m.scale * m for m in (self, other)]
+        noises = [{"noise": term.noise} for term in terms if term.noise is not None]
+        return attrs.evolve(
+            self,
+            query_key=_sum([(1.0, term.query_key) for term in terms]),
+            value=_sum([(term.value_scale, term.value) for term in terms]),
+            noise=_sum([(1.0, noise) for noise in noises]).get("noise"),
+            info=join_info(self.info, other.info),
+            scale=1.0,
+            value_scale=1.0,
+        )
+
+    def __sub__(self, other: "MotionEmbedding") -> "MotionEmbedding":
+        """This motion and the reverse of the other."""
+        if not isinstance(other, MotionEmbedding):
+            return NotImplemented
+        return self + (-other)
+
+    def resample(self, *, frames: int) -> "MotionEmbedding":
+        """The motion over another number of frames, by linear interpolation between them.
+
+        Raises:
+            RequestError: `frames` is below 2, or this motion has a single frame.
+        """
+        if frames == self.info.frames:
+            return self
+        if frames < 2 or self.info.frames < 2:
+            raise RequestError(
+                f"resample: a motion has at least 2 frames, got {self.info.frames} to bring to "
+                f"{frames}"
+            )
+        info = attrs.evolve(self.info, frames=frames)
+        return attrs.evolve(
+            self,
+            query_key={n: _resample(tensor, frames) for n, tensor in self.query_key.items()},
+            value={n: _resample(tensor, frames) for n, tensor in self.value.items()},
+            noise=_resize_noise(self.noise, info.shape),
+            info=info,
+        )
+
+    def resize(self, *, height: int, width: int) -> "MotionEmbedding":
+        """The motion at another size of the latents, by bilinear interpolation.
+
+        Raises:
+            RequestError: a size is below 1, or it cannot be known how often the network has
+                halved the latents where a part of `value` is: generate at the size instead,
+                which knows the network.
+        """
+        if (height, width) == self.info.shape[1:]:
+            return self
+        if height < 1 or width < 1:
+            raise RequestError(f"resize: a size must be at least 1x1, got {height}x{width}")
+        info = attrs.evolve(self.info, height=height, width=width)
+        return attrs.evolve(
+            self,
+            value={
+                name: _resize(tensor, _guess_size(name, tensor, self.info, (height, width)))
+                for name, tensor in self.value.items()
+            },
+            noise=_resize_noise(self.noise, info.shape),
+            info=info,
+        )
+
+
+def switch_names(motion: type) -> list[str]:
+    """What can be chosen when a motion is read: the options behind `info`."""
+    names = [field.name for field in attrs.fields(motion)]
+    return names[names.index("info") + 1 :]
+
+
+def check_switches(motion: type, switches: Mapping[str, Any]) -> None:
+    """Raise unless all switches are known and in range.
+
+    Raises:
+        RequestError: one is not.
+    """
+    known = switch_names(motion)
+    fields: dict[str, Any] = dict(attrs.fields_dict(motion))
+    for name, value in switches.items():
+        if name not in known:
+            raise RequestError(
+                f"{motion.__name__}: switches must be among {', '.join(known)}, got {name!r}"
+            )
+        fields[name].validator(None, fields[name], value)
+
+
+def require_alike(first: Any, second: Any, switches: Sequence[str]) -> None:
+    """Raise unless two motions can be summed: same family, frames, size and these switches.
+
+    Raises:
+        RequestError: they cannot; it says what brings one to the other.
+    """
+    mine, other = first.info, second.info
+    if mine.family != other.family:
+        raise RequestError(
+            f"motion: both of a sum must be of one family, got {mine.family} and {other.family}"
+        )
+    if mine.frames != other.frames:
+        raise RequestError(
+            f"motion: both of a sum must have as many frames, got {mine.frames} and "
+            f"{other.frames}; use m.resample(frames={mine.frames}) on the second"
+        )
+    if mine.shape != other.shape:
+        raise RequestError(
+            f"motion: both of a sum must be of one size of latents, got {mine.height}x{mine.width} "
+            f"and {other.height}x{other.width}; use m.resize(height={mine.height}, "
+            f"width={mine.width}) on the second"
+        )
+    for name in switches:
+        if getattr(first, name) != getattr(second, name):
+            raise RequestError(
+                f"motion: both of a sum must have the same {name}, got {getattr(first, name)!r} "
+                f"and {getattr(second, name)!r}"
+            )
+
+
+def join_info(first: MotionInfo, second: MotionInfo) -> MotionInfo:
+    """What a sum of motions says of itself: what both say, and nothing where they differ."""
+    nothing: dict[str, Any] = {
+        "checkpoint": "",
+        "loss": "",
+        "steps": 0,
+        "prompt": "",
+        "reference": "",
+    }
+    differing = {n: v for n, v in nothing.items() if getattr(first, n) != getattr(second, n)}
+    return attrs.evolve(first, **differing)
+
+
+def _sum(terms: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for factor, tensors in terms:
+        for name, tensor in tensors.items():
+            before = total.get(name)
+            if before is not None and before.shape != tensor.shape:
+                raise RequestError(
+                    f"motion: both of a sum must have the same shape of {name}, got "
+                    f"{list(before.shape)} and {list(tensor.shape)}; they were trained on "
+                    "different models"
+                )
+            total[name] = factor * tensor if before is None else before + factor * tensor
+    return total
+
+
+def _resample(tensor: Tensor, frames: int) -> Tensor:
+    """[frames, ...] at another number of frames."""
+    if tensor.shape[0] == frames:
+        return tensor
+    flat = tensor.flatten(1).T[None]  # [1, everything else, frames]
+    resampled = F.interpolate(flat, size=frames, mode="linear", align_corners=False)
+    return resampled[0].T.reshape(frames, *tensor.shape[1:])
+
+
+def _resize(tensor: Tensor, size: tuple[int, int]) -> Tensor:
+    """[frames, h, w, channels] at another height and width."""
+    if tuple(tensor.shape[1:3]) == size:
+        return tensor
+    first = tensor.permute(0, 3, 1, 2)
+    resized = F.interpolate(first, size=size, mode="bilinear", align_corners=False)
+    return resized.permute(0, 2, 3, 1)
+
+
+def _resize_noise(noise: Tensor | None, shape: tuple[int, int, int]) -> Tensor | None:
+    """Noise at another size, its weight kept."""
+    return None if noise is None else noise.std(correction=0) * resize_noise(noise, shape)
+
+
+def _halved(size: tuple[int, int], times: int) -> tuple[int, int]:
+    """A size of latents after so many halvings by the network, which rounds up."""
+    height, width = size
+    for _ in range(times):
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return height, width
+
+
+def _guess_size(
+    name: str, value: Tensor, info: MotionInfo, size: tuple[int, int]
+) -> tuple[int, int]:
+    """The size that a site has in latents of `size`, by how it compares to that trained at."""
+    stored = tuple(value.shape[1:3])
+    trained = (info.height, info.width)
+    levels = range(max(*trained, *size).bit_length() + 1)  # at the last, all is one position
+    found = {_halved(size, level) for level in levels if _halved(trained, level) == stored}
+    if len(found) != 1:
+        sizes = " or ".join(f"{height}x{width}" for height, width in sorted(found)) or "none"
+        raise RequestError(
+            f"resize: the size of {name} must follow from that of the latents, got "
+            f"{stored[0]}x{stored[1]} in {trained[0]}x{trained[1]}, which becomes {sizes} in "
+            f"{size[0]}x{size[1]}; generate at that size without resizing, since the network knows"
+        )
+    return found.pop()
+
+
+def site_size(network: Any, name: str, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a site in latents of `size`.
+
+    Args:
+        network: of a supported family.
+        name: module path of the site, or of a part of it.
+        size: height and width of the latents.
+    """
+    down = [block.downsamplers is not None for block in network.down_blocks]
+    up = [block.upsamplers is not None for block in network.up_blocks]
+    head, _, rest = name.partition(".")
+    number = rest.partition(".")[0]
+    levels = 0  # of what comes before all blocks
+    if head == "down_blocks":
+        levels = sum(down[: int(number)])
+    elif head == "mid_block":
+        levels = sum(down)
+    elif head == "up_blocks":
+        levels = sum(down) - sum(up[: int(number)])
+    return _halved(size, levels)
+
+
+def debias(value: Tensor, mode: str) -> Tensor | None:
+    """What of a value embedding [frames, ...] is added; see the top of this file.
+
+    Raises:
+        RequestError: there is no such mode.
+    """
+    if mode == "difference":
+        return torch.cat([value[:1], value[1:] - value[:-1]])
+    if mode == "mean":
+        return value - value.mean(0, keepdim=True)
+    if mode not in DEBIAS:
+        raise RequestError(f"debias: must be one of {', '.join(DEBIAS)}, got {mode!r}")
+    return value if mode == "none" else None
+
+
+def project_bank(attention: Any, query_key: Tensor | None, value: Tensor | None) -> MotionBank:
+    """An embedding through the projections of a temporal attention; differentiable.
+
+    Without the projections' biases, which W x has already.
+
+    Args:
+        attention: a diffusers attention module.
+        query_key: [slots, frames, channels], or None.
+        value: [slots, frames, tokens, channels], or None.
+
+    Returns:
+        Of the network's type, or of autocast's where that is on, as W x is.
+    """
+
+    def project(linear: Any, given: Tensor | None) -> Tensor | None:
+        return None if given is None else F.linear(given.to(linear.weight), linear.weight)
+
+    return MotionBank(
+        query_key=None if query_key is None else query_key.to(attention.to_q.weight),
+        value=None if value is None else value.to(attention.to_v.weight),
+        projected_query=project(attention.to_q, query_key),
+        projected_key=project(attention.to_k, query_key),
+        projected_value=project(attention.to_v, value),
+    )
 
 
 @attrs.frozen(eq=False)
@@ -25,3 +499,129 @@ class ResolvedMotionEmbedding:
     scale: float
     steps: int
     conditional_only: bool
+
+
+@attrs.frozen
+class BankRequest:
+    """What banks are made of; equal where the banks are, so that they can be made once.
+
+    Args:
+        key: of the banks.
+        control: the embedding.
+        shape: frames, height and width of the clip's latents.
+    """
+
+    key: str
+    control: MotionEmbedding = attrs.field(eq=False)
+    shape: tuple[int, int, int] = attrs.field(eq=False)
+
+
+MakeBanks = Callable[[BankRequest], Mapping[int, MotionBank]]
+
+
+def resolve_motion_embedding(
+    control: MotionEmbedding,
+    network: Any,
+    family: Family,
+    sites: tuple[Site, ...],
+    shape: tuple[int, int, int],
+    steps: int,
+    make: MakeBanks | None = None,
+) -> ResolvedMotionEmbedding:
+    """Turn what was asked into data.
+
+    Args:
+        control: what was asked.
+        network: whose projections it goes through.
+        family: of the network.
+        sites: of the network.
+        shape: frames, height and width of the clip's latents.
+        steps: sampler steps of the clip.
+        make: makes the banks; one that remembers them saves projecting them for each clip.
+
+    Raises:
+        CheckpointError: the motion was made for another family, other sites or other widths.
+    """
+    said = "x".join(map(str, shape))
+    key = f"{control.fingerprint} {control.debias} {control.value_scale!r} {said}"
+    asked = BankRequest(key, control, shape)
+    banks = make_banks(asked, network, family, sites) if make is None else make(asked)
+    return ResolvedMotionEmbedding(
+        key=key,
+        banks=banks,
+        scale=float(control.scale),
+        steps=injected_steps(control.until, steps),
+        conditional_only=control.halves == "cond",
+    )
+
+
+def resolve_motion_noise(
+    control: Any, channels: int, shape: tuple[int, int, int]
+) -> ResolvedNoise | None:
+    """A learned motion's noise for a clip; None where it has none, wants none or never acts.
+
+    Args:
+        control: a motion embedding, or a motion LoRA.
+        channels: of the clip's latents.
+        shape: frames, height and width of the clip's latents.
+
+    Raises:
+        CheckpointError: the noise has another number of channels.
+    """
+    share = 0.0 if control.until == 0 else float(control.noise_prior)
+    if share and control.noise is not None and len(control.noise) != channels:
+        raise CheckpointError(
+            f"motion: its noise must have {channels} channels, as the latents have, got "
+            f"{len(control.noise)}; it was trained on {control.info.checkpoint or 'another model'}"
+        )
+    return resolve_noise(control.noise, share, shape)
+
+
+@torch.no_grad()
+def make_banks(
+    asked: BankRequest, network: Any, family: Family, sites: tuple[Site, ...]
+) -> dict[int, MotionBank]:
+    """The banks of an embedding, one slot each, at the clip's size; by index of the site.
+
+    Raises:
+        CheckpointError: the motion was made for another family, other sites or other widths.
+    """
+    control, (frames, height, width) = asked.control, asked.shape
+    info = control.info
+    require_family(info, family)
+    temporal = {index: site for index, site in enumerate(sites) if site.kind is SiteKind.TEMPORAL}
+    _require_fit(control, temporal.values(), network)
+    banks = {}
+    for index, site in temporal.items():
+        query_key = control.query_key.get(site.name.rpartition(".")[0])
+        if query_key is not None:
+            query_key = _resample(query_key, frames)[None]
+        value = control.value.get(site.name)
+        added = None
+        if value is not None and control.debias != "drop":
+            size = site_size(network, site.name, (height, width))
+            moved = _resize(_resample(value, frames), size)
+            added = debias(control.value_scale * moved, control.debias)
+            added = None if added is None else added.flatten(1, 2)[None]
+        if query_key is not None or added is not None:
+            attention = network.get_submodule(site.name)
+            banks[index] = project_bank(attention, query_key, added)
+    return banks
+
+
+def _require_fit(control: MotionEmbedding, sites: Any, network: Any) -> None:
+    """Raise unless the network has all of a motion's sites, as wide and as large as trained."""
+    widths = {site.name: site.width for site in sites}
+    widths |= {site.name.rpartition(".")[0]: site.width for site in sites}
+    info = control.info
+    for name, tensor in (control.query_key | control.value).items():  # type: ignore[operator]
+        require_site(info, name, widths)
+        require_width(info, name, tensor.shape[-1], widths[name])
+    for name, tensor in control.value.items():
+        wanted = site_size(network, name, (info.height, info.width))
+        if tuple(tensor.shape[1:3]) != wanted:
+            raise CheckpointError(
+                f"motion: {name} must be {wanted[0]}x{wanted[1]} where latents are "
+                f"{info.height}x{info.width}, got {tensor.shape[1]}x{tensor.shape[2]}; it was "
+                f"trained on {info.checkpoint or 'another model'}: train it on this one"
+            )

@@ -1,10 +1,316 @@
-"""Motion LoRA."""
+"""Motion LoRA: a low-rank change of temporal projections that holds one motion.
 
-from collections.abc import Mapping
+Each adapted projection W of the temporal transformers becomes
+
+    y = W x + scale up (down x)
+
+for the first `until` of the sampler's steps; behind them the network is the untouched one. With
+the default target the LoRA changes keys only, so it can say which frames attend to which, and not
+what they carry. An appearance highway may let the skip connections start before the temporal
+transformers, in the same steps.
+
+Source: "Separate Motion from Appearance", arXiv:2501.16714, sec. 3 (temporal attention
+purification, appearance highway, phased LoRA integration); its targets beside "k" are those of the
+released code ("k_out") and of MotionDirector, arXiv:2310.08465 ("all").
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from numbers import Real
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import attrs
+import torch
+from torch import Tensor, nn
 
 from kinetiq.control_tensors import LoraBank
+from kinetiq.errors import CheckpointError, InputError, RequestError, ShapeError
+from kinetiq.families import FAMILIES, Family, temporal_transformers
+from kinetiq.files import replacing
+from kinetiq.injection import check_share, injected_steps
+from kinetiq.inversion import resize_noise
+from kinetiq.motion_embedding import (
+    check_factor,
+    check_switches,
+    check_word,
+    freeze_tensor,
+    freeze_tensors,
+    join_info,
+    switch_names,
+)
+from kinetiq.motion_file import (
+    MotionInfo,
+    check_tensors,
+    fingerprint,
+    read_motion,
+    require_family,
+    require_kind,
+    require_known,
+    require_site,
+    require_width,
+    take_part,
+    write_motion,
+)
+from kinetiq.skips import HIGHWAYS, Skip, choose_highway
+
+TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "k": ("to_k",),
+        "k_out": ("to_k", "to_out.0"),
+        "q": ("to_q",),
+        "v": ("to_v",),
+        "ff": ("net.0.proj", "net.2"),
+        "all": ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"),
+    }
+)
+_PROJECTION = re.compile(
+    r"(?P<transformer>.+)\.transformer_blocks\.\d+\."
+    r"(?:attn[12]\.(?P<attention>to_q|to_k|to_v|to_out\.0)|ff\.(?P<feed_forward>net\.0\.proj|net\.2))"
+)
+_PARTS = ("down", "up", "noise")
+
+# Where a public file keeps a matrix of a projection: PEFT's names, diffusers' newer and older ones,
+# and those of trainers that wrap a linear layer.
+_PUBLIC_MATRIX = re.compile(
+    r"(?P<path>.+?)"
+    r"(?:\.lora_(?P<peft>A|B)(?:\.\w+)?|(?:\.lora_|\.lora\.|\.lora_linear_layer\.|_lora\.)(?P<way>down|up))"
+    r"\.weight"
+)
+_PUBLIC_ALPHA = re.compile(r"(?P<path>.+?)(?:\.lora|_lora)?\.alpha")
+_PUBLIC_PREFIXES = ("base_model.model.", "unet.")
+_ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class MotionLora:
+    """A motion as low-rank changes of temporal projections; a control.
+
+    Equal LoRAs hold equal tensors and have equal switches. `a * m` scales the change, `m1 + m2` is
+    the sum of both changes, exactly: the ranks add up. The switches say how it is used and are in
+    no file; the scale of a term goes into the sum, the other switches of terms must be equal.
+
+    Args:
+        down: by module path of the projection, [rank, channels in]; any rank.
+        up: likewise, [channels out, rank].
+        noise: [channels, frames, h, w], what DDIM inversion made of the reference, or None; its
+            deviation is its weight in sums, and it is brought to unit variance where it is used.
+        info: what it is for. A LoRA fits any number of frames and any size.
+        scale: factor on the low-rank change, any finite number.
+        until: share of the steps that it, and its highway, act in, from the first, 0 to 1.
+        highway: which skip connections start before temporal transformers: "all", "released" or
+            None; see `choose_highway`.
+        beta: strength of the skip connections of the highway, at least 0.
+        noise_prior: share of `noise` in a clip's first noise, 0 to 1.
+        halves: "both" halves of guidance, or "cond" alone.
+
+    Raises:
+        RequestError: a switch is out of its range, a tensor is not finite, or a name is not that
+            of a projection of a temporal transformer.
+        ShapeError: the shapes of a projection's two matrices do not go together.
+    """
+
+    down: Mapping[str, Tensor] = attrs.field(converter=freeze_tensors, kw_only=False, repr=False)
+    up: Mapping[str, Tensor] = attrs.field(converter=freeze_tensors, kw_only=False, repr=False)
+    noise: Tensor | None = attrs.field(default=None, converter=freeze_tensor, repr=False)
+    info: MotionInfo = attrs.field(validator=attrs.validators.instance_of(MotionInfo))
+    scale: float = attrs.field(default=1.0, validator=check_factor)
+    until: float = attrs.field(default=1.0, validator=check_share)
+    highway: str | None = attrs.field(default=None)
+    beta: float = attrs.field(default=1.1, validator=check_factor)
+    noise_prior: float = attrs.field(default=0.2, validator=check_share)
+    halves: str = attrs.field(default="both", validator=check_word("both", "cond"))
+
+    @highway.validator
+    def _check_highway(self, _: object, value: object) -> None:
+        if value is not None and value not in HIGHWAYS:
+            words = ", ".join(map(repr, HIGHWAYS))
+            raise RequestError(f"highway: must be None, {words}, got {value!r}")
+
+    @beta.validator
+    def _check_beta(self, _: object, value: float) -> None:
+        if value < 0:
+            raise RequestError(f"beta: must be at least 0, got {value!r}")
+
+    def __attrs_post_init__(self) -> None:
+        require_kind("MotionLora: info", self.info, "lora")
+        check_tensors("MotionLora", self._tensors, RequestError)
+        check_tensors("MotionLora: down and up", self.down, RequestError)
+        if set(self.down) != set(self.up):
+            odd = min(set(self.down) ^ set(self.up))
+            raise RequestError(f"MotionLora: each projection must have down and up, got one: {odd}")
+        folders = FAMILIES[self.info.family].temporal_folders
+        for path, down in self.down.items():
+            if not _is_temporal_projection(path, folders):
+                raise RequestError(
+                    "MotionLora: must adapt linear layers of temporal transformers, got "
+                    f"{path!r}, which is none in the family {self.info.family}"
+                )
+            up = self.up[path]
+            if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+                raise ShapeError(
+                    f"MotionLora: {path} must have down [rank, channels in] and up [channels out, "
+                    f"rank], got {list(down.shape)} and {list(up.shape)}"
+                )
+        if self.noise is not None and self.noise.ndim != 4:
+            raise ShapeError(
+                f"noise: must be [channels, frames, h, w], got {list(self.noise.shape)}"
+            )
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        noise = {} if self.noise is None else {"noise": self.noise}
+        return {
+            **{f"down.{path}": tensor for path, tensor in self.down.items()},
+            **{f"up.{path}": tensor for path, tensor in self.up.items()},
+            **noise,
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tensors and what they are for, in hexadecimal; switches do not enter."""
+        return fingerprint(self._tensors, self.info)
+
+    @property
+    def _identity(self) -> tuple[Any, ...]:
+        switches = (getattr(self, name) for name in switch_names(type(self)))
+        return (self.fingerprint, self.info, *switches)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether content, origin and switches are the same."""
+        if not isinstance(other, MotionLora):
+            return NotImplemented
+        return self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    def __mul__(self, factor: object) -> "MotionLora":
+        """The change times a number; its noise stays if `factor` is positive."""
+        if isinstance(factor, bool) or not isinstance(factor, Real):
+            return NotImplemented
+        amount = float(factor)
+        if not math.isfinite(amount):
+            raise RequestError(f"MotionLora: a factor must be a finite number, got {amount!r}")
+        return attrs.evolve(
+            self,
+            up={path: amount * up for path, up in self.up.items()},
+            noise=amount * self.noise if self.noise is not None and amount > 0 else None,
+        )
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "MotionLora":
+        """The opposite change, without its noise."""
+        return self * -1.0
+
+    def __add__(self, other: "MotionLora") -> "MotionLora":
+        """Both changes at once; projections that one lacks are the other's."""
+        if not isinstance(other, MotionLora):
+            return NotImplemented
+        _require_equal_switches(self, other)
+        _require_equal_widths(self, other)
+        terms = [m if m.scale == 1.0 else m.scale * m for m in (self, other)]
+        paths = [path for term in terms for path in term.up]
+        return attrs.evolve(
+            self,
+            down={p: torch.cat([t.down[p] for t in terms if p in t.down]) for p in paths},
+            up={p: torch.cat([t.up[p] for t in terms if p in t.up], dim=1) for p in paths},
+            noise=_add_noise(terms[0].noise, terms[1].noise),
+            info=join_info(*(m.info for m in sorted(terms, key=lambda m: m.noise is None))),
+            scale=1.0,
+        )
+
+    def __sub__(self, other: "MotionLora") -> "MotionLora":
+        """This change and the opposite of the other."""
+        if not isinstance(other, MotionLora):
+            return NotImplemented
+        return self + (-other)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], **switches: Any) -> "MotionLora":
+        """Read what `write` wrote, to be used with these switches.
+
+        Raises:
+            CheckpointError: it is not a whole file of a motion LoRA.
+            RequestError: there is no such switch, or it is out of its range.
+        """
+        check_switches(cls, switches)
+        tensors, info = read_motion(path)
+        require_kind(f"read: {path}", info, "lora")
+        require_known(path, tensors, _PARTS)
+        with said_of(f"read: {path}"):
+            made = cls(
+                take_part(tensors, "down"),
+                take_part(tensors, "up"),
+                noise=tensors.get("noise"),
+                info=info,
+            )
+        return attrs.evolve(made, **switches)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the tensors and what they are for as safetensors; switches are not written.
+
+        Raises:
+            OutputError: the path cannot be written.
+            RequestError: its name does not end in .safetensors.
+        """
+        write_motion(path, self._tensors, self.info)
+
+    @classmethod
+    def read_peft(
+        cls, path: str | os.PathLike[str], info: MotionInfo, **switches: Any
+    ) -> "MotionLora":
+        """Read a LoRA of temporal projections in the layout of diffusers and PEFT.
+
+        Names of PEFT, of diffusers' attention processors and of the original AnimateDiff are
+        understood; alpha, where a file has one, goes into `up`.
+
+        Args:
+            path: a safetensors file.
+            info: what the file does not say.
+            switches: how it is used.
+
+        Raises:
+            CheckpointError: it is not such a file.
+            RequestError: there is no such switch, or it is out of its range.
+        """
+        check_switches(cls, switches)
+        tensors, metadata = _read_safetensors(Path(path))
+        down, up = parse_public(f"read: {path}", tensors, metadata)
+        with said_of(f"read: {path}"):
+            made = cls(down, up, info=info)
+        return attrs.evolve(made, **switches)
+
+    def write_peft(self, path: str | os.PathLike[str]) -> None:
+        """Write the layout that `AnimateDiffPipeline.load_lora_weights` reads; no noise, no switch.
+
+        Names are `unet.<projection>.lora_A.weight` (down) and `.lora_B.weight` (up). Alpha is the
+        rank, so that the file's own scale is 1. Readers differ in what alpha they take where ranks
+        differ, so smaller ranks are filled up with zeros.
+
+        Raises:
+            OutputError: the path cannot be written.
+            RequestError: its name does not end in .safetensors.
+        """
+        from safetensors.torch import save_file
+
+        if Path(path).suffix != ".safetensors":
+            raise RequestError(f"write: a LoRA's file must end in .safetensors, got {str(path)!r}")
+        rank = max(down.shape[0] for down in self.down.values())
+        tensors = {}
+        for name, down in self.down.items():
+            up, missing = self.up[name], rank - down.shape[0]
+            tensors[f"unet.{name}.lora_A.weight"] = nn.functional.pad(down, (0, 0, 0, missing))
+            tensors[f"unet.{name}.lora_B.weight"] = nn.functional.pad(up, (0, missing))
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 @attrs.frozen(eq=False)
@@ -39,3 +345,253 @@ class ResolvedMotionLora:
     steps: int
     conditional_only: bool
     highway: ResolvedHighway | None
+
+
+def lora_paths(network: nn.Module, family: Family, target: str = "k") -> tuple[str, ...]:
+    """Module paths of the linear layers that a motion LoRA adapts, in the network's order.
+
+    Args:
+        network: of the family.
+        family: says what its temporal transformers are.
+        target: "k" (the paper), "k_out" (its released code), "q", "v", "ff" or "all"
+            (MotionDirector), in both self-attentions of every block.
+
+    Raises:
+        RequestError: there is no such target.
+    """
+    if target not in TARGETS:
+        raise RequestError(f"target: must be one of {', '.join(TARGETS)}, got {target!r}")
+    wanted = TARGETS[target]
+    transformers = set(temporal_transformers(network, family))
+    paths = []
+    for name, module in network.named_modules():
+        found = _PROJECTION.fullmatch(name)
+        if found is None or found["transformer"] not in transformers:
+            continue
+        if (
+            isinstance(module, nn.Linear)
+            and (found["attention"] or found["feed_forward"]) in wanted
+        ):
+            paths.append(name)
+    return tuple(paths)
+
+
+def resolve_highway(
+    network: Any, skips: tuple[Skip, ...], which: str, beta: float
+) -> ResolvedHighway:
+    """An appearance highway as data for one clip; see `choose_highway`.
+
+    Raises:
+        RequestError: the network has no such skip connections.
+    """
+    moved, stronger = choose_highway(network, skips, which)
+    return ResolvedHighway(
+        source=tuple(float(one) for one in moved),
+        gain=tuple(beta if one else 1.0 for one in stronger),
+    )
+
+
+def resolve_motion_lora(
+    control: MotionLora,
+    network: Any,
+    family: Family,
+    skips: tuple[Skip, ...],
+    steps: int,
+) -> ResolvedMotionLora:
+    """Turn what was asked into data, for a clip of any size sampled in `steps` steps.
+
+    Args:
+        control: what was asked.
+        network: with our modules in it or not.
+        family: of the network.
+        skips: of the network, from `list_skips`.
+        steps: sampler steps of the request.
+
+    Raises:
+        CheckpointError: the LoRA is of another family, site or width than the network.
+        RequestError: the network has no skip connections such as the highway moves.
+    """
+    require_family(control.info, family)
+    known = set(lora_paths(network, family, "all"))
+    banks = {}
+    for path, down in control.down.items():
+        up = control.up[path]
+        require_site(control.info, path, known)
+        linear = network.get_submodule(path)
+        require_width(control.info, f"down of {path}", down.shape[1], linear.in_features)
+        require_width(control.info, f"up of {path}", up.shape[0], linear.out_features)
+        weight = linear.weight
+        banks[path] = LoraBank(
+            down[None].to(weight.device, weight.dtype), up[None].to(weight.device, weight.dtype)
+        )
+    return ResolvedMotionLora(
+        key=control.fingerprint,
+        banks=banks,
+        scale=float(control.scale),
+        steps=injected_steps(control.until, steps),
+        conditional_only=control.halves == "cond",
+        highway=None
+        if control.highway is None
+        else resolve_highway(network, skips, control.highway, float(control.beta)),
+    )
+
+
+@contextmanager
+def said_of(where: str) -> Iterator[None]:
+    """Say of a file what is wrong with the motion that is made of its tensors.
+
+    Raises:
+        CheckpointError: in the place of another error about what was given.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def parse_public(
+    where: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The matrices of a public LoRA by our module paths: down, and up with alpha in it.
+
+    Args:
+        where: what the messages of errors begin with.
+        tensors: of the file.
+        metadata: of the file; diffusers keeps PEFT's settings there.
+
+    Raises:
+        CheckpointError: a name is not understood, a matrix misses its other half, or the file is
+            more than a plain LoRA.
+    """
+    matrices: dict[str, dict[str, Tensor]] = {"down": {}, "up": {}}
+    alphas: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        plain = _plain_name(name)
+        matrix, alpha = _PUBLIC_MATRIX.fullmatch(plain), _PUBLIC_ALPHA.fullmatch(plain)
+        if matrix is not None:
+            way = matrix["way"] or {"A": "down", "B": "up"}[matrix["peft"]]
+            matrices[way][_projection(matrix["path"])] = tensor
+        elif alpha is not None and tensor.numel() == 1:
+            alphas[_projection(alpha["path"])] = float(tensor)
+        else:
+            raise CheckpointError(
+                f"{where} must hold matrices of a LoRA, such as ...attn1.to_k.lora_A.weight or "
+                f"...attn1.processor.to_k_lora.down.weight, got {name!r}"
+            )
+    down, up = matrices["down"], matrices["up"]
+    if not down or set(down) != set(up):
+        odd = sorted(set(down) ^ set(up))[:1]
+        raise CheckpointError(
+            f"{where} must hold both matrices of each projection, got "
+            + (f"one of {odd[0]}" if odd else "none")
+        )
+    scale = _peft_scale(where, metadata)
+    scaled = {}
+    for path, tensor in up.items():
+        rank = tensor.shape[1] if tensor.ndim == 2 else 0
+        if down[path].ndim != 2 or rank == 0:
+            raise CheckpointError(f"{where}: {path} must have matrices of a linear layer")
+        factor = alphas[path] / rank if path in alphas else scale(path, rank)
+        scaled[path] = tensor if factor == 1.0 else factor * tensor
+    return down, scaled
+
+
+def _plain_name(name: str) -> str:
+    """A public name without what wraps it, its modules called as diffusers calls them."""
+    for prefix in _PUBLIC_PREFIXES:
+        name = name.removeprefix(prefix)
+    name = name.replace(".temporal_transformer.", ".").replace(".processor.", ".")
+    return re.sub(r"\.attention_blocks\.([01])\.", lambda found: f".attn{int(found[1]) + 1}.", name)
+
+
+def _projection(path: str) -> str:
+    """The module path; attention processors of diffusers and AnimateDiff say to_out for its 0."""
+    return f"{path}.0" if path.endswith(".to_out") else path
+
+
+def _peft_scale(where: str, metadata: Mapping[str, str]) -> Callable[[str, int], float]:
+    """The scale of each projection that PEFT's settings in the metadata say; 1 without any."""
+    if _ADAPTER_METADATA not in metadata:
+        return lambda _path, _rank: 1.0
+    try:
+        said = json.loads(metadata[_ADAPTER_METADATA])
+        settings = {key.removeprefix("unet."): value for key, value in said.items()}
+        general = settings.get("lora_alpha")
+        alpha = None if general is None else float(general)
+        patterns = {k: float(v) for k, v in (settings.get("alpha_pattern") or {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{where}: {_ADAPTER_METADATA} must be the settings of a LoRA as JSON ({error})"
+        ) from error
+    if settings.get("use_dora"):
+        raise CheckpointError(f"{where} must be a plain LoRA, got DoRA")
+
+    def scale(path: str, rank: int) -> float:
+        own = [value for key, value in patterns.items() if _peft_matches(key, path)]
+        chosen = own[0] if own else alpha
+        if chosen is None:
+            return 1.0
+        return chosen / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+    return scale
+
+
+def _peft_matches(key: str, path: str) -> bool:
+    plain = re.escape(key.removeprefix("^").removeprefix("unet."))
+    return re.fullmatch(rf"(?:.*\.)?{plain}", path) is not None
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {n: opened.get_tensor(n) for n in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"read: {file} must be a whole safetensors file, and cannot be read as one ({error})"
+        ) from error
+
+
+def _is_temporal_projection(path: str, folders: tuple[str, ...]) -> bool:
+    found = _PROJECTION.fullmatch(path)
+    return found is not None and bool(set(found["transformer"].split(".")) & set(folders))
+
+
+def _require_equal_switches(one: MotionLora, other: MotionLora) -> None:
+    for name in switch_names(MotionLora):
+        mine, its = getattr(one, name), getattr(other, name)
+        if name != "scale" and mine != its:
+            raise RequestError(
+                f"MotionLora: LoRAs that are added must have the same {name}, got {mine!r} and "
+                f"{its!r}; set it with attrs.evolve(lora, {name}={mine!r})"
+            )
+
+
+def _require_equal_widths(one: MotionLora, other: MotionLora) -> None:
+    if one.info.family != other.info.family:
+        raise RequestError(
+            "MotionLora: LoRAs that are added must be of one family, got "
+            f"{one.info.family} and {other.info.family}"
+        )
+    for path in one.down.keys() & other.down.keys():
+        widths = [(m.down[path].shape[1], m.up[path].shape[0]) for m in (one, other)]
+        if widths[0] != widths[1]:
+            raise ShapeError(
+                f"MotionLora: LoRAs that are added must be of one network, got {path} from "
+                f"{widths[0][0]} to {widths[0][1]} channels and from {widths[1][0]} to "
+                f"{widths[1][1]}"
+            )
+
+
+def _add_noise(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return one if other is None else other
+    if len(one) != len(other):
+        raise ShapeError(
+            "MotionLora: noises that are added must have the same channels, got "
+            f"{len(one)} and {len(other)}; leave one out with attrs.evolve(lora, noise=None)"
+        )
+    if one.shape != other.shape:  # its deviation is its weight, and stays
+        other = other.std(correction=0) * resize_noise(other, one.shape[1:])
+    return one + other

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from kinetiq.attention import Signal
+from kinetiq.errors import RequestError
 from kinetiq.families import Family, temporal_transformers
+
+HIGHWAYS = ("all", "released")
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Skip:
 
     Args:
         writer: module path of what it starts behind.
-        temporal: module path of the temporal transformer that is `writer`, or None.
+        temporal: module path of the temporal transformer of a down block that is `writer`, or None.
         reader: module path of the ResNet block that reads it.
         channels: how many it carries, the last of the reader's input.
     """
@@ -36,7 +39,9 @@ class Skip:
 def list_skips(network: Any, family: Family) -> tuple[Skip, ...]:
     """All skip connections of a network, in the order in which they are written."""
     temporal = set(temporal_transformers(network, family))
-    written: list[tuple[str, str | None, int]] = [("conv_in", None, network.conv_in.out_channels)]
+    # A temporal transformer before all blocks belongs to none, so that no highway goes round it.
+    first = "transformer_in" if "transformer_in" in temporal else "conv_in"
+    written: list[tuple[str, str | None, int]] = [(first, None, network.conv_in.out_channels)]
     for number, block in enumerate(network.down_blocks):
         for layer, resnet in enumerate(block.resnets):
             own = [
@@ -45,7 +50,8 @@ def list_skips(network: Any, family: Family) -> tuple[Skip, ...]:
                 if f"down_blocks.{number}.{folder}.{layer}" in temporal
             ]
             last = own[0] if own else None
-            writer = last or f"down_blocks.{number}.resnets.{layer}"
+            convolved = "temp_convs" if hasattr(block, "temp_convs") else "resnets"
+            writer = last or f"down_blocks.{number}.{convolved}.{layer}"
             written.append((writer, last, resnet.out_channels))
         if block.downsamplers is not None:
             name = f"down_blocks.{number}.downsamplers.0"
@@ -61,20 +67,73 @@ def list_skips(network: Any, family: Family) -> tuple[Skip, ...]:
     )
 
 
+def choose_highway(
+    network: Any, skips: tuple[Skip, ...], which: str
+) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    """Which skip connections an appearance highway moves, and which it makes stronger.
+
+    "all" is the paper: every skip connection that starts behind a temporal transformer of a down
+    block, and no other, starts before it and is made stronger. "released" is its authors' code,
+    which names blocks of `UNet3DConditionModel`: of what `up_blocks.1` reads, the two that start
+    behind temporal transformers start before them; all three, and the first that `up_blocks.2`
+    reads, are made stronger. That is read as: the first up block with spatial attention, and the
+    first skip connection of the up block behind it; so it has a meaning for other layouts too.
+
+    Args:
+        network: whose skip connections they are.
+        skips: from `list_skips`.
+        which: "all" or "released".
+
+    Returns:
+        For each skip connection, whether it is moved, and whether it is made stronger.
+
+    Raises:
+        RequestError: the network has no such skip connection.
+    """
+    if which == "all":
+        moved = tuple(skip.temporal is not None for skip in skips)
+        stronger = moved
+    else:
+        attentive = [
+            number for number, block in enumerate(network.up_blocks) if _has_attention(block)
+        ]
+        first = f"up_blocks.{attentive[0]}." if attentive else None
+        after = f"up_blocks.{attentive[0] + 1}.resnets.0" if attentive else None
+        read = tuple(first is not None and skip.reader.startswith(first) for skip in skips)
+        moved = tuple(
+            own and skip.temporal is not None for own, skip in zip(read, skips, strict=True)
+        )
+        stronger = tuple(own or skip.reader == after for own, skip in zip(read, skips, strict=True))
+    if not any(moved):
+        where = (
+            "a skip connection behind a temporal transformer"
+            if which == "all"
+            else "an up block with spatial attention that reads from behind a temporal transformer"
+        )
+        raise RequestError(
+            f"highway: {which!r} needs {where}, and this {type(network).__name__} has none; "
+            "leave highway out"
+        )
+    return moved, stronger
+
+
 def attach_skips(network: nn.Module, skips: tuple[Skip, ...], signal: Signal) -> list[Any]:
     """Let each reader see its skip as `SkipControl` says; returns handles that `remove` it."""
     return [
-        network.get_submodule(skip.reader).register_forward_pre_hook(_reader(index, skip, signal))
+        network.get_submodule(skip.reader).register_forward_pre_hook(
+            _reader(index, skip, signal), with_kwargs=True
+        )
         for index, skip in enumerate(skips)
     ]
 
 
 def _reader(index: int, skip: Skip, signal: Signal) -> Any:
-    def reroute(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def reroute(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         control = signal.controls.skip
         if control is None:
             return None
-        joined: Tensor = given[0]
+        # Some up blocks of diffusers hand it over by position, others by name.
+        joined: Tensor = given[0] if given else named["input_tensor"]
         own = joined[:, joined.shape[1] - skip.channels :].unflatten(0, (-1, signal.frames))
         if skip.temporal is not None:
             source = _per_row(control.source[index], own)
@@ -82,9 +141,16 @@ def _reader(index: int, skip: Skip, signal: Signal) -> Any:
             own = torch.lerp(own, before, source)
         own = (own * _per_row(control.gain[index], own)).flatten(0, 1)
         hidden = joined[:, : joined.shape[1] - skip.channels]
-        return (torch.cat([hidden, own], dim=1), *given[1:])
+        rerouted = torch.cat([hidden, own], dim=1)
+        if given:
+            return (rerouted, *given[1:]), named
+        return given, {**named, "input_tensor": rerouted}
 
     return reroute
+
+
+def _has_attention(block: nn.Module) -> bool:
+    return len(getattr(block, "attentions", ())) > 0
 
 
 def _per_row(factor: Tensor, like: Tensor) -> Tensor:

@@ -75,16 +75,19 @@ def transfer_pairs(count: int, seed: int = 0) -> list[TransferPair]:
             hue=world.sample_named_hue(rng, _choice(rng, world.COLOURS)),
             motion=world.MOTIONS[number % len(world.MOTIONS)],
         )
-        ground = _choice(rng, world.COLOURS)
-        scene = Scene((sprite,), background_hue=world.COLOURS[ground])
-        mention = Mention(
-            shape=_choice(rng, set(world.SHAPES) - {sprite.shape}),
-            colour=_choice(rng, set(world.COLOURS) - {world.colour_name(sprite.hue)}),
-            texture=_choice(rng, set(world.TEXTURES) - {sprite.texture}),
-        )
-        caption = Caption((mention,), _choice(rng, set(world.COLOURS) - {ground}))
-        pairs.append(TransferPair(scene, caption, seed=number))
+        scene = Scene((sprite,), background_hue=world.COLOURS[_choice(rng, world.COLOURS)])
+        pairs.append(_conflicting(rng, scene, number))
     return pairs
+
+
+def transfer_groups(references: int, prompts: int, seed: int = 0) -> list[list[TransferPair]]:
+    """For each of some references, of every motion in turn, several conflicting prompts."""
+    groups = []
+    for pair in transfer_pairs(references, seed):
+        rng = np.random.default_rng([seed, 3, pair.seed])
+        group = [_conflicting(rng, pair.scene, prompts * pair.seed + k) for k in range(prompts)]
+        groups.append(group)
+    return groups
 
 
 def prompt_captions(count: int, *, held_out: bool, seed: int = 0) -> list[Caption]:
@@ -106,6 +109,20 @@ def prompt_captions(count: int, *, held_out: bool, seed: int = 0) -> list[Captio
             mention = Mention(shape, colour, _choice(rng, world.TEXTURES), motion)
             captions.append(Caption((mention,), _choice(rng, world.COLOURS)))
     return captions if held_out else _rearranged(captions, rng)
+
+
+def _conflicting(rng: np.random.Generator, scene: Scene, seed: int) -> TransferPair:
+    """A prompt that names nothing of what the scene shows."""
+    sprite = scene.sprites[0]
+    mention = Mention(
+        shape=_choice(rng, set(world.SHAPES) - {sprite.shape}),
+        colour=_choice(rng, set(world.COLOURS) - {world.colour_name(sprite.hue)}),
+        texture=_choice(rng, set(world.TEXTURES) - {sprite.texture}),
+    )
+    ground = world.colour_name(scene.background_hue)
+    return TransferPair(
+        scene, Caption((mention,), _choice(rng, set(world.COLOURS) - {ground})), seed
+    )
 
 
 def _rearranged(captions: Sequence[Caption], rng: np.random.Generator) -> list[Caption]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import av
 import numpy as np
 import pytest
@@ -19,11 +20,15 @@ from safetensors.torch import load_file, save_file
 from kinetiq import __main__ as command_line
 from kinetiq import clip as clip_module
 from kinetiq import files as files_module
+from kinetiq import motion_training
 from kinetiq.__main__ import main
 from kinetiq.checkpoint import embedded_folder
 from kinetiq.clip import Clip
 from kinetiq.engine import Engine
+from kinetiq.motion_embedding import MotionEmbedding
+from kinetiq.motion_file import MotionInfo
 from kinetiq.motion_injection import MotionInjection
+from kinetiq.motion_lora import MotionLora
 from kinetiq.query_injection import QueryInjection
 from kinetiq.sprites import training
 
@@ -92,6 +97,22 @@ def references(tmp_path):
 
 def tree(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def motions(tmp_path):
+    """Learned motions in the folder where commands run; at a block that no network need have."""
+    info = MotionInfo(kind="embedding", family="animatediff", frames=4, height=8, width=8)
+    block = "up_blocks.1.motion_modules.0.transformer_blocks.0"
+    tensors = {"query_key": {block: torch.ones(4, 32)}, "value": {}}
+    MotionEmbedding(**tensors, info=info).write(tmp_path / "dance.safetensors")
+    brought = MotionEmbedding(**tensors, info=info).resample(frames=6).resize(height=4, width=12)
+    brought.write(tmp_path / "long.safetensors")
+    lora = {f"{block}.attn1.to_k": torch.ones(2, 2)}
+    info = attrs.evolve(info, kind="lora")
+    MotionLora(lora, lora, info=info).write(tmp_path / "lora.safetensors")
+    save_file({"w": torch.ones(2)}, tmp_path / "other.safetensors")
+    torch.save({"w": torch.ones(2)}, tmp_path / "motion_embed.pt")
 
 
 @pytest.fixture
@@ -296,6 +317,54 @@ class TestGenerate:
         assert [type(control) for control in seen] == kinds
         assert all(control == type(control)(control.reference) for control in seen)  # its defaults
 
+    @pytest.mark.usefixtures("references", "motions")
+    def test_learned_motions_are_added_up_and_take_their_switches(self, generate, monkeypatch):
+        seen = []
+
+        def fake(self, prompt, control, **_):
+            seen.extend(control)
+            return moving()
+
+        monkeypatch.setattr(Engine, "generate", fake)
+        result = generate(
+            *("--motion", "0.5*dance.safetensors", "--motion", "-2e0 * long.safetensors"),
+            *("--motion", "lora.safetensors", "--motion-scale", "-0.5", "--value-scale", "2"),
+            *("--debias", "drop", "--noise-prior", "0.3", "--until", "0.25", "--halves", "cond"),
+            *("--highway", "all", "--beta", "1.2", "--reference", "good.gif"),
+        )
+        assert result.exit_code == 0, result.stderr
+        injection, embedding, lora = seen
+        shared = {"scale": -0.5, "noise_prior": 0.3, "until": 0.25, "halves": "cond"}
+        assert all(getattr(m, n) == v for m in (embedding, lora) for n, v in shared.items())
+        assert (embedding.value_scale, embedding.debias) == (2.0, "drop")
+        assert (lora.highway, lora.beta) == ("all", 1.2)
+        assert embedding.info.shape == (4, 8, 8)  # the first's
+        assert all((tensor == 0.5 - 2.0).all() for tensor in embedding.query_key.values())
+        assert isinstance(injection, MotionInjection) and injection.until == 0.25
+
+    @pytest.mark.usefixtures("motions")
+    def test_a_learned_motion_alone_is_used_by_its_defaults(self, generate, monkeypatch):
+        seen = []
+
+        def fake(self, prompt, control, **_):
+            seen.extend(control)
+            return moving()
+
+        monkeypatch.setattr(Engine, "generate", fake)
+        assert generate("--motion", "dance.safetensors").exit_code == 0
+        assert seen == [MotionEmbedding.read("dance.safetensors")]
+
+    @pytest.mark.usefixtures("motions")
+    def test_a_learned_motion_moves_a_clip(self, generate, tiny_folder, tmp_path):
+        words = ("--model", str(tiny_folder()), "--frames", "3", "--size", "16x16")
+        assert generate(*words, "--out", "plain").exit_code == 0
+        result = generate(*words, "--motion", "-1*dance.safetensors", "--out", "moved")
+        assert (result.exit_code, result.stderr) == (0, "")
+        none = generate(*words, "--motion", "0*dance.safetensors", "--out", "none")
+        assert none.exit_code == 0
+        plain, moved, none = (Clip.read(tmp_path / name) for name in ("plain", "moved", "none"))
+        assert plain == none != moved
+
     @pytest.mark.usefixtures("references")
     def test_a_moving_region(self, generate, monkeypatch):
         regions = []
@@ -404,6 +473,38 @@ class TestBeforeAModelLoads:
     )
     def test_controls(self, generate, refused, words, message):
         refused(generate("--reference", "good.gif", *words), message)
+
+    @pytest.mark.usefixtures("motions")
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["absent.safetensors"], "absent.safetensors must be a motion's file, and is not ther"),
+            (["other.safetensors"], "must be a motion that kinetiq wrote"),
+            (["good.gif"], "good.gif must be a whole safetensors file"),
+            (["2*motion_embed.pt"], "kinetiq convert motion_embed.pt --out motion_embed.safetenso"),
+            (["1e999*dance.safetensors"], "a factor must be finite, got inf"),
+            (["x*dance.safetensors"], "x*dance.safetensors must be a motion's file"),
+            (["dance.safetensors", "--debias", "most"], "'most' is not one of 'difference'"),
+            (["dance.safetensors", "--until", "2"], "until: must be a number from 0 to 1, got 2.0"),
+            (
+                ["dance.safetensors", "--noise-prior", "2"],
+                "noise_prior: must be a number from 0 to",
+            ),
+            (
+                ["dance.safetensors", "--motion-scale", "nan"],
+                "scale: must be a finite number, got ",
+            ),
+            (["dance.safetensors", "--highway", "all"], "is of kind lora, got embedding"),
+            (["lora.safetensors", "--debias", "none"], "is of kind embedding, got lora"),
+            (["dance.safetensors", "--parts", "q"], "--parts acts with a --reference and --contro"),
+        ],
+    )
+    def test_learned_motions(self, generate, refused, words, message):
+        refused(generate("--motion", *words), message)
+
+    def test_a_switch_of_a_learned_motion_needs_one(self, generate, refused):
+        message = "--noise-prior acts with a --motion that is of kind embedding or lora, got no --m"
+        refused(generate("--noise-prior", "0.5"), message)
 
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -609,3 +710,124 @@ class TestTrain:
     def test_says_what_is_wrong(self, run, refused, trained, words, message):
         refused(run("train", "sprites", "--out", "run", *words), message)
         assert trained == {}
+
+
+@pytest.mark.usefixtures("references")
+class TestTrainMotion:
+    WORDS = (
+        *("--reference", "good.gif", "--prompt", "a square moving right"),
+        *("--out", "a.safetensors"),
+    )
+
+    @pytest.fixture
+    def learned(self, monkeypatch):
+        """What the training of a motion was asked, instead of training."""
+        asked = {}
+
+        class Made:
+            info = MotionInfo(kind="embedding", family="animatediff", frames=8, height=16, width=16)
+
+        def learn(engine, clips, prompts, out, options, *, folder, report, progress):
+            asked.update(clips=clips, prompts=prompts, out=out, options=options, folder=folder)
+            asked["weights"] = engine.checkpoint.dtype
+            report(motion_training.MotionTrainingStep(7, 0.5, None, 3.2, 1.0))
+            report(motion_training.MotionTrainingStep(9, 0.25, 0.125, 4.1, 1.0))
+            progress("training", 9, 30)  # not drawn: there is no terminal
+            return Made
+
+        monkeypatch.setattr(motion_training, "train_embedding", learn)
+        monkeypatch.setattr(motion_training, "train_lora", learn)
+        return asked
+
+    def test_options_reach_the_training_of_an_embedding(self, run, learned):
+        result = run(
+            *("train", "embedding", *self.WORDS, "--steps", "30", "--learning-rate", "0.01"),
+            *("--loss", "debiased", "--sites", "up:128, down_blocks.1", "--frames", "6"),
+            *("--height", "16", "--width", "24", "--dtype", "bfloat16", "--seed", "4"),
+            *("--save-every", "9", "--previews", "0", "--preview-prompt", "a circle"),
+            *("--recompute", "--dropout", "0.1", "--inversion-steps", "7", "--folder", "here"),
+            *("--weights", "bfloat16"),
+        )
+        assert (result.exit_code, result.stdout) == (0, "a.safetensors\n")
+        assert result.stderr == (
+            "step 7: loss 0.5000, 3 s\nstep 9: loss 0.2500, loss of single frames 0.1250, 4 s\n"
+        )
+        assert learned["options"] == motion_training.EmbeddingOptions(
+            steps=30,
+            learning_rate=0.01,
+            loss="debiased",
+            sites=(("up", 128), "down_blocks.1"),
+            frames=6,
+            height=16,
+            width=24,
+            dtype="bfloat16",
+            seed=4,
+            save_every=9,
+            previews=0,
+            preview_prompt="a circle",
+            recompute=True,
+            dropout=0.1,
+            inversion_steps=7,
+        )
+        clip = learned["clips"]
+        assert (clip.num_frames, clip.height, clip.width) == (8, 16, 24)
+        assert learned["prompts"] == "a square moving right"
+        assert (learned["out"], learned["folder"]) == (Path("a.safetensors"), Path("here"))
+        assert learned["weights"] == torch.bfloat16
+
+    def test_left_out_is_the_default(self, run, learned):
+        assert run("train", "embedding", *self.WORDS).exit_code == 0
+        assert learned["options"] == motion_training.EmbeddingOptions()
+        assert learned["folder"] is None and learned["weights"] == torch.float32
+        assert (learned["clips"].height, learned["clips"].width) == (32, 32)
+        assert run("train", "lora", *self.WORDS).exit_code == 0
+        assert learned["options"] == motion_training.LoraOptions()
+
+    def test_several_references_of_one_lora(self, run, learned):
+        result = run(
+            *("train", "lora", *self.WORDS, "--reference", "good.gif"),
+            *("--target", "k_out", "--rank", "8", "--json"),
+        )
+        made = json.loads(result.stdout)
+        assert (made["out"], made["frames"], made["kind"]) == ("a.safetensors", 8, "embedding")
+        assert learned["options"] == motion_training.LoraOptions(target="k_out", rank=8)
+        assert len(learned["clips"]) == 2
+        assert list(learned["prompts"]) == ["a square moving right"] * 2
+
+    @pytest.mark.usefixtures("unloaded")
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--reference", "still.png"], "must have at least 2 frames, the motion's, got 1"),
+            (["--frames", "9"], "must have at least 9 frames, the motion's, got 8; give a longer"),
+            (["--loss", "l1"], "loss must be one of hybrid, debiased, mse, vmc, got 'l1'"),
+            (["--learning-rate", "nan"], "learning_rate must be a number above 0 to 10, got nan"),
+            (["--steps", "0"], "steps must be a whole number from 1 to 1000000, got 0"),
+            (["--sites", "up:wide"], "--sites must be PLACE:WIDTH such as up:1280, or names"),
+            (["--out", "a.pt"], "--out must end in .safetensors, got 'a.pt'"),
+            (["--out", "no/a.safetensors"], "the folder no must exist"),
+            (["--reference", "absent.mp4"], "absent.mp4"),
+            (["--prompt", " "], "prompt: must hold at least one word"),
+            (["--dtype", "int8"], "dtype must be one of"),
+        ],
+    )
+    def test_bad_options_are_said_before_a_model_loads(self, run, refused, words, message):
+        refused(run("train", "embedding", *self.WORDS, *words), message)
+
+    @pytest.mark.usefixtures("unloaded")
+    def test_each_reference_has_a_prompt(self, run, refused):
+        result = run("train", "lora", *self.WORDS, "--prompt", "b", "--prompt", "c")
+        refused(result, "--prompt must come once, or once for each of 1 --reference, got 3")
+
+    def test_a_motion_is_learned_and_used(self, run):
+        result = run(
+            *("train", "embedding", *self.WORDS, "--steps", "2", "--previews", "0"),
+            *("--inversion-steps", "2"),
+        )
+        assert (result.exit_code, result.stdout) == (0, "a.safetensors\n")
+        result = run(
+            *("generate", "--prompt", "a red circle", "--motion", "a.safetensors"),
+            *("--steps", "1", "--out", "out.gif"),
+        )
+        assert result.exit_code == 0, result.stderr
+        assert Path("out.gif").exists()

@@ -300,5 +300,7 @@ def test_says_what_is_wrong_with_a_region(engine, reference, region, message):
 def test_two_of_a_kind_are_refused(engine, reference):
     with pytest.raises(kq.RequestError, match="at most one QueryInjection acts on a clip"):
         latents_of(engine, [kq.QueryInjection(reference), kq.QueryInjection(reference)])
-    with pytest.raises(kq.RequestError, match="must be QueryInjection or MotionInjection, got int"):
+    with pytest.raises(
+        kq.RequestError, match=r"must be QueryInjection, MotionInjection, .* or MotionLora, got int"
+    ):
         latents_of(engine, 3)

@@ -97,3 +97,17 @@ def test_a_perfect_model_scores_perfectly_and_a_copying_one_leaks():
     assert scores.motion_fidelity.mean > 0.97
     assert scores.identity_leak.mean == 1
     assert scores.colour_accuracy.mean == 0
+
+
+def test_groups_are_several_conflicting_prompts_for_each_reference():
+    groups = cases.transfer_groups(8, 4)
+    assert [len(group) for group in groups] == [4] * 8
+    assert {group[0].sprite.path.motion for group in groups} == set(world.MOTIONS)
+    assert len({pair.seed for group in groups for pair in group}) == 32
+    for group in groups:
+        assert len({pair.scene for pair in group}) == 1
+        assert len({pair.caption.text for pair in group}) > 1
+        for pair in group:
+            mention = pair.caption.mentions[0]
+            assert mention.motion is None and mention.shape != pair.sprite.shape
+            assert world.hue_distance(world.COLOURS[mention.colour], pair.sprite.hue) > 15

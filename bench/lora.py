@@ -1,0 +1,125 @@
+"""Motion LoRAs on the embedded model, and what each idea of the paper takes from the leak.
+
+A LoRA of all projections of the temporal transformers, of their keys alone (TAP), that with skip
+connections that start before the temporal transformers (AH), and that with the untouched network
+in the later steps (PLI): the ablation of "Separate Motion from Appearance" (arXiv:2501.16714,
+table 1), with the fidelity beside the leak. Less of a LoRA moves less and leaks less, so each is
+generated at several scales, and is compared with the LoRA of all projections at the scale whose
+fidelity is nearest.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import attrs
+
+from kinetiq.bench.figures import Figure
+from kinetiq.bench.harness import Bench, BenchOptions, Progress
+from kinetiq.bench.learned import Motion, controls_by_reference, learn, motion_folder
+from kinetiq.bench.sprites import figure
+from kinetiq.engine import Engine
+from kinetiq.motion_training import LoraOptions
+from kinetiq.sprites import metrics
+from kinetiq.sprites.cases import TransferScores, score_transfer, transfer, transfer_groups
+
+STEPS = 10
+OPTIONS = LoraOptions(steps=200, dtype="bfloat16", previews=0)
+SCALES = (0.5, 0.75, 1.0, 1.25)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the ablation: what is learned, and how it is used."""
+
+    name: str
+    target: str
+    switches: Mapping[str, Any]
+
+
+VARIANTS = (
+    Variant("all", "all", {}),
+    Variant("k", "k", {}),
+    Variant("k_highway", "k", {"highway": "all"}),
+    Variant("k_highway_phase", "k", {"highway": "all", "until": 0.5}),
+    Variant("k_out", "k_out", {}),
+)
+
+
+def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
+    """Learn a LoRA a reference and target, and generate with every variant."""
+    groups = transfer_groups(*((2, 2) if options.quick else (8, 4)), seed=options.seed)
+    pairs = [pair for group in groups for pair in group]
+    targets = list(dict.fromkeys(variant.target for variant in VARIANTS))
+    jobs = [(target, group[0]) for target in targets for group in groups]
+    learned: dict[str, list[tuple[Any, Motion]]] = {target: [] for target in targets}
+    with Engine.load("sprites", device=options.device) as engine:
+        for target, pair in progress.track(jobs, "learning"):
+            motion = learn(engine, pair, replace(OPTIONS, target=target), motion_folder())
+            learned[target].append((pair, motion))
+    scores: dict[str, TransferScores] = {}
+    with Engine.load("sprites", device=options.device, dtype="bfloat16") as engine:
+
+        def score(control: Any) -> TransferScores:
+            return score_transfer(transfer(engine, pairs, control, steps=STEPS), pairs)
+
+        scores["plain"] = score(lambda _: None)
+        noise = functools.partial(_change, switches={"scale": 0.0})
+        scores["noise_only"] = score(controls_by_reference(learned["k"], noise))
+        settings = [
+            (variant, scale)
+            for variant in VARIANTS
+            for scale in (SCALES if variant.name in ("all", "k") else (1.0,))
+        ]
+        for variant, scale in progress.track(settings, "generating"):
+            change = functools.partial(_change, switches={**variant.switches, "scale": scale})
+            name = f"{variant.name}.scale_{round(100 * scale):03d}"
+            scores[name] = score(controls_by_reference(learned[variant.target], change))
+    return figures_of(scores)
+
+
+def _change(motion: Motion, switches: Mapping[str, Any]) -> Motion:
+    return attrs.evolve(motion, **switches)
+
+
+def figures_of(scores: Mapping[str, TransferScores]) -> dict[str, Figure]:
+    """The figures of every setting, and the variants at scale 1 beside each other."""
+    figures: dict[str, Figure] = {}
+    full = {v.name: scores[f"{v.name}.scale_100"] for v in VARIANTS}
+    for name, score in {**scores, **full}.items():
+        figures |= {
+            f"lora.{name}.motion_fidelity": figure(score.motion_fidelity),
+            f"lora.{name}.identity_leak": figure(score.identity_leak),
+            f"lora.{name}.colour_accuracy": figure(score.colour_accuracy),
+            f"lora.{name}.shape_accuracy": figure(score.shape_accuracy),
+        }
+    one, other = nearest_in_fidelity(scores)
+    saved = metrics.share_difference(scores[other].leaks, scores[one].leaks, paired=True)
+    gap = scores[one].motion_fidelity.mean - scores[other].motion_fidelity.mean
+    figures["lora.k_leak_saved_at_equal_fidelity"] = figure(saved)
+    figures["lora.k_fidelity_gap_where_compared"] = Figure(gap, n=saved.n)
+    highway = metrics.share_difference(full["k"].leaks, full["k_highway"].leaks, paired=True)
+    figures["lora.highway_leak_saved"] = figure(highway)
+    return figures
+
+
+def nearest_in_fidelity(scores: Mapping[str, TransferScores]) -> tuple[str, str]:
+    """The settings of keys and of all projections whose fidelities differ least."""
+
+    def settings(stem: str) -> Sequence[str]:
+        return [name for name in scores if name.startswith(f"{stem}.scale_")]
+
+    def fidelity(name: str) -> float:
+        return scores[name].motion_fidelity.mean
+
+    candidates = [
+        (abs(fidelity(one) - fidelity(other)), -fidelity(one), one, other)
+        for one in settings("k")
+        for other in settings("all")
+    ]
+    _, _, one, other = min(candidates)
+    return one, other
+
+
+BENCH = Bench("lora", "motion and identity under motion LoRAs: all, TAP, AH, PLI", measure)

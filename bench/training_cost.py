@@ -1,0 +1,189 @@
+"""A step of training a motion embedding on the full-size ZeroScope network, against plain ways.
+
+The released recipe, written the plain way, records spatial adapters throughout and puts both of
+its passes into one graph. Ours computes the same gradients of the motion with the adapter as a
+constant, one pass at a time. Weights are random and in bfloat16; a step's peak is what it adds to
+them. Steps without recomputation are the plain autograd that recomputation is compared with.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinetiq.bench.figures import Figure
+from kinetiq.bench.harness import Bench, BenchOptions, Progress
+from kinetiq.bench.measure import peak_memory, time_ratio
+from kinetiq.denoiser import EagerDenoiser
+from kinetiq.errors import WorkError
+from kinetiq.motion_losses import Diffusion, mean_squared_error, motion_loss, read_diffusion
+from kinetiq.motion_training import (
+    CachedClip,
+    EmbeddingLearner,
+    Spatial,
+    StepDraw,
+    choose_blocks,
+    draw_step,
+    measure_blocks,
+    motion_step,
+    named_parameters,
+)
+from kinetiq.recomputation import Recomputation
+from kinetiq.spatial_lora import Adapter, draw_low_rank, spatial_linears
+
+ZEROSCOPE: dict[str, Any] = {
+    "sample_size": 32,
+    "attention_head_dim": 64,
+    "cross_attention_dim": 1024,
+}
+SCHEDULER: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+}
+SIZES = {"cpu": (8, 16, 16), "cuda": (24, 40, 72)}  # frames, height and width of latents
+CLOSE = 0.05  # of the largest gradient, in bfloat16, where both ways must agree
+RANK = 32
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """A network, what it learns from, and what it learns."""
+
+    denoiser: EagerDenoiser
+    diffusion: Diffusion
+    learner: EmbeddingLearner
+    clip: CachedClip
+    draw: StepDraw
+    spatial: Spatial
+    recomputation: Recomputation
+
+
+Way = Callable[[State], list[Tensor]]
+
+
+def prepare(device: str, size: tuple[int, int, int], config: dict[str, Any]) -> State:
+    """The network with random weights, attached and frozen, and a random clip."""
+    from diffusers import UNet3DConditionModel
+
+    torch.manual_seed(0)
+    former = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            network = UNet3DConditionModel(**config)
+    finally:
+        torch.set_default_dtype(former)
+    network.eval().requires_grad_(False)
+    denoiser = EagerDenoiser(network).attach()
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn((4, *size), generator=generator).to(device)
+    text = torch.randn((77, config["cross_attention_dim"]), generator=generator).to(device)
+    clip = CachedClip(latents, text)
+    blocks = measure_blocks(denoiser, choose_blocks(denoiser.sites, ()), clip)
+    learner = EmbeddingLearner(denoiser, blocks, size[0], latents.device)
+    paths = spatial_linears(network, denoiser.family)
+    weights = draw_low_rank(network, paths, RANK, generator)
+    return State(
+        denoiser=denoiser,
+        diffusion=read_diffusion("DDIMScheduler", SCHEDULER),
+        learner=learner,
+        clip=clip,
+        draw=replace(draw_step(0, 0, [clip], SCHEDULER["num_train_timesteps"], 0.0), clip=0),
+        spatial=Spatial(Adapter(network, paths), (weights,)),
+        recomputation=Recomputation(denoiser, learner.trained),
+    )
+
+
+def run_ours(state: State, *, recompute: bool = False) -> list[Tensor]:
+    """Our step; returns the gradients of the motion."""
+    found = motion_step(
+        state.denoiser,
+        state.diffusion,
+        state.learner,
+        state.clip,
+        state.draw,
+        spatial=state.spatial,
+        recomputation=state.recomputation if recompute else None,
+    )
+    return list(found.gradients)
+
+
+def run_released(state: State) -> list[Tensor]:
+    """The released recipe the plain way: adapters recorded throughout, one graph, one backward."""
+    clean = state.clip.latents[None]
+    noise = state.draw.noise.to(clean)[None]
+    noised = state.diffusion.noise(clean, noise, state.draw.timestep)
+    target = state.diffusion.target(clean, noise, state.draw.timestep)
+    dtype = next(state.denoiser.network.parameters()).dtype
+    timesteps = torch.tensor([state.draw.timestep], device=clean.device)
+    text = state.clip.text[None].to(dtype)
+    frame = slice(state.draw.frame, state.draw.frame + 1)
+    weights = state.spatial.weights[0]
+    motion = list(state.learner.parameters.values())
+    with state.spatial.adapter.acting(weights):
+        one = state.denoiser.predict(noised[:, :, frame].to(dtype), timesteps, text)
+        all_ = state.denoiser.predict(noised.to(dtype), timesteps, text, state.learner.controls())
+    loss = mean_squared_error(one.to(clean.dtype), target[:, :, frame])
+    loss = loss + motion_loss("hybrid", all_.to(clean.dtype), target, state.draw.anchor)
+    parameters = [*motion, *named_parameters(weights).values()]
+    gradients = torch.autograd.grad(loss, parameters)
+    return list(gradients[: len(motion)])
+
+
+def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
+    """Measure the three ways: that they agree, their time, their peak."""
+    device = options.device
+    size = SIZES[torch.device(device).type]
+    config = ZEROSCOPE
+    if options.quick:
+        size, config = (4, 8, 8), ZEROSCOPE | {"block_out_channels": (64, 128, 256, 256)}
+    ways: dict[str, Way] = {
+        "released": run_released,
+        "ours": run_ours,
+        "recompute": functools.partial(run_ours, recompute=True),
+    }
+    state = prepare(device, size, config)
+    _require_agreement({name: run(state) for name, run in ways.items()})
+    repeats = 3 if options.quick or not device.startswith("cuda") else 9
+    ratios = {}
+    for name, baseline in progress.track([("ours", "released"), ("recompute", "ours")], "time"):
+        ratios[name] = time_ratio(
+            functools.partial(ways[name], state),
+            functools.partial(ways[baseline], state),
+            repeats=repeats,
+            warmup=0,
+            device=device,
+        )
+    del state
+    peaks = {
+        name: peak_memory(functools.partial(prepare, device, size, config), run, device=device)
+        for name, run in progress.track(ways.items(), "memory", len(ways))
+    }
+    growth = {name: peak.growth for name, peak in peaks.items()}
+    return {
+        "training_cost.time": ratios["ours"].figure,
+        "training_cost.memory": Figure(growth["ours"] / growth["released"], n=1),
+        "training_cost.recompute_time": ratios["recompute"].figure,
+        "training_cost.recompute_memory": Figure(growth["recompute"] / growth["ours"], n=1),
+    }
+
+
+def _require_agreement(gradients: dict[str, list[Tensor]]) -> None:
+    """Ways that do not compute the same are not compared."""
+    for name in ("ours", "recompute"):
+        for got, wanted in zip(gradients[name], gradients["released"], strict=True):
+            error = (got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)
+            if not error <= CLOSE:
+                raise WorkError(
+                    f"bench training_cost: {name} must have the released recipe's gradients to "
+                    f"{CLOSE:g} of the largest, got {error.item():g}"
+                )
+
+
+BENCH = Bench("training_cost", "a step of motion training against the plain ways", measure)
