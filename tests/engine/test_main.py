@@ -135,7 +135,7 @@ class TestMain:
         result = run()
         assert (result.exit_code, result.stderr) == (0, "")
         listed = [line.split()[0] for line in result.stdout.split("Commands:\n")[1].splitlines()]
-        assert listed == ["demo", "generate", "train", "convert", "doctor", "bench"]
+        assert listed == ["demo", "generate", "train", "analyze", "convert", "doctor", "bench"]
         assert "..." not in result.stdout.split("Commands:\n")[1]
         assert run("--help").stdout == run("-h").stdout == result.stdout
         assert "  sprites " in run("train").stdout
