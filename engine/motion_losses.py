@@ -81,7 +81,7 @@ def read_diffusion(scheduler: str, config: Any) -> Diffusion:
     kind = built.config.get("prediction_type", "epsilon")
     if alphas is None or kind not in PREDICTION_TYPES:
         raise RequestError(
-            "noise schedule: the checkpoint's scheduler must have a noise schedule of betas and predict "
+            "noise schedule: the checkpoint's scheduler must have betas and predict "
             f"{', '.join(PREDICTION_TYPES)}, got {scheduler} that predicts {kind!r}"
         )
     return Diffusion(alphas.float(), kind)
