@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -176,25 +177,30 @@ def _follow(accounts: Iterable[Account], log: Path | None) -> list[Account]:
     if log is None:
         return list(accounts)
     kept = []
-    try:
+    with _writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w", encoding="utf-8", buffering=1) as file:
-            for account in accounts:
-                file.write(json.dumps(asdict(account)) + "\n")
-                kept.append(account)
-    except OSError as error:
-        raise OutputError(f"{log}: must be writable, got: {error}") from error
+        log.write_text("", encoding="utf-8")
+    for account in accounts:  # whose own errors are not those of the log
+        with _writing(log), log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(account)) + "\n")
+        kept.append(account)
     return kept
 
 
 def _write(folder: Path, accounts: Sequence[Account]) -> None:
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         rows = [asdict(account) for account in accounts]
         (folder / "compile.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         (folder / "compile.md").write_text(render(accounts), encoding="utf-8")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise OutputError(f"{folder}: must be writable, got: {error}") from error
+        raise OutputError(f"{path}: must be writable, got: {error}") from error
 
 
 BENCH = Bench("compile", "every kernel compiled for GPUs that need not be here", measure)

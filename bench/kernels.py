@@ -134,6 +134,10 @@ LATENTS = {  # of eight clips
     "embedded": (8, 4, 8, 16, 16),
 }
 SPEEDUP = Site("16_frames_1024_positions", 16, 1024, 8, 40, rows=1)
+LONG = (  # as many frames as motion modules have positions for, and as kernels hold
+    Site("32_frames_256_positions", 32, 256, 8, 80, rows=1),
+    Site("128_frames_128_positions", 128, 128, 8, 8, rows=1),
+)
 
 
 @dataclass(frozen=True)
@@ -256,8 +260,9 @@ class Machine:
     ) -> dict[str, list[float]]:
         """Seconds of each run, round by round; as many rounds as `seconds` allow, in bounds.
 
-        Each round begins with another run, and every other turn goes backwards: what runs after
-        another finds its caches, and the same code would else differ by 1 to 3 % on a CPU.
+        Every second round goes through the runs backwards, and every two rounds begin with another
+        run: what runs after another finds its caches, and the same code would else differ by 1 to
+        3 % on a CPU.
         """
         measure = self._gpu_round if self.device.startswith("cuda") else _cpu_round
         measure(runs, clock)  # the first one finds caches as no later one does
@@ -303,11 +308,11 @@ class Machine:
 def _in_turn(
     runs: Mapping[str, Callable[[], object]], turn: int
 ) -> dict[str, Callable[[], object]]:
-    """The runs in the order of a round."""
+    """The runs in the order of a round, which is that of the one before it backwards if odd."""
     items = list(runs.items())
-    first = turn % len(items)
+    first = turn // 2 % len(items)
     order = items[first:] + items[:first]
-    return dict(order if turn // len(items) % 2 == 0 else reversed(order))
+    return dict(reversed(order) if turn % 2 else order)
 
 
 def _cpu_round(
@@ -349,7 +354,8 @@ def plan(device: str, *, quick: bool, seed: int = 0) -> list[Plan]:
     """All cases of this device.
 
     On a GPU all sites, in bf16 and fp16. On a CPU the embedded model as it is, and of the others
-    one row, and one frame where attention stays within a frame, in fp32. Compiling takes longer
+    one row, and one frame where attention stays within a frame, in fp32; and attention over many
+    frames, whose scores are larger than what they are made of. Compiling takes longer
     than everything else, so contestants that are compiled first take part in the first case of
     each operator and model, and in bf16 on a GPU. A quick run has the embedded model, on a GPU
     AnimateDiff's largest site in bf16 as well, and compiles nothing.
@@ -419,8 +425,9 @@ def builders(
         if not quick or name == "embedded":
             found["guided_step"][name].append(functools.partial(step_case, name, latents, inputs))
     if not gpu:
-        speedup = functools.partial(frame_case, SPEEDUP, inputs)
-        found["frame_attention"]["animatediff"].append(speedup)
+        found["frame_attention"]["animatediff"] += [
+            functools.partial(frame_case, site, inputs) for site in (SPEEDUP, *LONG)
+        ]
     return found
 
 

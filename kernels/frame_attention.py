@@ -30,13 +30,14 @@ embeddings, "Motion Inversion", arXiv:2403.20193, sec. 3.
 """
 
 from collections.abc import Iterator
-from functools import partial
+from functools import partial, reduce
 from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
+from kinetiq.kernels._autograd import differentiate, keep_types
 from kinetiq.kernels._compile import CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import settings
@@ -69,7 +70,8 @@ MAX_FRAMES = 128  # all frames of a sequence must fit on the chip
 MAX_HEAD_DIM = 256
 _WHERE = "frame_attention"
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)  # that a GPU kernel takes
-CACHED = 2**19  # elements of each of a few tensors that a CPU's cache keeps
+CACHED = 2**18  # elements of each of a few tensors that a CPU's cache keeps
+_MANY = 64  # frames, whose softmax over a last axis fills a CPU's vectors
 _TILE = 16  # the least side of a product on the matrix units
 _PROJECTED = 32  # channels of the output, and motion channels, that are multiplied at a time
 
@@ -243,9 +245,10 @@ def add_motion(
     # Before the product: a slot that is not used may hold anything, and 0 * NaN is NaN.
     bias = take_rows(bank, motion_slot).to(own.dtype).masked_fill(_widen(none, bank.ndim), 0)
     if motion_scale is not None:
-        scale = motion_scale.to(own.dtype).masked_fill(none, 0)
-        bias = bias * _widen(scale, bias.ndim)
-    return own + (bias.unsqueeze(2) if bias.ndim == 3 else bias)
+        wide = torch.promote_types(own.dtype, torch.float32)  # a scale may be beyond float16
+        scale = motion_scale.to(wide).masked_fill(none, 0)
+        bias = bias.to(wide) * _widen(scale, bias.ndim)
+    return (own + (bias.unsqueeze(2) if bias.ndim == 3 else bias)).to(own.dtype)
 
 
 def move_deviations(
@@ -329,21 +332,16 @@ def _attend_with_motion(
         return out, motion_feature_reference(out, projection=projection)
 
 
-def keep_types(tensor: Tensor) -> torch.autocast:
-    """Inside, autocast is off where `tensor` is: a result has the type of what it is made of."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Softmax attention over frames of q, k and v as they are, in float32 or wider."""
-    wide = torch.promote_types(query.dtype, torch.float32)
     with keep_types(query):
-        q, k, v = (t.to(wide) for t in (query, key, value))
-        if is_recorded(q, k, v):
-            out: Tensor = _InPlace.apply(q, k, v, heads)[0]  # type: ignore[no-untyped-call]
+        if is_recorded(query, key, value):
+            out: Tensor = _InPlace.apply(  # type: ignore[no-untyped-call]
+                query, key, value, heads
+            )[0]
         else:
-            out, _ = _attend_in_place(q, k, v, heads, keep=False)
-        return out.to(query.dtype)
+            out, _ = _attend_in_place(query, key, value, heads, keep=False)
+        return out
 
 
 class _InPlace(torch.autograd.Function):
@@ -364,10 +362,13 @@ class _InPlace(torch.autograd.Function):
     def setup_context(ctx, inputs, outputs) -> None:
         *tensors, ctx.heads = inputs
         ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)  # of the weights they would be zeros, as many as those
         ctx.save_for_backward(*tensors, *outputs[1:])
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_):
+    def backward(ctx, grad: Tensor | None, *_):
+        if grad is None:
+            return None, None, None, None
         query, key, value, *weights = ctx.saved_tensors
         kept = None if torch.is_grad_enabled() else weights
         with keep_types(grad):
@@ -378,9 +379,11 @@ def _attend_in_place(
     query: Tensor, key: Tensor, value: Tensor, heads: int, *, keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Softmax attention over frames, chunk by chunk, and the weights of each if they are kept."""
-    out = query.new_empty(query.shape)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    (out,) = _room((query, key, value), 1)
     kept = []
-    for q, k, v, o in _chunks((query, key, value, out), heads):
+    for *own, o in _chunks((query, key, value, out), heads, recorded=keep):
+        q, k, v = (t.to(wide) for t in own)
         weights = _weights(q, k)
         o.copy_(torch.bmm(weights.mT, v))
         if keep:
@@ -397,30 +400,44 @@ def _differentiate_in_place(
     kept: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, chunk by chunk; `kept` are the weights of each."""
-    of_query, of_key, of_value = (t.new_empty(t.shape) for t in (query, key, value))
-    tensors = (grad, query, key, value, of_query, of_key, of_value)
-    for index, (g, q, k, v, of_q, of_k, of_v) in enumerate(_chunks(tensors, heads)):
+    wide = torch.promote_types(query.dtype, torch.float32)
+    given = (grad, query, key, value)
+    of_query, of_key, of_value = _room(given, 3)
+    chunks = _chunks((*given, of_query, of_key, of_value), heads, recorded=True)
+    for index, (*own, of_q, of_k, of_v) in enumerate(chunks):
+        g, q, k, v = (t.to(wide) for t in own)
         weights = _weights(q, k) if kept is None else kept[index]
-        of_weights = torch.bmm(v, g.mT)
-        # what autograd itself calls, in one pass
-        of_scores = torch._softmax_backward_data(of_weights, weights, 1, q.dtype)  # noqa: SLF001
-        of_scores = of_scores * q.shape[-1] ** -0.5
+        of_scores = _differentiate_weights(g, v, weights) * q.shape[-1] ** -0.5
         of_v.copy_(torch.bmm(weights, g))
         of_k.copy_(torch.bmm(of_scores, q))
         of_q.copy_(torch.bmm(of_scores.mT, k))
     return of_query, of_key, of_value
 
 
-def _chunks(tensors: tuple[Tensor, ...], heads: int) -> Iterator[tuple[Tensor, ...]]:
+def _room(given: tuple[Tensor, ...], count: int) -> list[Tensor]:
+    """Memory for results of the shape and type of each of `given`, and made of all of them.
+
+    Within `vmap`, or for a batch of gradients, a tensor has an axis that its shape does not show,
+    and what is copied to a place needs that axis there: so all that have one must be asked.
+    """
+    like = reduce(torch.add, (tensor[:0] for tensor in given))
+    return [like.new_empty(given[0].shape) for _ in range(count)]
+
+
+def _chunks(
+    tensors: tuple[Tensor, ...], heads: int, *, recorded: bool = False
+) -> Iterator[tuple[Tensor, ...]]:
     """[sequences, frames, d] of each tensor, as many sequences at a time as a cache holds.
 
     [frames, tokens * heads, d] is a batch of tokens * heads matrices [frames, d] whose lines lie
     far apart, and a batched product takes it as it is; only what it returns has to be copied to
-    its place, out of the cache.
+    its place, out of the cache. The gradient takes twice as many tensors and so half as many
+    sequences, and must take those whose weights were kept.
     """
     rows, frames, tokens, width = tensors[0].shape
     d = width // heads
-    chunk = max(CACHED // (frames * d), 1)
+    largest = frames * max(d, frames)  # of a sequence: its scores are [frames, frames]
+    chunk = max(CACHED // (2 * largest if recorded else largest), 1)
     views = [t.contiguous().view(rows, frames, tokens * heads, d).transpose(1, 2) for t in tensors]
     for row in range(rows):
         for start in range(0, tokens * heads, chunk):
@@ -431,12 +448,23 @@ def _weights(query: Tensor, key: Tensor) -> Tensor:
     """[sequences, keys, queries], which sum to one over the keys.
 
     The keys come first because softmax over any axis but the last takes whole vectors, where it
-    would fill only a part of one with the few frames of a last axis.
+    would fill only a part of one with the few frames of a last axis. Where frames are many the
+    queries come first in memory, and what is returned is a view.
     """
-    unused = key.new_zeros(()).expand(1, key.shape[1], query.shape[1])
+    frames = query.shape[1]
+    left, right = (query, key) if frames >= _MANY else (key, query)
+    unused = key.new_zeros(()).expand(1, frames, frames)
     # This product scales for nothing, which `bmm` cannot.
-    scores = torch.baddbmm(unused, key, query.mT, beta=0, alpha=query.shape[-1] ** -0.5)
-    return scores.softmax(1)
+    scores = torch.baddbmm(unused, left, right.mT, beta=0, alpha=query.shape[-1] ** -0.5)
+    return scores.softmax(2).mT if frames >= _MANY else scores.softmax(1)
+
+
+def _differentiate_weights(grad: Tensor, value: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of the scores, like `weights` and as they are in memory."""
+    softmax_backward = torch._softmax_backward_data  # noqa: SLF001  autograd's own, in one pass
+    if weights.shape[1] >= _MANY:
+        return softmax_backward(torch.bmm(grad, value.mT), weights.mT, 2, value.dtype).mT
+    return softmax_backward(torch.bmm(value, grad.mT), weights, 1, value.dtype)
 
 
 # In the kernels below
@@ -1097,6 +1125,8 @@ def _(query, *_others):
 @_frame_attention.register_kernel("cpu")
 def _(query, key, value, *others):
     *controls, heads = others
+    # A graph that was compiled or exported brings rows and slots that nobody has looked at.
+    _check(query, key, value, heads, tuple(controls))
     return attend_on_cpu(*_mix(query, key, value, tuple(controls)), heads)
 
 
@@ -1123,6 +1153,7 @@ def _(query, _key, _value, projection, *_others):
 @_frame_attention_with_motion.register_kernel("cpu")
 def _(query, key, value, projection, *others):
     *controls, heads = others
+    _check(query, key, value, heads, tuple(controls))
     return _attend_with_motion(query, key, value, projection, tuple(controls), heads)
 
 
@@ -1148,12 +1179,9 @@ def _(_grad, query, key, value, *_others):
 @_frame_attention_backward.register_kernel("cpu")
 def _(grad, query, key, value, *others):
     *controls, heads = others
-    wide = torch.promote_types(query.dtype, torch.float32)
     mixed = _mix(query, key, value, tuple(controls))
     with keep_types(query):
-        g, q, k, v = (t.to(wide) for t in (grad, *mixed))
-        grads = _differentiate_in_place(g, q, k, v, heads)
-    return tuple(t.to(query.dtype) for t in grads)
+        return _differentiate_in_place(grad, *mixed, heads)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -1190,25 +1218,22 @@ def _centred(tensor: Tensor) -> Tensor:
 
 
 def _gradients(grad: Tensor, tensors, needed, heads: int) -> list[Tensor | None]:
-    """Of q, k, v and the controls: the attention's by the kernel, the mixture's by PyTorch."""
+    """Of q, k, v and the controls: the attention's by the kernel, the mixture's by PyTorch.
+
+    Where they are to be differentiated themselves it is all by PyTorch, as the kernel cannot be.
+    """
+    needed = needed[: len(tensors)]
+    if torch.is_grad_enabled():
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, *controls: Tensor | None) -> Tensor:
+            named: Controls = dict(zip(CONTROLS, controls, strict=True))  # type: ignore[assignment]
+            return frame_attention_reference(query, key, value, heads=heads, **named)
+
+        return differentiate(attend, tensors, needed, grad)
     grads = _frame_attention_backward(grad, *tensors, heads)
     if all(control is None for control in tensors[3:]):
         return [*grads, *([None] * len(CONTROLS))]
-    needed = needed[: len(tensors)]
-    with torch.enable_grad():
-        leaves = [
-            tensor.detach().requires_grad_() if wanted else tensor
-            for tensor, wanted in zip(tensors, needed, strict=True)
-        ]
-        query, key, value, *controls = leaves
-        mixed = _mix(query, key, value, tuple(controls))
-    outs, of_outs = zip(
-        *((out, of) for out, of in zip(mixed, grads, strict=True) if out.requires_grad),
-        strict=True,
-    )
-    wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(outs, wanted, of_outs, allow_unused=True))
-    return [next(found) if need else None for need in needed]
+    return differentiate(lambda q, k, v, *c: _mix(q, k, v, c), tensors, needed, grads)
 
 
 _frame_attention.register_autograd(_backward, setup_context=_save)

@@ -164,6 +164,13 @@ def _piece(ptr, by_clip, clip, element, inside, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _guided(wanted, other, scale):
+    """As torch.lerp: exact for a scale of 0 and of 1."""
+    way = wanted - other
+    return tl.where(tl.abs(scale) < 0.5, other + scale * way, wanted - (1.0 - scale) * way)
+
+
+@triton.jit
 def _put(ptr, place, values, inside):
     tl.store(ptr + place, values.to(ptr.dtype.element_ty), mask=inside)
 
@@ -201,7 +208,7 @@ def _guided_step_kernel(
     former = _piece(former_ptr, former_clip, clip, element, inside, WIDE)
     noise = _piece(noise_ptr, noise_clip, clip, element, inside, WIDE)
 
-    output = other + scale * (wanted - other)
+    output = _guided(wanted, other, scale)
     following = a * x + b * output + c * former + s * noise
     clean = p * x + q * output
     place = clip * elements + element
@@ -269,7 +276,7 @@ def _guided_step_backward_kernel(
         other = _piece(unconditional_ptr, unconditional_clip, clip, element, inside, WIDE)
         former = _piece(former_ptr, former_clip, clip, element, inside, WIDE)
         noise = _piece(noise_ptr, noise_clip, clip, element, inside, WIDE)
-        mixed = other + scale * (wanted - other)
+        mixed = _guided(wanted, other, scale)
         sums = sums_ptr + program * 7
         tl.store(sums + 0, tl.sum(output * (wanted - other)))
         tl.store(sums + 1, tl.sum(following * x))
@@ -464,7 +471,7 @@ def _(
     scale = guidance_scale.to(wide).reshape(-1, *spread)
     a, b, c, s, p, q = coefficients.to(wide).reshape(-1, 6, *spread).unbind(1)
     output = b * following + q * clean
-    mixed = other + scale * (wanted - other)
+    mixed = torch.lerp(other, wanted, scale)
 
     def of_clip(product: Tensor) -> Tensor:
         return product.reshape(len(x), math.prod(x.shape[1:])).sum(1)

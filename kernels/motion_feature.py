@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
+from kinetiq.kernels._autograd import keep_types
 from kinetiq.kernels._compile import CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import settings
@@ -84,13 +85,14 @@ def motion_feature_reference(
     `weights` is [1 or rows, tokens] and each of its rows adds up to one (or zero).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = (x if channels is None else x.index_select(-1, channels)).to(wide)
-    y = y - y.mean(1, keepdim=True)
-    if weights is not None:
-        y = weights.to(wide)[:, None, None] @ y
-    if projection is not None:
-        y = y @ projection.to(wide)
-    return y.to(x.dtype)
+    with keep_types(x):
+        y = (x if channels is None else x.index_select(-1, channels)).to(wide)
+        y = y - y.mean(1, keepdim=True)
+        if weights is not None:
+            y = weights.to(wide)[:, None, None] @ y
+        if projection is not None:
+            y = y @ projection.to(wide)
+        return y.to(x.dtype)
 
 
 def cost(
@@ -404,7 +406,8 @@ def _launch_forward(
     """Fill `y`, contiguous [rows, frames, tokens or 1, K]; tensors as in the operator."""
     if y.numel() == 0:
         return
-    with torch.cuda.device_of(x):  # which Triton launches on is the current device
+    # Triton launches on the current device.
+    with torch.cuda.device_of(x), keep_types(x):
         if weights is not None:
             mean = _launch_region(x, channels, weights)
             mean = mean if projection is None else mean @ projection.float()
@@ -505,7 +508,7 @@ def _launch_backward(
     """Fill `dx`, contiguous like `x`, from `grad`, like `y` with any strides."""
     if dx.numel() == 0:
         return
-    with torch.cuda.device_of(dx):
+    with torch.cuda.device_of(dx), keep_types(dx):
         if weights is not None:
             _launch_spread(_grad_of_mean(grad, channels, projection, dx.shape[-1]), weights, dx)
         elif projection is not None:
@@ -709,7 +712,8 @@ def _(
     tokens: int,
     width: int,
 ) -> Tensor:
-    dx = _back_to_channels(grad, channels, projection, width)
+    with keep_types(grad):
+        dx = _back_to_channels(grad, channels, projection, width)
     if weights is not None:
         dx = weights.to(dx.dtype)[:, None, :, None] * dx
     return dx.to(grad.dtype).contiguous()
@@ -729,8 +733,9 @@ def _backward(ctx, grad: Tensor):
         tokens, width = ctx.shape[2:]
         dx = _motion_feature_backward(grad, channels, projection, weights, tokens, width)
     if ctx.needs_input_grad[2]:
-        motion = _motion_feature(x, None, None, weights)
-        dp = motion.flatten(0, -2).T @ grad.flatten(0, -2)
+        with keep_types(grad):
+            motion = _motion_feature(x, None, None, weights)
+            dp = motion.flatten(0, -2).T @ grad.flatten(0, -2)
     return dx, None, dp, None
 
 

@@ -30,6 +30,7 @@ import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
+from kinetiq.kernels._autograd import differentiate
 from kinetiq.kernels._compile import CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import settings
@@ -920,8 +921,10 @@ def _(query, *_):
 
 
 @_query_attention.register_kernel("cpu")
-def _(*inputs):
-    return _attend_on_cpu(Inputs(*inputs)).contiguous()
+def _(*arguments):
+    inputs = Inputs(*arguments)
+    _check(inputs)  # a graph that was compiled or exported brings rows that nobody has looked at
+    return _attend_on_cpu(inputs).contiguous()
 
 
 @torch.library.custom_op("kinetiq::query_attention_training", mutates_args=(), device_types="cuda")
@@ -1046,14 +1049,13 @@ def _backward(ctx, grad: Tensor):
         inputs = Inputs._make((*tensors, ctx.heads))
         out, statistics = _query_attention_training(*inputs)
         return _run_backward(ctx, grad, out, statistics, inputs)
-    wanted = [at for at in (0, 1, 2, 4) if ctx.needs_input_grad[at]]
-    for at in wanted:
-        tensors[at] = tensors[at].detach().requires_grad_()
-    with torch.enable_grad():
-        out = _attend_on_cpu(Inputs._make((*tensors, ctx.heads)))
-    found = torch.autograd.grad(out, [tensors[at] for at in wanted], grad)
-    grads = dict(zip(wanted, found, strict=True))
-    return tuple(grads.get(at) for at in range(len(Inputs._fields)))
+    masked = len(tensors) - 1  # no gradient flows to a log-mask
+    needed = [need and at != masked for at, need in enumerate(ctx.needs_input_grad[:-1])]
+
+    def run(*given):
+        return _attend_on_cpu(Inputs._make((*given, ctx.heads)))
+
+    return *differentiate(run, tensors, needed, grad), None
 
 
 def _backward_training(ctx, grad: Tensor, _: Tensor | None):
@@ -1111,11 +1113,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
         return fused(query, key, value, mask)
     if query.dtype == torch.float32 and not recorded and key.shape[-2] >= _LANES:
         return fused(query, key, value, mask)
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    wider = torch.promote_types(query.dtype, torch.float32)  # scores may be beyond float16
+    scores = (query.to(wider) * query.shape[-1] ** -0.5) @ key.to(wider).transpose(-1, -2)
     if mask is not None:
         scores = scores + mask
-    wider = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(-1, dtype=wider).to(value.dtype) @ value
+    return scores.softmax(-1).to(value.dtype) @ value
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:
@@ -1326,6 +1328,7 @@ COMPILED = (
     _compile_case("animatediff_32x32", 16, 1024, 8, 80, blend=1, backward=True),
     _compile_case("animatediff_32x32_shots", 16, 1024, 8, 80, further=3, backward=True),
     _compile_case("animatediff_16x16", 16, 256, 8, 160, blend=1, backward=True),
+    _compile_case("head_dim_256", 16, 256, 8, 256, blend=1, backward=True),
     _compile_case("zeroscope_40x72", 24, 2880, 5, 64, blend=1, backward=True),
     _compile_case("videocrafter2_40x64", 16, 2560, 5, 64, blend=1, backward=True),
     _compile_case("embedded_16x16", 8, 256, 2, 32, blend=1, backward=True),

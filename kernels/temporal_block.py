@@ -38,6 +38,7 @@ import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
+from kinetiq.kernels._autograd import differentiate, keep_types
 from kinetiq.kernels._compile import NVIDIA, CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import LAUNCH_FILE, architecture, pretend, read_table, settings
@@ -49,7 +50,6 @@ from kinetiq.kernels.frame_attention import (
     check_motion,
     frame_attention,
     frame_attention_reference,
-    keep_types,
 )
 from kinetiq.kernels.query_attention import is_recorded, split_head_dim
 
@@ -305,8 +305,11 @@ def _by_positions(*inputs: Any) -> Tensor:
     rows, frames, tokens, width = x.shape
     moved = [] if slots is None else slots.tolist()
     shares = [1.0] * rows if scales is None else scales.tolist()
-    few = max(CACHED // (rows * frames * width), 1)
     y = x.new_empty(x.shape)
+    if y.numel() == 0:
+        return y
+    few = max(CACHED // (rows * frames * width), 1)
+    wide = torch.promote_types(x.dtype, torch.float32)  # a share may be beyond float16
     with keep_types(x):
         for start in range(0, tokens, few):
             some = slice(start, start + few)
@@ -319,7 +322,7 @@ def _by_positions(*inputs: Any) -> Tensor:
                     bias = bank.unsqueeze(2) if bank.ndim == 3 else bank[:, :, some]
                     for own, slot, share in zip(part, moved, shares, strict=True):
                         if slot > 0:
-                            own.add_(bias[slot], alpha=share)
+                            own.add_(bias[slot].to(wide), alpha=share)
             out = F.linear(attend_on_cpu(query, key, value, heads), out_weight, out_bias)
             y[:, :, some] = out.add_(x[:, :, some])
     return y
@@ -595,7 +598,13 @@ def _(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_temporal_block.register_kernel("cpu")(_by_positions)
+@_temporal_block.register_kernel("cpu")
+def _(x: Tensor, *others: Any) -> Tensor:
+    # A graph that was compiled or exported comes here with slots that nobody has looked at.
+    slots, scales, *banks = others[len(_TENSORS) : -2]  # x is none of the others
+    names = _OPTIONAL[3:]
+    check_motion("temporal_block", x, slots, scales, **dict(zip(names, banks, strict=True)))
+    return _by_positions(x, *others)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -605,16 +614,13 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor):
     """Of the separate operators, which are run again; what needs no gradient is not computed."""
-    needed = ctx.needs_input_grad[: len(ctx.saved_tensors)]
-    with torch.enable_grad(), keep_types(grad):
-        tensors = [
-            tensor.detach().requires_grad_() if need else tensor
-            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
-        y = _separate(*tensors, ctx.heads, ctx.eps, attend=_attend_unchecked)
-        wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(y, wanted, grad))
-    return *(next(found) if need else None for need in needed), None, None
+    tensors = ctx.saved_tensors
+    needed = ctx.needs_input_grad[: len(tensors)]
+
+    def run(*given):
+        return _separate(*given, ctx.heads, ctx.eps, attend=_attend_unchecked)
+
+    return *differentiate(run, tensors, needed, grad), None, None
 
 
 _temporal_block.register_autograd(_backward, setup_context=_save)

@@ -172,9 +172,16 @@ def test_a_killed_run_has_left_its_part(tmp_path, monkeypatch):
         yield replace(GOOD, request=first)
         raise WorkError("the compiling process must end with 0, got -9")
 
+    def cannot_start(requests):
+        yield replace(GOOD, request=first)
+        raise FileNotFoundError("no compiler")
+
     monkeypatch.setattr(bench, "compile_all", dies)
     with pytest.raises(WorkError, match="got -9"):
         bench.measure(BenchOptions(out=tmp_path), Progress())
+    monkeypatch.setattr(bench, "compile_all", cannot_start)
+    with pytest.raises(FileNotFoundError, match="no compiler"):  # which is no fault of the log
+        bench.measure(BenchOptions(out=tmp_path / "other"), Progress())
     (line,) = (tmp_path / "compile.ndjson").read_text().splitlines()
     assert Request(**json.loads(line)["request"]) == first
     assert not (tmp_path / "compile.json").exists()

@@ -242,6 +242,8 @@ def test_what_takes_part_where():
         ("fp16", "compiled for bf16 only"),
     }
     assert {(p.element, p.uncompiled) for p in cpu} == {("fp32", ""), ("fp32", later)}
+    sites = [p.build.args[0] for p in cpu if p.build.func is bench.frame_case]
+    assert {site.frames for site in sites if "positions" in site.name} == {16, 32, 128}
     for plans in (gpu, cpu):  # once for each of five operators and four models
         assert sum(not p.uncompiled for p in plans) == 20
     for device, full in (("cuda", gpu), ("cpu", cpu)):
@@ -332,5 +334,5 @@ def test_the_roof_is_measured(monkeypatch):
 
 def test_every_contestant_comes_first_and_after_every_other():
     runs = dict.fromkeys("abc")
-    orders = ["".join(bench._in_turn(runs, turn)) for turn in range(6)]
-    assert orders == ["abc", "bca", "cab", "cba", "acb", "bac"]
+    orders = ["".join(bench._in_turn(runs, turn)) for turn in range(7)]
+    assert orders == ["abc", "cba", "bca", "acb", "cab", "bac", "abc"]

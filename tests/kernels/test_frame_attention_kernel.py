@@ -546,13 +546,20 @@ def test_compiles_without_a_break(cpu_rng):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("shape", "chunks"),
-    [((2, 16, 9, 1, 8), 3), ((1, 40, 5, 3, 5), 8), ((2, 3, 7, 2, 4), 1)],
-    ids=["a rest of one", "heads apart", "one chunk"],
+    ("shape", "cached", "chunks"),
+    [
+        ((2, 16, 9, 1, 8), 16 * 16 * 4, 3),
+        ((1, 40, 5, 3, 5), 40 * 40 * 2, 8),
+        ((2, 3, 7, 2, 4), 3 * 4 * 14, 1),
+        ((1, 64, 3, 1, 8), 64 * 64 * 2, 2),
+    ],
+    ids=["a rest of one", "heads apart, scores larger than tensors", "one chunk", "many frames"],
 )
-def test_cpu_path_reads_in_place_whatever_the_size(shape, chunks, dtype, cpu_rng, monkeypatch):
+def test_cpu_path_reads_in_place_whatever_the_size(
+    shape, cached, chunks, dtype, cpu_rng, monkeypatch
+):
     """Output and gradient, some sequences of a row at a time and the last time fewer."""
-    monkeypatch.setattr(operator, "CACHED", 16 * 8 * 4)
+    monkeypatch.setattr(operator, "CACHED", cached)
     inputs, heads = sample(shape, dtype, "cpu", cpu_rng), shape[-2]
     if dtype == torch.float32:
         assert len(list(operator._chunks(inputs, heads))) == shape[0] * chunks
@@ -582,8 +589,10 @@ def test_cpu_path_reads_in_place_whatever_the_size(shape, chunks, dtype, cpu_rng
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by PyTorch's own jvp
-def test_cpu_path_can_be_transformed_and_differentiated_twice(cpu_rng, monkeypatch):
+@pytest.mark.parametrize("many", [3, 64])
+def test_cpu_path_can_be_transformed_and_differentiated_twice(many, cpu_rng, monkeypatch):
     monkeypatch.setattr(operator, "CACHED", 3 * 2 * 2)
+    monkeypatch.setattr(operator, "_MANY", many)
     inputs = sample((2, 3, 2, 2, 2), torch.float64, "cpu", cpu_rng)
     run = lambda *tensors: frame_attention(*tensors, heads=2)
     leaves = [t.clone().requires_grad_() for t in inputs]
@@ -603,6 +612,112 @@ def test_cpu_path_can_be_transformed_and_differentiated_twice(cpu_rng, monkeypat
 
     for got, wanted in zip(of_row(run), of_row(plainly), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by PyTorch's own jvp
+@pytest.mark.parametrize("many", [3, 64])
+@pytest.mark.parametrize("place", range(3), ids="qkv")
+def test_cpu_path_can_be_transformed_in_one_of_its_inputs(place, many, cpu_rng, monkeypatch):
+    """A batch of one input, or of its gradients, beside two that are no batches."""
+    monkeypatch.setattr(operator, "CACHED", 3 * 2 * 2)
+    monkeypatch.setattr(operator, "_MANY", many)
+    inputs = sample((2, 3, 2, 2, 2), torch.float64, "cpu", cpu_rng)
+    own = inputs[place]
+
+    def of_one(function):
+        return lambda t: function(*inputs[:place], t, *inputs[place + 1 :])
+
+    run = of_one(lambda *tensors: frame_attention(*tensors, heads=2))
+    plainly = of_one(lambda *tensors: plain(*tensors, 2, dict.fromkeys(NAMES)))
+    wanted = torch.func.jacrev(plainly)(own)
+    torch.testing.assert_close(torch.func.jacrev(run)(own), wanted)
+    torch.testing.assert_close(torch.func.jacfwd(run)(own), wanted)
+    got = torch.autograd.functional.jacobian(run, own, vectorize=True)
+    torch.testing.assert_close(got, wanted)
+    batch = torch.stack([own, 2 * own])
+    torch.testing.assert_close(torch.func.vmap(run)(batch), torch.stack([run(t) for t in batch]))
+
+
+def test_cpu_path_takes_a_batch_of_gradients(cpu_rng):
+    leaves = [t.requires_grad_() for t in sample((2, 3, 2, 2, 2), torch.float64, "cpu", cpu_rng)]
+    out = frame_attention(*leaves, heads=2)
+    grads = torch.randn(2, *out.shape, generator=cpu_rng, dtype=out.dtype)
+    keep = {"retain_graph": True}
+    batched = torch.autograd.grad(out, leaves, grads, is_grads_batched=True, **keep)
+    single = [torch.autograd.grad(out, leaves, grad, **keep) for grad in grads]
+    for got, *wanted in zip(batched, *single, strict=True):
+        torch.testing.assert_close(got, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("kind", ["none", "all"])
+def test_operators_can_be_differentiated_twice(kind, cpu_rng):
+    shape = (2, 3, 1, 1, 2)
+    chosen = controls(kind, shape, torch.float64, "cpu", cpu_rng)
+    names = [
+        name for name in NAMES if chosen[name] is not None and chosen[name].dtype.is_floating_point
+    ]
+    projection = torch.rand(2, 3, generator=cpu_rng).double()
+    inputs = [*sample(shape, torch.float64, "cpu", cpu_rng), projection]
+    leaves = [t.requires_grad_() for t in (*inputs, *(chosen[name] for name in names))]
+
+    def alone(*tensors):
+        return call(tensors[:3], chosen | dict(zip(names, tensors[4:], strict=True)), 1)
+
+    def with_motion(*tensors):
+        given = chosen | dict(zip(names, tensors[4:], strict=True))
+        return torch.ops.kinetiq.frame_attention_with_motion(*tensors[:4], *given.values(), 1)
+
+    assert torch.autograd.gradgradcheck(alone, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(with_motion, leaves, fast_mode=True)
+
+
+def test_a_second_derivative_counts_what_inputs_owe_to_one_another_once(cpu_rng):
+    query, key, value = sample((2, 3, 1, 1, 2), torch.float64, "cpu", cpu_rng)
+    row = torch.tensor([1, 0])
+
+    def penalty(run):
+        leaf = query.detach().requires_grad_()
+        out = run(leaf, leaf * key, value + leaf.square())
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        return torch.autograd.grad(out.sum() + grad.square().sum(), leaf)[0]
+
+    chosen = dict.fromkeys(NAMES) | {"query_row": row}
+    got = penalty(lambda *tensors: call(tensors, chosen, 1))
+    torch.testing.assert_close(got, penalty(lambda *tensors: plain(*tensors, 1, chosen)))
+
+
+def test_nothing_is_kept_in_a_wider_type_but_weights(cpu_rng, monkeypatch):
+    """And no gradient of the weights is made up, which would be as large as they are."""
+    inputs = [t.requires_grad_() for t in sample((2, 3, 5, 2, 8), torch.float16, "cpu", cpu_rng)]
+    kept, others, backward = [], [], operator._InPlace.backward
+
+    def watch(ctx, grad, *rest):
+        others.extend(rest)
+        return backward(ctx, grad, *rest)
+
+    monkeypatch.setattr(operator._InPlace, "backward", staticmethod(watch))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = frame_attention(*inputs, heads=2)
+    of_inputs = [t for t in kept if t.shape == out.shape]
+    assert len(of_inputs) == 3 and {t.dtype for t in of_inputs} == {torch.float16}
+    out.sum().backward()
+    assert others == [None] * (len(kept) - 3) != []
+
+
+@pytest.mark.parametrize("run", [forward, lambda *args: call(args[:3], args[4], args[3])])
+def test_a_scale_may_be_beyond_the_type(run, kernel_device, kernel_rng):
+    inputs = sample((2, 3, 2, 2, 8), torch.float16, kernel_device, kernel_rng)
+    make = lambda *size: torch.randn(size, generator=kernel_rng, device=kernel_device)
+    banks = [1e-5 * make(2, 3, 16), 1e-5 * make(2, 3, 16), 1e-5 * make(2, 3, 2, 16)]
+    chosen = dict.fromkeys(NAMES) | {
+        "motion_slot": torch.tensor([1, 0], device=kernel_device),
+        "motion_scale": torch.full((2,), 1e5, device=kernel_device),
+        **dict(zip(NAMES[-3:], (bank.half() for bank in banks), strict=True)),
+    }
+    exact = operator.frame_attention_reference(*widen(inputs), heads=2, **widen(chosen))
+    scaled = {name: (1e5 * chosen[name].float()).half() for name in NAMES[-3:]}
+    naive = plain(*inputs, 2, chosen | scaled | {"motion_scale": None})
+    assert_as_good_as(run(*inputs, 2, chosen), naive, exact)
 
 
 def test_compiles_for_gpus_that_are_not_here():
@@ -693,6 +808,20 @@ def test_says_what_is_wrong(change, message):
         frame_attention(**given_)
 
 
+@pytest.mark.parametrize("name", ["query_row", "deviation_row", "motion_slot"])
+@pytest.mark.parametrize("index", [5, -1])
+def test_a_graph_on_a_cpu_is_told_of_rows_that_are_not(name, index):
+    chosen = dict.fromkeys(NAMES) | {name: torch.tensor([0, index])}
+    chosen["key_bank"] = BANK if name == "motion_slot" else None
+    message = f"^frame_attention: {name} must have values from 0 to ., got .* to "
+    with pytest.raises(kq.ShapeError, match=message):
+        call((ZEROS, ZEROS, ZEROS), chosen)
+    with pytest.raises(kq.ShapeError, match=message):
+        torch.ops.kinetiq.frame_attention_with_motion(
+            ZEROS, ZEROS, ZEROS, torch.zeros(6, 2), *chosen.values(), 2
+        )
+
+
 @pytest.mark.parametrize(
     ("projection", "message"),
     [
@@ -729,6 +858,11 @@ def test_more_elements_than_32_bits_count():
     out = frame_attention(query, query, query, heads=8)
     last = query[:, :, -1:]
     torch.testing.assert_close(out[:, :, -1:], frame_attention(last, last, last, heads=8))
+
+
+@pytest.mark.gpu
+def test_touches_no_memory_but_its_own(memory_check):
+    memory_check(__file__, "kernel_agrees or kernel_mixes or kernel_takes")
 
 
 @pytest.mark.gpu

@@ -185,6 +185,36 @@ def test_extreme_values_of_half_precision(kernel_device, kernel_rng):
         assert not got.any()
 
 
+def test_autocast_does_not_change_the_type(kernel_device, kernel_rng):
+    tensors, *numbers = sample((3, 4, 5), kernel_device, kernel_rng)
+    leaves = [t.requires_grad_() for t in (*tensors, *numbers)]
+
+    def results():
+        values = [guided_step(*leaves), torch.ops.kinetiq.guided_step(*leaves)]
+        grads = [torch.autograd.grad(sum(pair).square().sum(), leaves) for pair in values]
+        return (*values[0], *values[1], *grads[0], *grads[1])
+
+    wanted = results()
+    with torch.autocast(torch.device(kernel_device).type, dtype=torch.bfloat16):
+        got = results()
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_kernel_is_exact_where_one_half_is_wanted(scale, kernel_device, kernel_rng):
+    """Whatever the other is: here it is ten thousand times as large."""
+    (x, conditional, unconditional, former, noise), _, _ = sample(
+        (1, 1000), kernel_device, kernel_rng
+    )
+    halves = (conditional, 1e4 * unconditional) if scale else (1e4 * conditional, unconditional)
+    numbers = torch.tensor([[0.0, 1, 0, 0, 0, 1]], device=kernel_device)
+    scales = torch.full((1,), scale, device=kernel_device)
+    for run in (run_kernel, guided_step):
+        for got in run(x, *halves, former, noise, scales, numbers):
+            assert torch.equal(got, halves[0] if scale else halves[1])
+
+
 def test_nothing_to_do(kernel_device):
     for shape in ((0, 4), (2, 0)):
         inputs = [torch.zeros(shape, device=kernel_device)] * 5

@@ -162,6 +162,31 @@ def test_kernels_read_any_strides(kind, kernel_device, kernel_rng):
     )
 
 
+@pytest.mark.parametrize("kind", ["projection", "region", "projection in a region"])
+def test_autocast_does_not_change_the_type(kind, kernel_device, kernel_rng):
+    shape = (2, 5, 7, 33)
+    x, _, projection, weights = sample(shape, kind, torch.float32, kernel_device, kernel_rng)
+    inputs = (x, None, projection, weights)
+    grad = torch.randn(run_kernel(*inputs).shape, generator=kernel_rng, device=kernel_device)
+    leaves = [t.detach().requires_grad_() for t in (x, projection) if t is not None]
+    given = (leaves[0], None, None if projection is None else leaves[1], weights)
+
+    def results():
+        return (
+            motion_feature(x, projection=projection, region=weights),
+            run_kernel(*inputs),
+            run_backward_kernel(grad, None, projection, weights, shape),
+            torch.ops.kinetiq.motion_feature_backward(grad, None, projection, weights, 7, 33),
+            *torch.autograd.grad(run_operator(*given), leaves, grad),
+        )
+
+    wanted = results()
+    with torch.autocast(torch.device(kernel_device).type, dtype=torch.bfloat16):
+        got = results()
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_long_region_is_split_over_programs(kernel_device, kernel_rng):
     x, _, _, weights = sample((1, 4, 3000, 5), "region", torch.float32, kernel_device, kernel_rng)
     inputs = (x, None, None, weights)

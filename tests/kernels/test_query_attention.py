@@ -113,6 +113,28 @@ def test_nan_does_not_vanish(keys, further, dtype, device, rng):
     assert lost[0].all() == further
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "keys"), [(8, 8), (200, 77), (200, 200)])
+@pytest.mark.parametrize("case", ["beyond float16", "all equal", "others masked out"])
+def test_bears_extreme_values(case, tokens, keys, dtype, recorded, device, rng):
+    query, key, value = sample((2, 1, 1, tokens, keys, 1, 64), dtype, device, rng)
+    further = {}
+    if case == "beyond float16":  # scores of 72,200 and of less, by steps that leave no doubt
+        query = torch.full_like(query, 95)
+        key = torch.full_like(key, 90)
+        key[:, :, 3] = 95
+    elif case == "all equal":
+        key = key[:, :, :1].expand_as(key)
+    else:
+        further["key_rows"] = torch.tensor([[1], [0]], device=device)
+        further["key_log_mask"] = torch.full((2, 1, keys), -math.inf, device=device)
+    exact = plain(*(t.double() for t in (query, key, value)), 1)
+    query.requires_grad_(recorded)
+    got = query_attention(query, key, value, heads=1, **further)
+    assert_as_good_as(got.detach(), exact.to(dtype), exact, slack=4)
+
+
 def test_a_blend_of_one_is_a_gather_and_of_zero_is_none_bit_for_bit(device, rng):
     shape = (3, 2, 2, 4, 4, 2, 4)
     inputs = sample(shape, torch.float32, device, rng)

@@ -460,6 +460,32 @@ def test_gradient_of_the_operator(device, rng):
         assert mask.grad is None
 
 
+def test_gradient_of_the_operator_twice(cpu_rng):
+    *given, row, blend, key_rows, mask, heads = arguments("cpu", cpu_rng, torch.float64)
+
+    def run(query, key, value, blend):
+        return torch.ops.kinetiq.query_attention(
+            query, key, value, row, blend, key_rows, mask, heads
+        )
+
+    assert torch.autograd.gradgradcheck(run, (*given, blend))
+
+
+def test_autocast_does_not_change_the_gradient_of_the_operator(cpu_rng):
+    *given, row, blend, key_rows, mask, heads = arguments("cpu", cpu_rng)
+    leaves = (*given, blend)
+
+    def gradients():
+        out = torch.ops.kinetiq.query_attention(*given, row, blend, key_rows, mask, heads)
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    wanted = gradients()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = gradients()
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.fixture
 def training(kernel_device):
     """The operator for training; on a CPU its kernels are interpreted, as they are nowhere else."""
@@ -608,6 +634,15 @@ def test_says_what_is_wrong(change, message):
         query_attention(**given)
 
 
+@pytest.mark.parametrize("index", [2, -1])
+def test_a_graph_on_a_cpu_is_told_of_rows_that_are_not(index):
+    zeros, row = torch.zeros(2, 1, 3, 4), torch.tensor([0, index])
+    for name, rows in (("query_row", (row, None, None)), ("key_rows", (None, None, row[:, None]))):
+        message = f"^query_attention: {name} must have values from 0 to 1, got "
+        with pytest.raises(kq.ShapeError, match=message):
+            torch.ops.kinetiq.query_attention(zeros, zeros, zeros, *rows, None, 2)
+
+
 @pytest.mark.parametrize(
     ("d", "main", "tail"),
     [(1, 16, 0), (16, 16, 0), (17, 32, 0), (40, 32, 16), (64, 64, 0), (72, 64, 16), (80, 64, 16),
@@ -624,6 +659,11 @@ def test_cost_counts_each_tensor_once():
     more = operator.cost((2, 3, 5, 8), (2, 1, 7, 8), 2, further_rows=2, backward=True)
     assert more.bytes == 2 * forward.bytes
     assert more.flops == 2.5 * 3 * forward.flops
+
+
+@pytest.mark.gpu
+def test_touches_no_memory_but_its_own(memory_check):
+    memory_check(__file__, "agree or read_rows or gradient_of_the_operator_for")
 
 
 def test_kernel_fits_the_targets():

@@ -145,6 +145,18 @@ def test_extreme_values(kernel_device, kernel_rng):
     assert_as_good_as(run_kernel(inputs, 1), plain(inputs, 1), plain(double(inputs), 1))
 
 
+@pytest.mark.parametrize("run", [run_operator, run_kernel])
+def test_a_scale_may_be_beyond_the_type(run, kernel_device, kernel_rng):
+    inputs = sample((2, 3, 2, 2, 8), kernel_device, kernel_rng, torch.float16)
+    inputs[10] = torch.full((2,), 1e5, device=kernel_device)
+    inputs[11:] = [1e-5 * bank for bank in inputs[11:]]
+    exact = plain(double(inputs), 2)
+    assert exact.abs().max() < 100
+    scaled = [(1e5 * bank.float()).half() for bank in inputs[11:]]
+    naive = plain([*inputs[:10], torch.ones_like(inputs[10]), *scaled], 2)
+    assert_as_good_as(run(inputs, 2), naive, exact)
+
+
 def test_slot_zero_has_no_scale(kernel_device, kernel_rng):
     inputs = sample((2, 3, 2, 2, 8), kernel_device, kernel_rng)
     inputs[9].zero_()
@@ -172,6 +184,24 @@ def test_positions_and_rows_keep_to_themselves(kernel_device, kernel_rng):
 def run_registered(inputs, heads):
     """The operator below the public function: another forward pass, and a gradient of its own."""
     return torch.ops.kinetiq.temporal_block(*inputs, heads, 1e-5)
+
+
+@pytest.mark.parametrize("run", [run_operator, run_registered, run_kernel])
+@pytest.mark.parametrize("controlled", [False, True], ids=["plain", "motion"])
+def test_no_rows_are_no_work(controlled, run, kernel_device, kernel_rng):
+    inputs = sample((2, 3, 2, 2, 8), kernel_device, kernel_rng, controlled=controlled)
+    inputs[0] = inputs[0][:0]
+    inputs[9:11] = [t if t is None else t[:0] for t in inputs[9:11]]
+    assert run(inputs, 2).shape == (0, 3, 2, 16)
+
+
+@pytest.mark.parametrize(("slot", "got"), [(3, "0 to 3"), (-1, "-1 to 0")])
+def test_a_graph_on_a_cpu_is_told_of_slots_that_are_not(slot, got, cpu_rng):
+    inputs = sample((2, 3, 2, 2, 8), "cpu", cpu_rng)
+    inputs[9] = torch.tensor([0, slot])
+    words = f"^temporal_block: motion_slot must have values from 0 to 2, got {got}$"
+    with pytest.raises(kq.ShapeError, match=words):
+        run_registered(inputs, 2)
 
 
 def with_leaves(inputs):
@@ -220,6 +250,7 @@ def test_gradients_by_finite_differences(cpu_rng):
         for bank in copies[11:]:
             bank[0] = 0
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("run", [run_operator, run_registered], ids=["public", "registered"])
@@ -418,6 +449,57 @@ def test_says_what_is_wrong(name, tensor, message, cpu_rng):
     inputs = dict(zip(NAMES, sample((2, 3, 2, 2, 8), "cpu", cpu_rng), strict=True)) | {name: tensor}
     with pytest.raises(kq.ShapeError, match="^temporal_block: .*(" + message + ")"):
         temporal_block(**inputs, heads=2)
+
+
+@pytest.mark.gpu
+def test_more_programs_than_a_grid_axis_has():
+    inputs = sample((70_000, 2, 1, 1, 16), "cuda", torch.Generator("cuda").manual_seed(0))
+    y = run_kernel(inputs, 1)
+    last = [inputs[0][-5:], *inputs[1:9], *(t[-5:] for t in inputs[9:11]), *inputs[11:]]
+    check(run_kernel, last, 1)
+    torch.testing.assert_close(y[-5:], run_kernel(last, 1))
+
+
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count():
+    """The last position, alone and after two thousand million others."""
+    rng = torch.Generator("cuda").manual_seed(0)
+    inputs = sample((1, 16, 1, 8, 40), "cuda", rng, torch.float16, controlled=False)
+    x = torch.randn(1, 16, 420_000, 320, device="cuda", dtype=torch.float16)
+    assert x.numel() > 2**31
+    y = temporal_block(x, *inputs[1:8], heads=8)[:, :, -1:]
+    torch.testing.assert_close(y, run_operator([x[:, :, -1:].contiguous(), *inputs[1:]], 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("controlled", [False, True], ids=["plain", "motion"])
+def test_is_captured_and_replayed(controlled):
+    """With its gradient; a wait for the GPU would be an error while a graph is captured."""
+    rng = torch.Generator("cuda").manual_seed(0)
+    inputs = sample((2, 16, 8, 2, 40), "cuda", rng, torch.float16, controlled=controlled)
+    inputs, leaves = with_leaves(inputs)
+
+    def step():
+        y = run_operator(inputs, 2)
+        return y, *torch.autograd.grad(y.sum(), leaves)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = step()
+    with torch.no_grad():
+        inputs[0].copy_(torch.randn_like(inputs[0]))
+    graph.replay()
+    for got, wanted in zip(kept, step(), strict=True):
+        torch.testing.assert_close(got, wanted, equal_nan=True)
+
+
+@pytest.mark.gpu
+def test_touches_no_memory_but_its_own(memory_check):
+    memory_check(__file__, "kernel_agrees")
 
 
 def test_cost_counts_each_tensor_once():
