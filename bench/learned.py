@@ -1,14 +1,20 @@
 """Motions that are learned for a bench, each once: kept by what they were learned from and how."""
 
 import hashlib
+import inspect
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from kinetiq import inversion, motion_embedding, motion_losses, motion_training, spatial_lora
+from kinetiq.bench.figures import Figure
+from kinetiq.bench.sprites import figure
 from kinetiq.clip import Clip
 from kinetiq.engine import Engine
 from kinetiq.motion_embedding import MotionEmbedding
@@ -45,20 +51,27 @@ def describe(scene: Scene) -> str:
 
 def learn(
     engine: Engine, pair: TransferPair, options: EmbeddingOptions | LoraOptions, folder: Path
-) -> Motion:
-    """The motion of a pair's reference: read from `folder`, or learned and kept there."""
+) -> tuple[Motion, float | None]:
+    """The motion of a pair's reference: read from `folder`, or learned and kept there.
+
+    Also the seconds it took; None where it was read, or where a run that was killed went on.
+    """
     reference, prompt = pair.reference(), describe(pair.scene)
     kind = "embedding" if isinstance(options, EmbeddingOptions) else "lora"
-    said = f"{_weights(engine)} {kind} {sorted(asdict(options).items())} {prompt}"
+    said = f"{_model(engine)} {_TRAINING} {kind} {sorted(asdict(options).items())} {prompt}"
     key = hashlib.sha256(f"{said} {reference.fingerprint}".encode()).hexdigest()[:24]
     path = folder / f"{kind}-{key}.safetensors"
-    if isinstance(options, EmbeddingOptions):
-        if path.exists():
-            return MotionEmbedding.read(path)
-        return train_embedding(engine, reference, prompt, path, options)
+    motion: Motion
     if path.exists():
-        return MotionLora.read(path)
-    return train_lora(engine, [reference], [prompt], path, options)
+        motion = (MotionEmbedding if kind == "embedding" else MotionLora).read(path)
+        return motion, None
+    goes_on = path.with_suffix(".training").exists()
+    began = time.perf_counter()
+    if isinstance(options, EmbeddingOptions):
+        motion = train_embedding(engine, reference, prompt, path, options)
+    else:
+        motion = train_lora(engine, [reference], [prompt], path, options)
+    return motion, None if goes_on else time.perf_counter() - began
 
 
 def controls_by_reference(
@@ -90,16 +103,31 @@ def paths_of(
     return [None if sprite is None else sprite.path for sprite in meant]
 
 
-def displacement(paths: Sequence[np.ndarray | None]) -> list[float]:
-    """How far each shape goes from frame to frame, in all; nothing where there is none."""
-    return [
-        0.0 if path is None else float(np.linalg.norm(np.diff(path, axis=0), axis=1).sum())
-        for path in paths
-    ]
+def displacement(path: np.ndarray) -> float:
+    """How far a shape goes from frame to frame, in all."""
+    return float(np.linalg.norm(np.diff(path, axis=0), axis=1).sum())
 
 
-def _weights(engine: Engine) -> str:
+def mean_by_reference(values: Sequence[float], prompts: int, bounds: tuple[float, float]) -> Figure:
+    """A mean whose interval counts references: clips of one learned motion are not independent."""
+    groups = np.asarray(values, dtype=float).reshape(-1, prompts).mean(axis=1)
+    return figure(metrics.mean_with_interval(groups, bounds=bounds))
+
+
+def _model(engine: Engine) -> str:
+    """What tells a checkpoint from another: all of its weights."""
     digest = hashlib.sha256()
-    for name, value in sorted(engine.checkpoint.unet.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
+    parts = (engine.checkpoint.unet, engine.checkpoint.vae, engine.checkpoint.text_encoder)
+    for part in parts:
+        for name, value in sorted(part.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _code(*modules: ModuleType) -> str:
+    """What tells a way of training from another: the text of the modules that do it."""
+    texts = "".join(inspect.getsource(module) for module in modules)
+    return hashlib.sha256(texts.encode()).hexdigest()[:16]
+
+
+_TRAINING = _code(motion_training, motion_losses, inversion, spatial_lora, motion_embedding)

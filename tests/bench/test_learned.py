@@ -34,9 +34,10 @@ def test_a_motion_is_learned_once_for_a_model_a_reference_and_options(
 
     monkeypatch.setattr(learned, "train_embedding", train)
     one, other = cases.transfer_pairs(2)
-    first = learned.learn(engine, one, EmbeddingOptions(steps=3), tmp_path)
-    again = learned.learn(engine, one, EmbeddingOptions(steps=3), tmp_path)
+    first, spent = learned.learn(engine, one, EmbeddingOptions(steps=3), tmp_path)
+    again, read = learned.learn(engine, one, EmbeddingOptions(steps=3), tmp_path)
     assert first == again and len(trained) == 1
+    assert spent > 0 and read is None
     assert trained[0][0] == learned.describe(one.scene)
     learned.learn(engine, one, EmbeddingOptions(steps=4), tmp_path)
     learned.learn(engine, other, EmbeddingOptions(steps=3), tmp_path)
@@ -74,7 +75,7 @@ def test_the_figures_of_embeddings_mean_what_they_say():
     as_asked, opposite, half = (shown(pairs, factor) for factor in (1.0, -1.0, 0.5))
     ways = ("difference", "none", "mean", "drop", "without_noise")
     readings = {**dict.fromkeys(ways, as_asked), "plain": opposite, "noise_only": opposite}
-    figures = embedding._figures({**readings, "negated": opposite, "half": half}, pairs)
+    figures = embedding.figures_of({**readings, "negated": opposite, "half": half}, pairs, 1)
     value = {name: figure.value for name, figure in figures.items()}
     assert value["embedding.motion_fidelity"] > 0.95
     assert value["embedding.noise_only_fidelity"] < -0.9
@@ -108,11 +109,12 @@ def test_keys_are_compared_with_all_projections_where_both_move_alike():
         for scale, fidelity in zip(lora.SCALES, values, strict=True):
             name = f"{variant.name}.scale_{round(100 * scale):03d}"
             scores[name] = lora_scores(fidelity, 0.5 if variant.name == "all" else 0.25)
-    assert lora.nearest_in_fidelity(scores) == ("k.scale_100", "all.scale_075")
+    assert lora.nearest_in_fidelity(scores, "k", "all") == ("k.scale_100", "all.scale_075")
     figures = lora.figures_of(scores)
     assert figures["lora.k.motion_fidelity"].value == 0.59
-    assert figures["lora.k_leak_saved_at_equal_fidelity"].value == 0.25
-    assert figures["lora.k_fidelity_gap_where_compared"].value == pytest.approx(-0.01)
+    assert figures["lora.k_leak_saved"].value == 0.25
+    assert figures["lora.k_fidelity_gap_where_compared"].value == pytest.approx(0.01)
+    assert figures["lora.k_highway_leak_saved"].value == 0
 
 
 def test_random_motions_act_and_differ(engine):
@@ -142,3 +144,9 @@ def test_the_three_ways_of_training_compute_the_same_gradients():
     }
     training_cost._require_agreement(found)
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in found["released"])
+
+
+def test_intervals_count_references_and_not_clips():
+    values = [0.0] * 4 + [1.0] * 4
+    figure = learned.mean_by_reference(values, prompts=4, bounds=(0.0, 1.0))
+    assert (figure.value, figure.n) == (0.5, 2)
