@@ -192,7 +192,8 @@ def demo(
     multiple=True,
     metavar="[WEIGHT*]FILE",
     help="A motion that was learned before, such as dance.safetensors or -0.5*dance.safetensors; "
-    "several are added up, at the frames and the size of the first.",
+    "several of a kind are added up, at the frames and the size of the first. Of an embedding and "
+    "a LoRA, the first that has noise brings it, and the other's --noise-prior is 0.",
 )
 @click.option("--motion-scale", type=float, help="Factor on what --motion adds; 1 by default.")
 @click.option(
@@ -215,7 +216,7 @@ def demo(
     type=click.Choice(("all", "released")),
     help="Let skip connections bypass a LoRA's changes; none by default.",
 )
-@click.option("--beta", type=float, help="Strength of the highway; 1.1 by default.")
+@click.option("--beta", type=float, help="Strength of the --highway; 1.1 by default.")
 @click.option("--negative-prompt", default="", help="What the clip does not show.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--steps", type=int, help="Sampler steps.")
@@ -598,12 +599,20 @@ def train_embedding(reference: Path, prompt: str, sites: str | None, **said: Any
 )
 @click.option("--target", help="k (default), k_out, q, v, ff or all.")
 @click.option("--rank", type=int, help="Of the LoRA.")
+@click.option(
+    "--highway",
+    help="all or released: let skip connections bypass its changes in training; none by default. "
+    "To be said again to generate.",
+)
+@click.option("--beta", type=float, help="Strength of the --highway; 1.1 by default.")
 @_motion_options
 def train_lora(
     references: tuple[Path, ...],
     prompts: tuple[str, ...],
     target: str | None,
     rank: int | None,
+    highway: str | None,
+    beta: float | None,
     **said: Any,
 ) -> None:
     """Learn the motion that clips share as a motion LoRA."""
@@ -615,7 +624,8 @@ def train_lora(
             f"{len(references)} --reference, got {len(prompts)}"
         )
     shown = prompts * len(references) if len(prompts) == 1 else prompts
-    options = motion_training.LoraOptions(**_given({"target": target, "rank": rank, **said}))
+    own = {"target": target, "rank": rank, "highway": highway, "beta": beta}
+    options = motion_training.LoraOptions(**_given({**own, **said}))
 
     def learn(engine: Any, clips: "list[Clip]", **settings: Any) -> Any:
         return motion_training.train_lora(engine, clips, shown, said["out"], options, **settings)
@@ -832,7 +842,8 @@ def analyze_temporal(
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="New folder, SOURCE-safetensors by default; of a motion, a new .safetensors file.",
+    help="New folder, SOURCE-safetensors by default; of a motion, a .safetensors file, which is "
+    "replaced if it is there and named here.",
 )
 @click.option("--frames", type=int, help="Of a motion: frames that it was trained on.")
 @click.option("--height", type=int, help="Of a motion: height that it was trained on, in pixels.")
@@ -882,11 +893,13 @@ def convert(
     }
     given = [f"--{name}" for name, value in said.items() if value is not None]
     if as_peft:
+        from kinetiq.motion_convert import default_motion_target, require_other
         from kinetiq.motion_lora import MotionLora
 
         if given:
             raise RequestError(f"convert: {given[0]} is said of a public file, got --peft")
-        made = out or source.with_name(f"{source.stem}-peft.safetensors")
+        made = out or default_motion_target(source, as_peft=True)
+        require_other(source, made)
         MotionLora.read(source).write_peft(made)
         click.echo(click.format_filename(made))
         return
@@ -923,6 +936,8 @@ def _build_controls(
 ) -> "list[Control]":
     """The controls that were asked for, with the switches `given` to them.
 
+    A clip starts from one noise: that of the first learned motion that has any.
+
     Raises:
         RequestError: a switch belongs to no control that was asked for, or is out of range.
     """
@@ -947,12 +962,16 @@ def _build_controls(
     for kind in kinds if reference is not None else ():
         taken = {name: value for name, value in values.items() if name in _SWITCHES[kind]}
         controls.append(makers[kind](reference, **taken))
+    noise_is_brought = False
     for kind, motion in learned.items():
         taken = {
             name.removeprefix("motion_"): value
             for name, value in values.items()
             if name in _SWITCHES[kind]
         }
+        if noise_is_brought:
+            taken["noise_prior"] = 0.0
+        noise_is_brought |= motion.noise is not None
         controls.append(attrs.evolve(motion, **taken))
     return controls
 

@@ -147,7 +147,7 @@ class EagerDenoiser:
             out: Tensor = self.network(latents, timesteps, text, return_dict=False)[0]
         finally:
             self.signal.controls = NO_CONTROLS
-            self.signal.before_temporal.clear()
+            self.signal.before_temporal = {}  # not cleared: recomputation keeps it
         return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kinetiq.checkpoint import Checkpoint, load_checkpoint
 from kinetiq.clip import Clip
-from kinetiq.control_tensors import MotionBank
+from kinetiq.control_tensors import LoraBank, MotionBank
 from kinetiq.controls import Learned, LearnedMotion, resolve_controls
 from kinetiq.denoiser import Denoiser, EagerDenoiser
 from kinetiq.errors import (
@@ -33,11 +33,17 @@ from kinetiq.motion_embedding import (
     resolve_motion_embedding,
     resolve_motion_noise,
 )
-from kinetiq.motion_lora import MotionLora, resolve_motion_lora
+from kinetiq.motion_lora import (
+    LoraBankRequest,
+    MakeLoraBanks,
+    MotionLora,
+    make_lora_banks,
+    resolve_motion_lora,
+)
 from kinetiq.profiling import span
 from kinetiq.request import Request, ResolvedRequest
 from kinetiq.sampler import build_sampler_table
-from kinetiq.skips import list_skips
+from kinetiq.skips import Skip, list_skips
 from kinetiq.source import ResolvedSource, Source, resolve_source
 from kinetiq.text import encode_prompts
 
@@ -59,6 +65,14 @@ class Defaults:
     steps: int
     guidance_scale: float
     fps: float
+
+
+@attrs.frozen
+class BankMakers:
+    """What bring learned motions to the network; ones that remember make each once."""
+
+    embedding: MakeBanks
+    lora: MakeLoraBanks
 
 
 class Engine:
@@ -223,7 +237,7 @@ class Engine:
             with span("text"), _room_for("encode: a prompt"):
                 return encode_prompts(self.checkpoint, [prompt])[0]
 
-        encode_reference, make = self._reference_encoder(), self._bank_maker()
+        encode_reference, make = self._reference_encoder(), self._bank_makers()
 
         def resolve_all() -> Iterator[tuple[int, ResolvedRequest | KinetiqError]]:
             for index, request in enumerate(requests):
@@ -251,7 +265,7 @@ class Engine:
         self,
         request: Request,
         encode_reference: Callable[[Source, int, int, int], ResolvedSource] | None = None,
-        make: MakeBanks | None = None,
+        make: BankMakers | None = None,
     ) -> ResolvedRequest:
         """Fill in the checkpoint's defaults, resolve the controls, and check everything.
 
@@ -279,7 +293,7 @@ class Engine:
             eta=request.eta,
         )
         encode = encode_reference or self._reference_encoder()
-        make = make or self._bank_maker()
+        make = make or self._bank_makers()
         shape = (frames, height // self.vae_scale, width // self.vae_scale)
         controls = resolve_controls(
             request.control,  # type: ignore[arg-type]  # the converter made it a tuple
@@ -361,18 +375,28 @@ class Engine:
 
         return encode
 
-    def _bank_maker(self) -> MakeBanks:
-        """Projects learned motions for the clips they steer, each once a size."""
+    def _bank_makers(self) -> BankMakers:
+        """Bring learned motions to the network, each once: embeddings a size, LoRAs at all."""
+        network, family, sites = self.checkpoint.unet, self.family, self.denoiser.sites
 
         @functools.lru_cache(maxsize=_KEPT_MOTIONS)
-        def make(asked: BankRequest) -> dict[int, MotionBank]:
+        def of_embedding(asked: BankRequest) -> dict[int, MotionBank]:
             with span("motion"), _room_for("motion: the banks of one"):
-                return make_banks(asked, self.checkpoint.unet, self.family, self.denoiser.sites)
+                return make_banks(asked, network, family, sites)
 
-        return make
+        @functools.lru_cache(maxsize=_KEPT_MOTIONS)
+        def of_lora(asked: LoraBankRequest) -> dict[str, LoraBank]:
+            with span("motion"), _room_for("motion: the matrices of a LoRA"):
+                return make_lora_banks(asked, network, family)
+
+        return BankMakers(of_embedding, of_lora)
+
+    @functools.cached_property
+    def _skips(self) -> tuple[Skip, ...]:
+        return list_skips(self.checkpoint.unet, self.family)
 
     def _learned(
-        self, control: LearnedMotion, shape: tuple[int, int, int], steps: int, make: MakeBanks
+        self, control: LearnedMotion, shape: tuple[int, int, int], steps: int, make: BankMakers
     ) -> Learned:
         """A learned motion as data for a clip of `shape`."""
         if shape[0] < 2:
@@ -382,10 +406,12 @@ class Engine:
         network, family = self.checkpoint.unet, self.family
         noise = resolve_motion_noise(control, network.config.in_channels, shape)
         if isinstance(control, MotionLora):
-            skips = list_skips(network, family)
-            return resolve_motion_lora(control, network, family, skips, steps), noise
-        sites = self.denoiser.sites
-        return resolve_motion_embedding(control, network, family, sites, shape, steps, make), noise
+            lora = resolve_motion_lora(control, network, family, self._skips, steps, make.lora)
+            return lora, noise
+        embedding = resolve_motion_embedding(
+            control, network, family, self.denoiser.sites, shape, steps, make.embedding
+        )
+        return embedding, noise
 
     def _check_frames(self, frames: int) -> None:
         limit = getattr(self.checkpoint.unet.config, "motion_max_seq_length", None)

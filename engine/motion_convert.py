@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kinetiq.checkpoint import embedded_folder
 from kinetiq.convert import single_file_advice
-from kinetiq.errors import CheckpointError, RequestError
+from kinetiq.errors import CheckpointError, OutputError, RequestError
 from kinetiq.families import FAMILIES, detect_family, list_sites
 from kinetiq.motion_embedding import MotionEmbedding, resolve_motion_embedding
 from kinetiq.motion_file import FORMAT, MotionInfo
@@ -100,8 +100,7 @@ def convert_motion(source: Path, out: Path, said: PublicMotion) -> str:
         OutputError: `out` cannot be written.
     """
     where = f"convert: {source}"
-    if out.resolve() == source.resolve():
-        raise RequestError(f"{where} must not be converted to itself; choose another --out")
+    require_other(source, out)
     content, metadata = _read(source)
     network = None if said.base is None else _skeleton(said.base)
     motion: MotionEmbedding | MotionLora
@@ -120,10 +119,33 @@ def convert_motion(source: Path, out: Path, said: PublicMotion) -> str:
     return found
 
 
-def default_motion_target(source: Path) -> Path:
-    """Where a motion's file is converted to unless it is said: beside it."""
+def default_motion_target(source: Path, *, as_peft: bool = False) -> Path:
+    """Where a motion's file is converted to unless it is said: a new name beside it.
+
+    Raises:
+        OutputError: the name is taken.
+    """
     target = source.with_suffix(".safetensors")
-    return target if target != source else source.with_name(f"{source.stem}-motion.safetensors")
+    if as_peft or target == source:
+        target = source.with_name(f"{source.stem}-{'peft' if as_peft else 'motion'}.safetensors")
+    if target.exists():
+        raise OutputError(
+            f"convert: {target} must be a new name, and exists; name it by --out to replace it, or "
+            "choose another"
+        )
+    return target
+
+
+def require_other(source: Path, out: Path) -> None:
+    """Raise unless a motion is converted to another file than it is read from.
+
+    Raises:
+        RequestError: it is the same.
+    """
+    if out.resolve() == source.resolve():
+        raise RequestError(
+            f"convert: {source} must not be converted to itself; choose another --out"
+        )
 
 
 def _read(source: Path) -> tuple[list[Tensor] | dict[str, Tensor], Mapping[str, str]]:

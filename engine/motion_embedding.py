@@ -91,7 +91,8 @@ class MotionEmbedding:
 
     `a * m`, `-m`, `m1 + m2` and `m1 - m2` are motions: coefficients go into the tensors, and in a
     sum so do `scale` and `value_scale`. A coefficient that is not positive leaves the noise behind,
-    which has nothing to say of the reverse of a motion.
+    which has nothing to say of the reverse of a motion; so does a negative `scale`. A `scale` of 0
+    keeps it, to see what the noise does alone, but in a sum it is a coefficient like others.
 
     Args:
         query_key: m_qk by the path of the transformer block, [frames, channels].
@@ -99,7 +100,8 @@ class MotionEmbedding:
         noise: the inverted reference, [channels, frames, h, w] at `info`'s size, or None; its
             deviation is its weight in sums, and it is brought to unit variance where it is used.
         info: what it was learned from.
-        scale: factor on the embedding, not on the noise; negative reverses the motion.
+        scale: factor on the embedding, not on the noise; negative reverses the motion, and takes
+            no noise.
         value_scale: a further factor on `value` alone.
         debias: "difference", "none", "mean" or "drop", as above.
         noise_prior: share of `noise` in the initial noise, 0 to 1.
@@ -558,7 +560,9 @@ def resolve_motion_embedding(
 def resolve_motion_noise(
     control: Any, channels: int, shape: tuple[int, int, int]
 ) -> ResolvedNoise | None:
-    """A learned motion's noise for a clip; None where it has none, wants none or never acts.
+    """A learned motion's noise for a clip.
+
+    None where it has none, wants none, never acts, or is reversed by a negative scale.
 
     Args:
         control: a motion embedding, or a motion LoRA.
@@ -568,7 +572,8 @@ def resolve_motion_noise(
     Raises:
         CheckpointError: the noise has another number of channels.
     """
-    share = 0.0 if control.until == 0 else float(control.noise_prior)
+    brings = control.until > 0 and control.scale >= 0
+    share = float(control.noise_prior) if brings else 0.0
     if share and control.noise is not None and len(control.noise) != channels:
         raise CheckpointError(
             f"motion: its noise must have {channels} channels, as the latents have, got "

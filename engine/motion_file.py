@@ -145,7 +145,7 @@ def _read(
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "is not there"
         raise CheckpointError(f"read: {file} must be a motion's file, and {what}")
-    _refuse_pickle(file)
+    refuse_pickle(file)
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -161,7 +161,12 @@ def _read(
     return tensors, _parse(file, metadata)
 
 
-def _refuse_pickle(file: Path) -> None:
+def refuse_pickle(file: Path) -> None:
+    """Raise if a file is a pickle, and say how it is converted.
+
+    Raises:
+        CheckpointError: it is, or it cannot be read.
+    """
     try:
         with file.open("rb") as opened:
             start = opened.read(4)

@@ -50,6 +50,7 @@ from kinetiq.motion_file import (
     check_tensors,
     fingerprint,
     read_motion,
+    refuse_pickle,
     require_family,
     require_kind,
     require_known,
@@ -75,6 +76,7 @@ _PROJECTION = re.compile(
     r"(?:attn[12]\.(?P<attention>to_q|to_k|to_v|to_out\.0)|ff\.(?P<feed_forward>net\.0\.proj|net\.2))"
 )
 _PARTS = ("down", "up", "noise")
+_BETA = 1.1  # strength of a highway, the paper's best
 
 # Where a public file keeps a matrix of a projection: PEFT's names, diffusers' newer and older ones,
 # and those of trainers that wrap a linear layer.
@@ -102,11 +104,14 @@ class MotionLora:
         noise: [channels, frames, h, w], what DDIM inversion made of the reference, or None; its
             deviation is its weight in sums, and it is brought to unit variance where it is used.
         info: what it is for. A LoRA fits any number of frames and any size.
-        scale: factor on the low-rank change, any finite number.
-        until: share of the steps that it, and its highway, act in, from the first, 0 to 1.
+        scale: factor on the low-rank change, any finite number; negative reverses it and takes no
+            noise; 0 keeps the noise.
+        until: share of the steps that it, and its highway, act in, from the first, 0 to 1; 0 takes
+            no noise either.
         highway: which skip connections start before temporal transformers: "all", "released" or
             None; see `choose_highway`.
-        beta: strength of the skip connections of the highway, at least 0.
+        beta: strength of the skip connections of the highway, at least 0; None: 1.1. Without a
+            highway it has no meaning.
         noise_prior: share of `noise` in a clip's first noise, 0 to 1.
         halves: "both" halves of guidance, or "cond" alone.
 
@@ -123,7 +128,7 @@ class MotionLora:
     scale: float = attrs.field(default=1.0, validator=check_factor)
     until: float = attrs.field(default=1.0, validator=check_share)
     highway: str | None = attrs.field(default=None)
-    beta: float = attrs.field(default=1.1, validator=check_factor)
+    beta: float | None = attrs.field(default=None)
     noise_prior: float = attrs.field(default=0.2, validator=check_share)
     halves: str = attrs.field(default="both", validator=check_word("both", "cond"))
 
@@ -134,11 +139,15 @@ class MotionLora:
             raise RequestError(f"highway: must be None, {words}, got {value!r}")
 
     @beta.validator
-    def _check_beta(self, _: object, value: float) -> None:
+    def _check_beta(self, attribute: Any, value: Any) -> None:
+        if value is None:
+            return
+        check_factor(self, attribute, value)
         if value < 0:
             raise RequestError(f"beta: must be at least 0, got {value!r}")
 
     def __attrs_post_init__(self) -> None:
+        require_highway("beta:", self.highway, self.beta)
         require_kind("MotionLora: info", self.info, "lora")
         check_tensors("MotionLora", self._tensors, RequestError)
         check_tensors("MotionLora: down and up", self.down, RequestError)
@@ -376,19 +385,55 @@ def lora_paths(network: nn.Module, family: Family, target: str = "k") -> tuple[s
     return tuple(paths)
 
 
+def require_highway(where: str, highway: str | None, beta: float | None) -> None:
+    """Raise if the strength of a highway is chosen, and no highway.
+
+    Raises:
+        RequestError: it is so.
+    """
+    if highway is None and beta is not None:
+        raise RequestError(
+            f"{where} acts with a highway, got {beta!r} without one; choose a highway, "
+            f"{' or '.join(map(repr, HIGHWAYS))}, too"
+        )
+
+
 def resolve_highway(
-    network: Any, skips: tuple[Skip, ...], which: str, beta: float
+    network: Any, skips: tuple[Skip, ...], which: str, beta: float | None = None
 ) -> ResolvedHighway:
     """An appearance highway as data for one clip; see `choose_highway`.
+
+    Args:
+        network: whose skip connections they are.
+        skips: of the network, from `list_skips`.
+        which: "all" or "released".
+        beta: strength of the skip connections; None: 1.1.
 
     Raises:
         RequestError: the network has no such skip connections.
     """
     moved, stronger = choose_highway(network, skips, which)
+    gain = _BETA if beta is None else float(beta)
     return ResolvedHighway(
         source=tuple(float(one) for one in moved),
-        gain=tuple(beta if one else 1.0 for one in stronger),
+        gain=tuple(gain if one else 1.0 for one in stronger),
     )
+
+
+@attrs.frozen
+class LoraBankRequest:
+    """What banks of a LoRA are made of; equal where the banks are, so that they can be made once.
+
+    Args:
+        key: of the banks.
+        control: the LoRA.
+    """
+
+    key: str
+    control: MotionLora = attrs.field(eq=False)
+
+
+MakeLoraBanks = Callable[[LoraBankRequest], Mapping[str, LoraBank]]
 
 
 def resolve_motion_lora(
@@ -397,6 +442,7 @@ def resolve_motion_lora(
     family: Family,
     skips: tuple[Skip, ...],
     steps: int,
+    make: MakeLoraBanks | None = None,
 ) -> ResolvedMotionLora:
     """Turn what was asked into data, for a clip of any size sampled in `steps` steps.
 
@@ -406,14 +452,35 @@ def resolve_motion_lora(
         family: of the network.
         skips: of the network, from `list_skips`.
         steps: sampler steps of the request.
+        make: makes the banks; one that remembers them saves copying them for each clip.
 
     Raises:
         CheckpointError: the LoRA is of another family, site or width than the network.
         RequestError: the network has no skip connections such as the highway moves.
     """
+    asked = LoraBankRequest(control.fingerprint, control)
+    return ResolvedMotionLora(
+        key=asked.key,
+        banks=make_lora_banks(asked, network, family) if make is None else make(asked),
+        scale=float(control.scale),
+        steps=injected_steps(control.until, steps),
+        conditional_only=control.halves == "cond",
+        highway=None
+        if control.highway is None
+        else resolve_highway(network, skips, control.highway, control.beta),
+    )
+
+
+def make_lora_banks(asked: LoraBankRequest, network: Any, family: Family) -> dict[str, LoraBank]:
+    """The banks of a LoRA, one slot each, where the network's weights are; by module path.
+
+    Raises:
+        CheckpointError: the LoRA is of another family, site or width than the network.
+    """
+    control = asked.control
     require_family(control.info, family)
     known = set(lora_paths(network, family, "all"))
-    banks = {}
+    banks: dict[str, LoraBank] = {}
     for path, down in control.down.items():
         up = control.up[path]
         require_site(control.info, path, known)
@@ -424,16 +491,7 @@ def resolve_motion_lora(
         banks[path] = LoraBank(
             down[None].to(weight.device, weight.dtype), up[None].to(weight.device, weight.dtype)
         )
-    return ResolvedMotionLora(
-        key=control.fingerprint,
-        banks=banks,
-        scale=float(control.scale),
-        steps=injected_steps(control.until, steps),
-        conditional_only=control.halves == "cond",
-        highway=None
-        if control.highway is None
-        else resolve_highway(network, skips, control.highway, float(control.beta)),
-    )
+    return banks
 
 
 @contextmanager
@@ -544,6 +602,7 @@ def _peft_matches(key: str, path: str) -> bool:
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
+    refuse_pickle(file)
     try:
         with safe_open(file, framework="pt") as opened:
             return {n: opened.get_tensor(n) for n in opened.keys()}, opened.metadata() or {}  # noqa: SIM118

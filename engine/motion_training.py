@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from kinetiq.checkpoint import resolve_dtype
 from kinetiq.clip import Clip
-from kinetiq.control_tensors import ControlTensors, MotionBank, MotionControl
+from kinetiq.control_tensors import ControlTensors, MotionBank, MotionControl, SkipControl
 from kinetiq.denoiser import NO_CONTROLS, EagerDenoiser
 from kinetiq.engine import Engine
 from kinetiq.errors import CheckpointError, ClipError, OutputError, RequestError, TrainingError
@@ -43,7 +43,13 @@ from kinetiq.generation import Progress, no_progress
 from kinetiq.inversion import INVERSION_STEPS, invert
 from kinetiq.motion_embedding import MotionEmbedding, project_bank
 from kinetiq.motion_file import MotionInfo
-from kinetiq.motion_lora import TARGETS, MotionLora, lora_paths
+from kinetiq.motion_lora import (
+    TARGETS,
+    MotionLora,
+    lora_paths,
+    require_highway,
+    resolve_highway,
+)
 from kinetiq.motion_losses import (
     LOSSES,
     Diffusion,
@@ -53,6 +59,7 @@ from kinetiq.motion_losses import (
 )
 from kinetiq.recomputation import Recomputation
 from kinetiq.request import MAX_STEPS, Request, ResolvedRequest
+from kinetiq.skips import HIGHWAYS, choose_highway
 from kinetiq.spatial_lora import Adapter, Bypass, LowRank, draw_low_rank, spatial_linears
 from kinetiq.text import encode_prompts
 
@@ -168,12 +175,18 @@ class LoraOptions(MotionTrainingOptions):
     Args:
         target: which projections: a name in `kinetiq.motion_lora.TARGETS`.
         rank: of the LoRA.
+        highway: which skip connections start before temporal transformers while it is trained:
+            "all", "released" or None; see `MotionLora`. It is no part of the file, so it is to be
+            chosen again where the LoRA is used.
+        beta: strength of the highway; None: 1.1.
     """
 
     steps: int = 300
     learning_rate: float = 5e-4
     target: str = "k"
     rank: int = 32
+    highway: str | None = None
+    beta: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,6 +195,14 @@ class LoraOptions(MotionTrainingOptions):
                 f"train: target must be one of {', '.join(TARGETS)}, got {self.target!r}"
             )
         _require_whole("rank", self.rank, 1, 1024)
+        if self.highway not in (None, *HIGHWAYS):
+            raise RequestError(
+                f"train: highway must be one of {', '.join(HIGHWAYS)}, or none, got "
+                f"{self.highway!r}"
+            )
+        if self.beta is not None:
+            _require_number("beta", self.beta, math.inf, zero=True)
+        require_highway("train: beta", self.highway, self.beta)
 
 
 @dataclass(frozen=True)
@@ -359,6 +380,11 @@ class LoraLearner:
         rank: of the changes.
         dropout: share of them that is left out at random.
         generator: of the initial values.
+        highway: which skip connections start before temporal transformers meanwhile, or None.
+        beta: strength of the highway; None: 1.1.
+
+    Raises:
+        RequestError: the network has no skip connections such as the highway moves.
     """
 
     kind = "lora"
@@ -370,7 +396,19 @@ class LoraLearner:
         rank: int,
         dropout: float,
         generator: torch.Generator,
+        highway: str | None = None,
+        beta: float | None = None,
     ) -> None:
+        self._switches: dict[str, Any] = {"highway": highway, "beta": beta}
+        self._controls = NO_CONTROLS
+        if highway is not None:
+            resolved = resolve_highway(denoiser.network, denoiser.skips, highway, beta)
+            device = next(denoiser.network.parameters()).device
+            source, gain = (
+                torch.tensor(values, device=device)[:, None]  # of the only row
+                for values in (resolved.source, resolved.gain)
+            )
+            self._controls = ControlTensors(skip=SkipControl(source, gain))
         self._weights = draw_low_rank(denoiser.network, paths, rank, generator)
         self._adapter = Adapter(denoiser.network, paths, dropout)
         self.parameters: Mapping[str, nn.Parameter] = named_parameters(self._weights)
@@ -381,8 +419,8 @@ class LoraLearner:
         return self._adapter.acting(self._weights)
 
     def controls(self) -> ControlTensors:
-        """None: the hooks do it."""
-        return NO_CONTROLS
+        """The highway, if any: hooks do the rest."""
+        return self._controls
 
     def export(self, info: MotionInfo, noise: Tensor | None) -> MotionLora:
         """What was learned so far."""
@@ -391,6 +429,7 @@ class LoraLearner:
             up={path: low.up.detach() for path, low in self._weights.items()},
             noise=noise,
             info=info,
+            **self._switches,
         )
 
     def close(self) -> None:
@@ -683,14 +722,16 @@ def _train(
         )
         for clip in references
     ]
-    folder = out.with_suffix(".training") if folder is None else folder
-    _open_folder(folder, _describe(engine, clips, prompts, asked, options))
-    cached, noise = _load_cache(folder, engine, clips, prompts, options, progress)
+    # All that may be refused comes before the folder, which holds on to the options of its run.
     checkpoint = engine.checkpoint
     diffusion = read_diffusion(checkpoint.scheduler, checkpoint.scheduler_config)
     autocast = _autocast(engine, options)
+    places = _choose_places(denoiser, options)
+    folder = out.with_suffix(".training") if folder is None else folder
+    _open_folder(folder, _describe(engine, clips, prompts, asked, options))
+    cached, noise = _load_cache(folder, engine, clips, prompts, options, progress)
     generator = torch.Generator().manual_seed(options.seed)
-    learner = _make_learner(denoiser, cached[0], options, generator)
+    learner = _make_learner(denoiser, places, cached[0], options, generator)
     spatial = None
     try:
         if options.loss == "hybrid":
@@ -727,16 +768,39 @@ def _train(
     return motion
 
 
+def _choose_places(
+    denoiser: EagerDenoiser, options: EmbeddingOptions | LoraOptions
+) -> tuple[str, ...]:
+    """Module paths of what is trained: of projections, or of blocks.
+
+    Raises:
+        RequestError: the network has not what was asked for, a highway included.
+    """
+    if isinstance(options, LoraOptions):
+        if options.highway is not None:
+            choose_highway(denoiser.network, denoiser.skips, options.highway)
+        return lora_paths(denoiser.network, denoiser.family, options.target)
+    return choose_blocks(denoiser.sites, options.sites)
+
+
 def _make_learner(
     denoiser: EagerDenoiser,
+    places: tuple[str, ...],
     clip: CachedClip,
     options: EmbeddingOptions | LoraOptions,
     generator: torch.Generator,
 ) -> Learner:
     if isinstance(options, LoraOptions):
-        paths = lora_paths(denoiser.network, denoiser.family, options.target)
-        return LoraLearner(denoiser, paths, options.rank, options.dropout, generator)
-    blocks = measure_blocks(denoiser, choose_blocks(denoiser.sites, options.sites), clip)
+        return LoraLearner(
+            denoiser,
+            places,
+            options.rank,
+            options.dropout,
+            generator,
+            options.highway,
+            options.beta,
+        )
+    blocks = measure_blocks(denoiser, places, clip)
     return EmbeddingLearner(denoiser, blocks, clip.latents.shape[1], clip.latents.device)
 
 
@@ -764,6 +828,35 @@ class LossScale:
         if self.good + 1 == _LOSS_SCALE_GROWS_AFTER:
             return LossScale(self.value * 2)
         return replace(self, good=self.good + 1)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """How far a run was when its state was saved."""
+
+    step: int
+    seconds: float
+    scale: LossScale
+
+    def as_metadata(self) -> dict[str, str]:
+        """What a state's file says of itself; `_read_done` reads it back."""
+        return {
+            "step": str(self.step),
+            "seconds": str(self.seconds),
+            "loss_scale": str(self.scale.value),
+            "good": str(self.scale.good),
+        }
+
+
+def _read_done(path: Path, said: Mapping[str, str]) -> _Done:
+    try:
+        scale = LossScale(float(said["loss_scale"]), int(said["good"]))
+        return _Done(int(said["step"]), float(said["seconds"]), scale)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"train: the metadata of {path} must say how far the run was (step, seconds, "
+            f"loss_scale, good), got {dict(said)}; remove it to begin again"
+        ) from error
 
 
 @dataclass(eq=False)
@@ -809,9 +902,11 @@ class _Run:
     ) -> None:
         """Take all steps that are left."""
         options = self.options
-        scaled = autocast is torch.float16
-        scale = LossScale(_FIRST_LOSS_SCALE if scaled else 1.0)
-        first, spent, scale = self._load(scale)
+        # Passes compute in it by autocast, or because the weights are held in it.
+        scaled = resolve_dtype(options.dtype) is torch.float16
+        done = self._load() or _Done(0, 0.0, LossScale(_FIRST_LOSS_SCALE if scaled else 1.0))
+        first, spent, scale = done.step, done.seconds, done.scale
+        self._trim_log(first)
         recomputation = Recomputation(denoiser, self.learner.trained) if options.recompute else None
         began = time.monotonic()
         losses: list[float] = []
@@ -838,13 +933,13 @@ class _Run:
             losses += [found.loss.item()] if taken else []
             if taken and found.spatial_loss is not None:
                 spatial_losses.append(found.spatial_loss.item())
-            done = step + 1
-            self.progress("training", done, options.steps)
-            due = options.previews and done % options.previews == 0
-            if due or done % options.save_every == 0 or done == options.steps:
+            steps = step + 1
+            self.progress("training", steps, options.steps)
+            due = options.previews and steps % options.previews == 0
+            if due or steps % options.save_every == 0 or steps == options.steps:
                 seconds = spent + time.monotonic() - began
                 line = MotionTrainingStep(
-                    done,
+                    steps,
                     _mean(losses),
                     _mean(spatial_losses),
                     seconds,
@@ -854,7 +949,7 @@ class _Run:
                 losses, spatial_losses = [], []
                 self._save(line, scale)
                 self.report(line)
-                self._preview_if_due(done)
+                self._preview_if_due(steps)
 
     def _preview_if_due(self, step: int) -> None:
         if not self.options.previews or step == 0 or step % self.options.previews:
@@ -909,22 +1004,35 @@ class _Run:
         for name, value in whole.items():
             if not bool(value.isfinite().all()):
                 raise _stopped(name, math.nan, line.step - 1, self.options)
-        said = {
-            "step": line.step,
-            "seconds": line.seconds,
-            "loss_scale": scale.value,
-            "good": scale.good,
-        }
-        with replacing(self.folder / _STATE, "train") as temporary:
-            save_file(whole, temporary, metadata={name: str(value) for name, value in said.items()})
+        # First the log: what a kill leaves of a line whose state is not saved is trimmed later.
         with (self.folder / _LOG).open("a") as log:
             log.write(json.dumps(asdict(line)) + "\n")
+        with replacing(self.folder / _STATE, "train") as temporary:
+            said = _Done(line.step, line.seconds, scale).as_metadata()
+            save_file(whole, temporary, metadata=said)
 
-    def _load(self, scale: LossScale) -> tuple[int, float, LossScale]:
-        """Restore the last save in place: the steps done, their seconds, the loss scale."""
+    def _trim_log(self, step: int) -> None:
+        """Take from the log what a kill left of saves behind `step`, a torn line perhaps."""
+        path = self.folder / _LOG
+        if not path.exists():
+            return
+        try:
+            lines = path.read_text().splitlines(keepends=True)
+            whole = lines[:-1] if lines and not lines[-1].endswith("\n") else lines
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"train: {path} must hold one JSON object with a step in each line: {error!r}; "
+                "remove it to go on without"
+            ) from error
+        if kept != lines:
+            write_text(path, "".join(kept), "train")
+
+    def _load(self) -> "_Done | None":
+        """Restore the last save in place, and say how far the run was; None: there is none."""
         path = self.folder / _STATE
         if not path.exists():
-            return 0, 0.0, scale
+            return None
         tensors, said = _read_tensors(path)
         wanted = {name: value.shape for name, value in self.parameters.items()}
         found = {
@@ -946,8 +1054,7 @@ class _Run:
                     _, _, index, key = name.split(".")
                     state.setdefault(int(index), {})[key] = value
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        scale = LossScale(float(said["loss_scale"]), int(said["good"]))
-        return int(said["step"]), float(said["seconds"]), scale
+        return _read_done(path, said)
 
 
 def named_parameters(weights: Mapping[str, LowRank]) -> dict[str, nn.Parameter]:
@@ -1015,24 +1122,44 @@ def _open_folder(folder: Path, said: dict[str, Any]) -> None:
     path = folder / _OPTIONS
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text()) if path.exists() else None
+        before = json.loads(path.read_text()) if path.exists() else said
     except OSError as error:
         raise OutputError(
             f"train: {folder} must be a folder that can be written: {error}"
         ) from error
     except ValueError as error:
         raise CheckpointError(f"train: {path} must be JSON: {error}") from error
+    if not isinstance(before, dict):
+        raise CheckpointError(
+            f"train: {path} must hold the options of a run as a JSON object, got "
+            f"{type(before).__name__}; remove {folder} to begin again, or name another folder"
+        )
     changed = [
         f"{name} {before.get(name)!r} instead of {value!r}"
         for name, value in said.items()
-        if before is not None and name not in _MAY_CHANGE and before.get(name) != value
+        if name not in _MAY_CHANGE and before.get(name) != value
     ]
     if changed:
         raise CheckpointError(
             f"train: {folder} holds a run with {'; '.join(changed)}; continue it with its own "
             "options, remove it, or name another folder"
         )
+    _require_no_fewer_steps(folder, said["steps"])
     write_text(path, json.dumps(said, indent=2) + "\n", "train")
+
+
+def _require_no_fewer_steps(folder: Path, steps: int) -> None:
+    """Raise if the run was saved behind `steps`, since steps cannot be taken back."""
+    path = folder / _STATE
+    if not path.exists():
+        return
+    done = _read_done(path, _read_metadata(path))
+    if done.step > steps:
+        early = folder / "step-NNNNNN.safetensors"
+        raise RequestError(
+            f"train: steps must be at least {done.step}, which the run in {folder} has taken, got "
+            f"{steps}; early versions, where previews asked for them, are {early}"
+        )
 
 
 def _load_cache(
@@ -1140,13 +1267,20 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def _read_metadata(path: Path) -> Mapping[str, str]:
+    return _read_tensors(path, chosen=())[1]
+
+
+def _read_tensors(
+    path: Path, chosen: Sequence[str] | None = None
+) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """The `chosen` tensors, all by default, and what the file says of itself."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            said = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, said  # noqa: SIM118
+            names = file.keys() if chosen is None else chosen
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"train: {path} must be a whole safetensors file: {error}; remove it to begin again"

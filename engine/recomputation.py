@@ -25,6 +25,7 @@ from torch.utils.checkpoint import (
 )
 
 from kinetiq.attention import Signal
+from kinetiq.control_tensors import ControlTensors
 from kinetiq.denoiser import EagerDenoiser
 
 KEPT_FROM = 768  # multiplications for one element of the result
@@ -88,18 +89,26 @@ class Recomputed(nn.Module):
         recorded = self._has_trained or any(tensor.requires_grad for tensor in tensors)
         if not (torch.is_grad_enabled() and recorded):
             return self.layer(*given, **named)
-        run = partial(self._run, self._signal.frames, self._signal.controls)
+        signal = self._signal
+        run = partial(self._run, signal.frames, signal.controls, signal.before_temporal)
         contexts = partial(create_selective_checkpoint_contexts, _policy)
         return checkpoint(run, *given, use_reentrant=False, context_fn=contexts, **named)
 
-    def _run(self, frames: int, controls: Any, *given: Any, **named: Any) -> Any:
+    def _run(
+        self,
+        frames: int,
+        controls: ControlTensors,
+        before_temporal: dict[str, Tensor],
+        *given: Any,
+        **named: Any,
+    ) -> Any:
         signal = self._signal
-        former = signal.frames, signal.controls
-        signal.frames, signal.controls = frames, controls
+        former = signal.frames, signal.controls, signal.before_temporal
+        signal.frames, signal.controls, signal.before_temporal = frames, controls, before_temporal
         try:
             return self.layer(*given, **named)
         finally:
-            signal.frames, signal.controls = former
+            signal.frames, signal.controls, signal.before_temporal = former
 
 
 def work_an_element(operator: Any, given: tuple[Any, ...]) -> int:

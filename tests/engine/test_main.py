@@ -355,6 +355,34 @@ class TestGenerate:
         assert seen == [MotionEmbedding.read("dance.safetensors")]
 
     @pytest.mark.usefixtures("motions")
+    def test_of_two_learned_motions_the_first_that_has_noise_brings_it(
+        self, generate, monkeypatch, tmp_path
+    ):
+        resolved = []
+
+        def fake(self, prompt, control, **_):
+            resolved.append({type(one): one.noise_prior for one in control})
+            return moving()
+
+        monkeypatch.setattr(Engine, "generate", fake)
+        for kind, name in ((MotionEmbedding, "dance"), (MotionLora, "lora")):
+            motion = kind.read(tmp_path / f"{name}.safetensors")
+            attrs.evolve(motion, noise=torch.randn(4, *motion.info.shape)).write(
+                tmp_path / f"noisy-{name}.safetensors"
+            )
+        dance, lora = "noisy-dance.safetensors", "noisy-lora.safetensors"
+        for words, wanted in (
+            ((dance, "--motion", lora), (0.5, 0.0)),
+            ((lora, "--motion", dance), (0.0, 0.2)),
+            ((lora, "--motion", dance, "--noise-prior", "0.7"), (0.0, 0.7)),
+            (("dance.safetensors", "--motion", lora), (0.5, 0.2)),
+            ((f"-1*{dance}", "--motion", lora), (0.5, 0.2)),
+        ):
+            assert generate("--motion", *words).exit_code == 0
+            got = resolved.pop()
+            assert (got[MotionEmbedding], got[MotionLora]) == wanted
+
+    @pytest.mark.usefixtures("motions")
     def test_a_learned_motion_moves_a_clip(self, generate, tiny_folder, tmp_path):
         words = ("--model", str(tiny_folder()), "--frames", "3", "--size", "16x16")
         assert generate(*words, "--out", "plain").exit_code == 0
@@ -495,6 +523,7 @@ class TestBeforeAModelLoads:
                 "scale: must be a finite number, got ",
             ),
             (["dance.safetensors", "--highway", "all"], "is of kind lora, got embedding"),
+            (["lora.safetensors", "--beta", "1.2"], "beta: acts with a highway, got 1.2 without"),
             (["lora.safetensors", "--debias", "none"], "is of kind embedding, got lora"),
             (["dance.safetensors", "--parts", "q"], "--parts acts with a --reference and --contro"),
         ],
@@ -787,10 +816,13 @@ class TestTrainMotion:
         result = run(
             *("train", "lora", *self.WORDS, "--reference", "good.gif"),
             *("--target", "k_out", "--rank", "8", "--json"),
+            *("--highway", "released", "--beta", "1.2"),
         )
         made = json.loads(result.stdout)
         assert (made["out"], made["frames"], made["kind"]) == ("a.safetensors", 8, "embedding")
-        assert learned["options"] == motion_training.LoraOptions(target="k_out", rank=8)
+        assert learned["options"] == motion_training.LoraOptions(
+            target="k_out", rank=8, highway="released", beta=1.2
+        )
         assert len(learned["clips"]) == 2
         assert list(learned["prompts"]) == ["a square moving right"] * 2
 

@@ -403,6 +403,13 @@ def test_the_command_the_other_way(tmp_path):
     assert MotionLora.read_peft(made, lora.info) == lora
     refused = run(made, "--peft")
     assert refused.exit_code == 2
+    before = ours.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(ours)
+    for out in (ours, tmp_path / "link.safetensors"):
+        result = run(ours, "--peft", "--out", out)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "must not be converted to itself; choose another --out" in result.stderr
+        assert ours.read_bytes() == before
     assert "must be a motion that kinetiq wrote" in refused.stderr
     assert (
         "--frames is said of a public file, got --peft" in run(ours, "--peft", "--frames", 3).stderr
@@ -419,3 +426,19 @@ def test_where_a_motion_is_converted_to(tmp_path):
     assert default_motion_target(tmp_path / "m.pt") == tmp_path / "m.safetensors"
     made = default_motion_target(tmp_path / "m.safetensors")
     assert made == tmp_path / "m-motion.safetensors"
+    made = default_motion_target(tmp_path / "m.safetensors", as_peft=True)
+    assert made == tmp_path / "m-peft.safetensors"
+
+
+def test_only_a_name_that_is_said_is_replaced(tmp_path):
+    torch.save(motion_lora(), tmp_path / "keep.pt")
+    kept, peft = tmp_path / "keep.safetensors", tmp_path / "ours-peft.safetensors"
+    ours = convert(tmp_path, motion_lora())
+    for path, words in ((kept, [tmp_path / "keep.pt"]), (peft, [ours, "--peft"])):
+        path.write_bytes(b"mine")
+        result = run(*words)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"convert: {path} must be a new name, and exists; name it by --out" in result.stderr
+        assert path.read_bytes() == b"mine"
+        assert run(*words, "--out", path).exit_code == 0
+        assert path.read_bytes() != b"mine"

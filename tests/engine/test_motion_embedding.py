@@ -21,6 +21,8 @@ from kinetiq.motion_embedding import (
     site_size,
 )
 from kinetiq.motion_file import MotionInfo
+from kinetiq.motion_lora import make_lora_banks
+from kinetiq.skips import list_skips
 from kinetiq.text import encode_prompts
 
 TOLERANCE = 1e-4  # of the largest value: the project's word for "equal" in float32
@@ -317,6 +319,38 @@ def test_banks_are_made_once_a_motion_and_size(engine, monkeypatch):
     assert made[1][0] is other
 
 
+def test_a_lora_is_brought_to_the_network_once(engine, monkeypatch):
+    made, listed = [], []
+
+    def spy(asked, *rest):
+        made.append(asked.control)
+        return make_lora_banks(asked, *rest)
+
+    def spy_skips(*given):
+        listed.append(given)
+        return list_skips(*given)
+
+    monkeypatch.setattr(engine_module, "make_lora_banks", spy)
+    monkeypatch.setattr(engine_module, "list_skips", spy_skips)
+    lora = adapt(engine, noise_prior=0.0)
+    other = 2.0 * lora
+    controls = [lora, attrs.evolve(lora, scale=2.0, highway="all"), other, lora]
+    requests = [kq.Request("a ring", control, frames=4, steps=1) for control in controls]
+    requests.append(kq.Request("a ring", lora, frames=6, steps=1))
+    assert len(list(engine.generate_latents(requests))) == 5
+    assert made == [lora, other]
+    assert len(listed) == 1
+
+
+def test_too_little_memory_for_a_lora_is_said(engine, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(engine_module, "make_lora_banks", full)
+    with pytest.raises(kq.WorkError, match="the matrices of a LoRA must fit in memory"):
+        latents_of(engine, adapt(engine))
+
+
 def test_a_motion_without_noise_prior_starts_from_the_seed_and_with_all_of_it_from_its_own(engine):
     motion = learn(engine, scale=0.0)
     plain = [latents_of(engine, seed=seed) for seed in (1, 2)]
@@ -491,6 +525,20 @@ def test_a_sum_has_the_sites_of_both(engine):
     assert both.query_key.keys() == motion.query_key.keys()
     assert all(torch.equal(both.query_key[n], motion.query_key[n]) for n in motion.query_key)
     assert all(torch.equal(both.value[n], motion.value[n]) for n in motion.value)
+
+
+@pytest.mark.parametrize("make", [learn, adapt])
+def test_a_reversed_motion_brings_no_noise_however_it_is_reversed(engine, make):
+    forward = make(engine, noise_prior=0.5)
+
+    def brought(motion):
+        return engine.resolve(kq.Request("x", motion, frames=4)).controls.noise
+
+    back = attrs.evolve(forward, scale=-0.5)
+    assert brought(back) is brought(-forward) is brought(2.0 * back) is brought(back + back) is None
+    assert torch.equal((back + forward).noise, forward.noise)
+    for scale in (0.0, 1.0):  # 0 is what the noise does alone
+        assert brought(attrs.evolve(forward, scale=scale)).share == 0.5
 
 
 def test_noise_under_arithmetic(engine):

@@ -358,7 +358,9 @@ def test_resolves_to_data(denoiser, networks, family):
     behind = [skip.temporal is not None for skip in denoiser.skips]
     assert got.highway.source == tuple(map(float, behind))
     assert got.highway.gain == tuple(1.2 if one else 1.0 for one in behind)
-    assert resolve(denoiser, attrs.evolve(lora, highway=None)).highway is None
+    assert resolve(denoiser, attrs.evolve(lora, highway=None, beta=None)).highway is None
+    usual = resolve(denoiser, attrs.evolve(lora, beta=None)).highway
+    assert usual.gain == tuple(1.1 if one else 1.0 for one in behind)
     half = resolve(EagerDenoiser(copy.deepcopy(networks[family]).half()), lora)
     assert {bank.up.dtype for bank in half.banks.values()} == {torch.float16}
 
@@ -495,6 +497,8 @@ MATRICES = {"down": {TO_K: torch.ones(1, 4)}, "up": {TO_K: torch.ones(4, 1)}}
         ({"until": 1.5}, kq.RequestError, "until: must be a number from 0 to 1, got 1.5"),
         ({"highway": "some"}, kq.RequestError, "highway: must be None, 'all', 'released', got 'so"),
         ({"beta": -1.0}, kq.RequestError, "beta: must be at least 0, got -1.0"),
+        ({"beta": "1"}, kq.RequestError, "beta: must be a finite number, got '1'"),
+        ({"beta": 1.2}, kq.RequestError, "beta: acts with a highway, got 1.2 without one; choose"),
         ({"noise_prior": -0.1}, kq.RequestError, "noise_prior: must be a number from 0 to 1"),
         ({"halves": "uncond"}, kq.RequestError, "halves: must be one of 'both', 'cond'"),
         ({"noise": torch.ones(2, 3)}, kq.ShapeError, r"must be \[channels, frames, h, w\], got"),
@@ -690,6 +694,15 @@ def test_a_spatial_lora_is_no_motion(tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(b"no")
     with pytest.raises(kq.CheckpointError, match="must be a whole safetensors file"):
         MotionLora.read_peft(tmp_path / "damaged.safetensors", info())
+
+
+@pytest.mark.parametrize("name", ["lora.pt", "lora.safetensors"])
+def test_a_pickle_is_refused_with_what_converts_it(tmp_path, name):
+    torch.save([torch.ones(2)], tmp_path / name)
+    with pytest.raises(
+        kq.CheckpointError, match=f"is a pickle, .*: kinetiq convert .*{name} --out"
+    ):
+        MotionLora.read_peft(tmp_path / name, info())
 
 
 def test_the_peft_file_is_plain(networks, tmp_path):

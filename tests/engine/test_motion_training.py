@@ -2,19 +2,21 @@
 
 import dataclasses
 import json
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from typing import ClassVar
 
 import attrs
 import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kinetiq as kq
 from kinetiq import motion_training, recomputation
 from kinetiq.clip import Clip
-from kinetiq.control_tensors import ControlTensors, LoraBank, LoraControl
+from kinetiq.control_tensors import ControlTensors, LoraBank, LoraControl, SkipControl
 from kinetiq.denoiser import NO_CONTROLS, EagerDenoiser
 from kinetiq.errors import (
     CheckpointError,
@@ -25,7 +27,8 @@ from kinetiq.errors import (
 )
 from kinetiq.families import SiteKind
 from kinetiq.motion_embedding import MotionEmbedding
-from kinetiq.motion_lora import MotionLora, lora_paths
+from kinetiq.motion_file import MotionInfo
+from kinetiq.motion_lora import MotionLora, lora_paths, resolve_motion_lora
 from kinetiq.motion_losses import LOSSES, Diffusion, mean_squared_error, motion_loss
 from kinetiq.motion_training import (
     CachedClip,
@@ -98,10 +101,10 @@ def embedding_learner(denoiser, clip, sites=(), seed=None):
     return perturbed(learner, clip, seed)
 
 
-def lora_learner(denoiser, clip, target="k", seed=None, dropout=0.0):
+def lora_learner(denoiser, clip, target="k", seed=None, dropout=0.0, **highway):
     paths = lora_paths(denoiser.network, denoiser.family, target)
     generator = torch.Generator().manual_seed(0)
-    return perturbed(LoraLearner(denoiser, paths, 2, dropout, generator), clip, seed)
+    return perturbed(LoraLearner(denoiser, paths, 2, dropout, generator, **highway), clip, seed)
 
 
 def perturbed(learner, clip, seed):
@@ -428,6 +431,94 @@ class TestRecomputation:
         assert torch.equal(predict(denoiser, clip, draw_of(clip), NO_CONTROLS), base)
 
 
+class TestHighway:
+    HIGHWAY: ClassVar = {"highway": "all", "beta": 1.3}
+
+    def test_a_lora_is_trained_as_it_is_applied_with_it(self, denoiser):
+        clip = clip_of()
+        learner = lora_learner(denoiser, clip, "all", seed=1, **self.HIGHWAY)
+        made = learner.export(MotionInfo(**INFO, family=denoiser.family.name), None)
+        assert {"highway": made.highway, "beta": made.beta} == self.HIGHWAY
+        resolved = resolve_motion_lora(
+            made, denoiser.network, denoiser.family, denoiser.skips, steps=1
+        )
+        one = torch.ones(1)
+        banks = {
+            path: LoraBank(behind_zeros(bank.down), behind_zeros(bank.up))
+            for path, bank in resolved.banks.items()
+        }
+        skip = SkipControl(
+            *(torch.tensor(v)[:, None] for v in (resolved.highway.source, resolved.highway.gain))
+        )
+        controls = ControlTensors(lora=LoraControl(one.long(), one, banks), skip=skip)
+        draw = draw_of(clip)
+        with torch.no_grad():
+            guess = predict(denoiser, clip, draw, controls)
+        wanted = motion_loss("hybrid", guess, draw.noise[None], 1)
+        found = step(denoiser, learner, clip)
+        learner.close()
+        plain = lora_learner(denoiser, clip, "all", seed=1)
+        without = step(denoiser, plain, clip)
+        plain.close()
+        assert found.loss == pytest.approx(wanted.item(), rel=1e-4)
+        assert without.loss != pytest.approx(wanted.item(), rel=1e-2)
+
+    @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+    @pytest.mark.parametrize("which", ["all", "released"])
+    def test_recomputation_finds_the_same_gradients(self, denoiser, which, autocast):
+        clip = clip_of()
+        learner = lora_learner(denoiser, clip, "all", seed=1, highway=which)
+        plain = step(denoiser, learner, clip, autocast=autocast)
+        recompute = Recomputation(denoiser, learner.trained)
+        again = step(denoiser, learner, clip, autocast=autocast, recomputation=recompute)
+        assert torch.equal(again.loss, plain.loss)
+        assert all(map(torch.equal, again.gradients, plain.gradients))
+        assert denoiser.signal.before_temporal == {}
+
+    def test_gradients_are_those_of_finite_differences(self, double):
+        clip = clip_of(torch.float64)
+        learner = lora_learner(double, clip, "all", seed=1, **self.HIGHWAY)
+        found = step(double, learner, clip)
+        rng = torch.Generator().manual_seed(0)
+        slope, ends = 0.0, []
+        directions = [
+            torch.randn(p.shape, generator=rng, dtype=torch.float64)
+            for p in learner.parameters.values()
+        ]
+        for gradient, direction in zip(found.gradients, directions, strict=True):
+            slope += (gradient * direction).sum().item()
+        for size in (1e-5, -2e-5):
+            for parameter, direction in zip(learner.parameters.values(), directions, strict=True):
+                parameter.data += size * direction
+            ends.append(step(double, learner, clip).loss.item())
+        assert slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4)
+
+    def test_previews_and_what_is_made_have_it(self, animatediff, tmp_path, monkeypatch):
+        shown, real = [], kq.Engine.generate
+
+        def generate(self, prompt, motion, **options):
+            shown.append((motion.highway, motion.beta))
+            return real(self, prompt, motion, steps=1, **options)
+
+        monkeypatch.setattr(kq.Engine, "generate", generate)
+        options = LoraOptions(**{**SMALL, "previews": 4}, recompute=True, **self.HIGHWAY)
+        out = tmp_path / "a.safetensors"
+        made = train_lora(animatediff, [reference()], ["a panda"], out, options)
+        assert shown == [("all", 1.3)] == [(made.highway, made.beta)]
+        with pytest.raises(CheckpointError, match="holds a run with highway 'all' instead of None"):
+            train_lora(animatediff, [reference()], ["a panda"], out, LoraOptions(**SMALL))
+
+    def test_a_network_without_such_skips_leaves_no_folder(
+        self, animatediff, tmp_path, monkeypatch
+    ):
+        bare = tuple(s for s in animatediff.denoiser.skips if s.temporal is None)
+        monkeypatch.setattr(animatediff.denoiser, "skips", bare)
+        options = LoraOptions(**SMALL, highway="all")
+        with pytest.raises(RequestError, match="highway: 'all' needs a skip connection behind"):
+            train_lora(animatediff, [reference()], ["a"], tmp_path / "a.safetensors", options)
+        assert not any(tmp_path.iterdir())
+
+
 class TestSites:
     def test_default_is_down_and_up_at_the_greatest_width(self, denoiser):
         chosen = choose_blocks(denoiser.sites, ())
@@ -535,6 +626,13 @@ class Count(TorchDispatchMode):
         key = (name, args[1][0].numel() if name == "aten.convolution.default" else 0)
         self.calls[key] = self.calls.get(key, 0) + 1
         return func(*args, **(kwargs or {}))
+
+
+INFO = {"kind": "lora", "frames": FRAMES, "height": 8, "width": 8}
+
+
+def behind_zeros(bank):
+    return torch.cat([torch.zeros_like(bank), bank])
 
 
 def assert_close(got, wanted):
@@ -758,6 +856,91 @@ class TestRuns:
         assert train_embedding(animatediff, reference(), "a panda", out, options)  # goes on
 
 
+class TestFolders:
+    def run(self, engine, out, **options):
+        options = EmbeddingOptions(**{**SMALL, **options})
+        return train_embedding(engine, reference(), "a panda", out, options)
+
+    def test_steps_are_not_taken_back(self, animatediff, tmp_path):
+        out, state = tmp_path / "a.safetensors", tmp_path / "a.training" / "state.safetensors"
+        self.run(animatediff, out)
+        before = {p: p.read_bytes() for p in (out, state, state.with_name("options.json"))}
+        message = r"steps must be at least 4, which the run in .* has taken, got 3; .*step-NNNNNN\."
+        with pytest.raises(RequestError, match=message):
+            self.run(animatediff, out, steps=3)
+        assert all(path.read_bytes() == content for path, content in before.items())
+        assert self.run(animatediff, out).info.steps == 4
+
+    def test_what_is_refused_leaves_no_folder(self, animatediff, tmp_path, monkeypatch):
+        out = tmp_path / "a.safetensors"
+        with pytest.raises(RequestError, match="sites: must be among"):
+            self.run(animatediff, out, sites=("up_blocks.7",))
+        with pytest.raises(RequestError, match="float32 or bfloat16 on a CPU, got float16"):
+            self.run(animatediff, out, dtype="float16")
+
+        def unknown(*_):
+            raise RequestError("noise schedule: must have betas")
+
+        monkeypatch.setattr(motion_training, "read_diffusion", unknown)
+        with pytest.raises(RequestError, match="noise schedule"):
+            self.run(animatediff, out)
+        assert not any(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("content", ["[]", "null", "3"])
+    def test_options_of_another_form(self, animatediff, tmp_path, content):
+        path = tmp_path / "a.training" / "options.json"
+        path.parent.mkdir()
+        path.write_text(content)
+        with pytest.raises(CheckpointError, match=r"options.json must hold .* as a JSON object"):
+            self.run(animatediff, tmp_path / "a.safetensors")
+        assert path.read_text() == content
+
+    @pytest.mark.parametrize("said", [None, {"step": "2", "seconds": "1", "loss_scale": "x"}])
+    def test_a_state_that_does_not_say_how_far_it_is(self, animatediff, tmp_path, said):
+        out = tmp_path / "a.safetensors"
+        self.run(animatediff, out, steps=1)
+        path = tmp_path / "a.training" / "state.safetensors"
+        tensors, _ = motion_training._read_tensors(path)
+        save_file(tensors, path, metadata=said)
+        with pytest.raises(CheckpointError, match=r"metadata of .* must say how far the run was"):
+            self.run(animatediff, out, steps=1)
+
+    def test_the_log_has_each_save_once_wherever_a_run_was_killed(
+        self, animatediff, tmp_path, monkeypatch
+    ):
+        out, log = tmp_path / "a.safetensors", tmp_path / "a.training" / "log.jsonl"
+
+        def steps():
+            return [json.loads(line)["step"] for line in log.read_text().splitlines()]
+
+        real = motion_training.replacing
+
+        @contextmanager
+        def killed(path, *given):
+            if path.name == "state.safetensors" and steps() == [1, 2]:
+                raise Killed
+            with real(path, *given) as temporary:
+                yield temporary
+
+        monkeypatch.setattr(motion_training, "replacing", killed)
+        with pytest.raises(Killed):  # between the log and the state
+            self.run(animatediff, out, save_every=1)
+        monkeypatch.undo()
+        self.run(animatediff, out, save_every=1, steps=2)
+        assert steps() == [1, 2]
+        with log.open("a") as file:
+            file.write('{"step": 3, "lo')  # in the midst of a line
+        self.run(animatediff, out, save_every=1)
+        assert steps() == [1, 2, 3, 4]
+
+    def test_a_log_that_is_none(self, animatediff, tmp_path):
+        out, log = tmp_path / "a.safetensors", tmp_path / "a.training" / "log.jsonl"
+        self.run(animatediff, out, steps=1)
+        log.write_text("hello\n")
+        with pytest.raises(CheckpointError, match=r"log.jsonl must hold one JSON object with a st"):
+            self.run(animatediff, out, steps=2)
+
+
 class TestRefusals:
     def test_a_reference_that_is_too_short(self, animatediff, tmp_path):
         message = r"reference 1 must have at least 6 frames.*got 5; .* ask for --frames 5"
@@ -804,6 +987,14 @@ class TestRefusals:
             LoraOptions(target="w")
         with pytest.raises(RequestError, match="rank must be a whole number from 1 to 1024"):
             LoraOptions(rank=0)
+        with pytest.raises(RequestError, match="highway must be one of all, released, or none"):
+            LoraOptions(highway="some")
+        with pytest.raises(RequestError, match="beta must be a number from 0 to inf, got -1"):
+            LoraOptions(highway="all", beta=-1)
+        with pytest.raises(
+            RequestError, match=r"train: beta acts with a highway, got 1\.2 without"
+        ):
+            LoraOptions(beta=1.2)
 
     def test_what_does_not_fit_the_model(self, animatediff, tmp_path):
         out = tmp_path / "a.safetensors"
@@ -829,8 +1020,9 @@ class TestRefusals:
             train_lora(animatediff, [reference()] * 2, ["a panda"], out)
 
 
+@pytest.mark.parametrize("autocast", [torch.float16, None], ids=["autocast", "weights"])
 def test_overflow_in_float16_skips_the_step_and_halves_the_scale(
-    animatediff, tmp_path, monkeypatch
+    animatediff, tmp_path, monkeypatch, autocast
 ):
     """float16 itself needs a GPU; what is done about overflow does not."""
     real, scales = motion_training.motion_step, []
@@ -843,9 +1035,9 @@ def test_overflow_in_float16_skips_the_step_and_halves_the_scale(
         return dataclasses.replace(found, gradients=tuple(g / 0 for g in found.gradients))
 
     monkeypatch.setattr(motion_training, "motion_step", overflowing)
-    monkeypatch.setattr(motion_training, "_autocast", lambda *_: torch.float16)
+    monkeypatch.setattr(motion_training, "_autocast", lambda *_: autocast)
     out, lines = tmp_path / "a.safetensors", []
-    options = EmbeddingOptions(**{**SMALL, "save_every": 1})
+    options = EmbeddingOptions(**{**SMALL, "save_every": 1, "dtype": "float16"})
     train_embedding(animatediff, reference(), "a panda", out, options, report=lines.append)
     assert scales == [2.0**16, 2.0**15, 2.0**14, 2.0**14]
     assert [line.loss is None for line in lines] == [True, True, False, False]
