@@ -278,7 +278,7 @@ def generate(
     dtype: str | None,
     backend: str,
 ) -> None:
-    """Generate one clip, moving like a reference, or as was learned, if one is given."""
+    """Generate one clip, moving like a reference or as was learned."""
     import attrs
 
     from kinetiq.clip import Clip, check_write, peek
@@ -875,7 +875,7 @@ def convert(
     target: str | None,
     as_peft: bool,
 ) -> None:
-    """Copy a model folder, its pickled weights as safetensors, or a public motion's file as ours.
+    """Copy a model folder or a public motion file as safetensors.
 
     Motions are those of MotionInversion (motion_embed.pt), MotionDirector and its descendants,
     AnimateDiff, diffusers and PEFT. Pickles are read as plain tensors: no code that one may hold

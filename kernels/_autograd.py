@@ -1,13 +1,16 @@
 """What the operators share of autograd and autocast."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 
-def keep_types(tensor: Tensor) -> torch.autocast:
+def keep_types(tensor: Tensor) -> AbstractContextManager[object]:
     """Inside, autocast is off where `tensor` is: a result has the type of what it is made of."""
+    if tensor.device.type == "meta":  # which computes nothing, and has no autocast
+        return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
 
 
