@@ -18,9 +18,18 @@ from kinetiq.denoiser import Denoiser
 from kinetiq.errors import KinetiqError, NonFiniteError, WorkError
 from kinetiq.inversion import blend_noise
 from kinetiq.kernels import guided_step
+from kinetiq.motion_injection import ResolvedMotionInjection
 from kinetiq.profiling import begin, end, span
+from kinetiq.query_injection import ResolvedQueryInjection
 from kinetiq.request import ResolvedRequest
-from kinetiq.rows import Batch, ClipState, build_batch, join_loras, join_motions
+from kinetiq.rows import (
+    Batch,
+    ClipState,
+    SourceLevel,
+    build_batch,
+    join_loras,
+    join_motions,
+)
 from kinetiq.sampler import step_coefficients
 
 Progress = Callable[[str, int, int], None]
@@ -223,14 +232,26 @@ def _predict(
 
 def _state(run: ClipRun, dtype: torch.dtype) -> ClipState:
     row = run.request.sampler.row(run.step)
+    controls = run.request.controls.active(run.step)
     return ClipState(
         latents=(row.input_scale * run.sample).to(dtype),
         timestep=row.timestep,
-        source_scale=(row.source_signal, row.source_noise),
         text=run.text.to(dtype),
         negative_text=None if run.negative_text is None else run.negative_text.to(dtype),
-        controls=run.request.controls.active(run.step),
+        controls=controls,
+        query_level=_source_level(run, controls.query),
+        motion_level=_source_level(run, controls.motion),
     )
+
+
+def _source_level(
+    run: ClipRun, control: ResolvedQueryInjection | ResolvedMotionInjection | None
+) -> SourceLevel | None:
+    """How noisy the source row of an injection is: as its reader, or as it will be later."""
+    if control is None:
+        return None
+    row = run.request.sampler.row(max(run.step, control.source_step))
+    return SourceLevel(row.timestep, row.source_signal, row.source_noise)
 
 
 def _apply(

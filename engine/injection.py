@@ -94,6 +94,9 @@ class Injection:
         source_prompt: conditions the source row.
         source_noise: "shared" by all steps, or "fresh" at each.
         source_seed: of that noise; None: derived from the reference.
+        source_from: share of the steps, 0 to 1; until then the source row is no noisier than it
+            will be there. At 0 it is as noisy as its readers, and in the first steps, where the
+            motion is decided, shows hardly any of its own.
     """
 
     reference: Clip = attrs.field(kw_only=False, validator=_check_reference)
@@ -108,6 +111,7 @@ class Injection:
     source_prompt: str = attrs.field(default="", validator=check_text)
     source_noise: str = attrs.field(default="shared", validator=_one_of("shared", "fresh"))
     source_seed: int | None = attrs.field(default=None, validator=_check_seed)
+    source_from: float = attrs.field(default=0.0, validator=check_share)
 
     @property
     def source(self) -> Source:
@@ -120,6 +124,11 @@ class Injection:
 def injected_steps(until: float, steps: int) -> int:
     """How many of `steps` are injected; any `until` above 0 injects at least the first."""
     return 0 if until == 0 else max(1, round(until * steps))
+
+
+def source_step(source_from: float, steps: int) -> int:
+    """The step, counted from 0, whose noise the source row never exceeds."""
+    return min(round(source_from * steps), steps - 1)
 
 
 def resolve_region(region: Any, shape: Sequence[int]) -> Tensor | None:

@@ -23,6 +23,7 @@ from kinetiq.injection import (
     freeze_sites,
     injected_steps,
     resolve_region,
+    source_step,
 )
 from kinetiq.kernels.frame_attention import PARTS
 from kinetiq.source import ResolvedSource
@@ -56,6 +57,7 @@ class ResolvedMotionInjection:
     Args:
         source: the source row.
         steps: how many steps are injected, from the first.
+        source_step: the step whose noise the source row never exceeds.
         sites: bool for each site of the network.
         conditional_only: whether the unconditional row keeps its own deviations.
         blend: share of the source's deviation.
@@ -65,6 +67,7 @@ class ResolvedMotionInjection:
 
     source: ResolvedSource
     steps: int
+    source_step: int
     sites: tuple[bool, ...]
     conditional_only: bool
     blend: float
@@ -100,6 +103,7 @@ def resolve_motion_injection(
     return ResolvedMotionInjection(
         source=source,
         steps=injected_steps(control.until, steps),
+        source_step=source_step(control.source_from, steps),
         sites=chosen,
         conditional_only=control.halves == "cond",
         blend=control.blend,

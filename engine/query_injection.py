@@ -19,6 +19,7 @@ from kinetiq.injection import (
     freeze_sites,
     injected_steps,
     resolve_region,
+    source_step,
 )
 from kinetiq.source import ResolvedSource
 
@@ -48,6 +49,7 @@ class ResolvedQueryInjection:
     Args:
         source: the source row.
         steps: how many steps are injected, from the first.
+        source_step: the step whose noise the source row never exceeds.
         sites: bool for each site of the network.
         conditional_only: whether the unconditional row keeps its own queries.
         blend: a number, or [frames, h, w] for a region.
@@ -56,6 +58,7 @@ class ResolvedQueryInjection:
 
     source: ResolvedSource
     steps: int
+    source_step: int
     sites: tuple[bool, ...]
     conditional_only: bool
     blend: float | Tensor
@@ -73,6 +76,7 @@ def resolve_query_injection(
     return ResolvedQueryInjection(
         source=source,
         steps=injected_steps(control.until, steps),
+        source_step=source_step(control.source_from, steps),
         sites=select_sites(sites, control.sites),
         conditional_only=control.halves == "cond",
         blend=control.alpha if region is None else control.alpha * region,

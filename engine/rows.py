@@ -6,7 +6,7 @@ act at this step read source rows; equal sources at equal timesteps are one row.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ from kinetiq.query_injection import ResolvedQueryInjection
 from kinetiq.source import ResolvedSource
 
 
+class SourceLevel(NamedTuple):
+    """How noisy a source row is: signal · clean latents + noise · unit noise, at a timestep."""
+
+    timestep: float
+    signal: float
+    noise: float
+
+
 @dataclass(frozen=True)
 class ClipState:
     """A clip as the batch sees it at one step.
@@ -37,18 +45,20 @@ class ClipState:
     Args:
         latents: network input of its own rows, [channels, frames, h, w].
         timestep: what the network is told.
-        source_scale: (signal, noise) of clean latents noised to this step.
         text: [tokens, width] of the prompt.
         negative_text: like `text`, or None where the clip is not guided.
         controls: the controls that act at this step.
+        query_level: of the source row of query injection; None where it does not act.
+        motion_level: of that of motion injection, likewise.
     """
 
     latents: Tensor
     timestep: float
-    source_scale: tuple[float, float]
     text: Tensor
     negative_text: Tensor | None
     controls: ResolvedControls
+    query_level: SourceLevel | None = None
+    motion_level: SourceLevel | None = None
 
 
 @dataclass(frozen=True)
@@ -133,19 +143,22 @@ def build_batch(
         timesteps += [clip.timestep] * len(prompts)
         text += prompts
         halves.append((first, first + len(prompts) - 1))
-    source_rows: dict[tuple[str, float, tuple[float, float]], int] = {}
+    source_rows: dict[tuple[str, SourceLevel], int] = {}
     reads: list[tuple[int | None, int | None]] = []
     for clip in clips:
         found: list[int | None] = []
-        for control in (clip.controls.query, clip.controls.motion):
-            if control is None:
+        for control, level in (
+            (clip.controls.query, clip.query_level),
+            (clip.controls.motion, clip.motion_level),
+        ):
+            if control is None or level is None:
                 found.append(None)
                 continue
-            key = (control.source.key, clip.timestep, clip.source_scale)
+            key = (control.source.key, level)
             if key not in source_rows:
                 source_rows[key] = len(latents)
-                latents.append(_noised(control.source, clip).to(clip.latents))
-                timesteps.append(clip.timestep)
+                latents.append(_noised(control.source, level, clip.latents))
+                timesteps.append(level.timestep)
                 text.append(source_text[control.source.prompt])
             found.append(source_rows[key])
         reads.append((found[0], found[1]))
@@ -166,9 +179,9 @@ def build_batch(
     )
 
 
-def _noised(source: ResolvedSource, clip: ClipState) -> Tensor:
-    signal, noise = clip.source_scale
-    return signal * source.latents + noise * source.noise(clip.timestep).to(source.latents)
+def _noised(source: ResolvedSource, level: SourceLevel, like: Tensor) -> Tensor:
+    noise = source.noise(level.timestep).to(source.latents)
+    return (level.signal * source.latents + level.noise * noise).to(like)
 
 
 def _join(

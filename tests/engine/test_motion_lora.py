@@ -95,7 +95,6 @@ def clip_state(row, given, lora):
     return ClipState(
         latents=latents[row],
         timestep=float(timesteps[row]),
-        source_scale=(1.0, 0.0),
         text=text[row],
         negative_text=None,
         controls=ResolvedControls(lora=lora),
@@ -222,7 +221,6 @@ def test_only_the_conditional_half_is_changed_if_so_asked(denoiser, networks, fa
     clip = ClipState(
         latents=latents[0],
         timestep=float(timesteps[0]),
-        source_scale=(1.0, 0.0),
         text=text[0],
         negative_text=text[1],
         controls=ResolvedControls(lora=resolve(denoiser, lora)),

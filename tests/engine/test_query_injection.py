@@ -68,13 +68,14 @@ def plain_two_passes(engine, family, folder, control, until):
             return predict_stock(network, family, both, t, text)
 
         if step < until:
-            share = scheduler.alphas_cumprod[t]
-            noised = share.sqrt() * source.latents + (1 - share).sqrt() * source.noise(float(t))
+            at = scheduler.timesteps[max(step, round(4 * control.source_from))]
+            share = scheduler.alphas_cumprod[at]
+            noised = share.sqrt() * source.latents + (1 - share).sqrt() * source.noise(float(at))
             seen = record_projections(
                 network,
                 queries,
-                lambda noised=noised, t=t: predict_stock(
-                    network, family, noised[None], t, silent[None]
+                lambda noised=noised, at=at: predict_stock(
+                    network, family, noised[None], at, silent[None]
                 ),
             )
             with replaced_projections(
@@ -88,9 +89,11 @@ def plain_two_passes(engine, family, folder, control, until):
     return sample[0]
 
 
-@pytest.mark.parametrize("sites", ["spatial", "temporal", "both"])
-def test_equals_the_plain_two_pass_way(engine, family, tiny_folder, reference, sites):
-    control = kq.QueryInjection(reference, until=0.5, sites=sites)
+@pytest.mark.parametrize(
+    ("sites", "source_from"), [("spatial", 0.0), ("temporal", 0.0), ("both", 0.0), ("both", 0.25)]
+)
+def test_equals_the_plain_two_pass_way(engine, family, tiny_folder, reference, sites, source_from):
+    control = kq.QueryInjection(reference, until=0.5, sites=sites, source_from=source_from)
     wanted = plain_two_passes(engine, family, tiny_folder(family), control, until=2)
     got = latents_of(engine, control)
     assert (got - wanted).abs().max() <= TOLERANCE * wanted.abs().max()

@@ -1,12 +1,14 @@
 """How clips and their sources become rows, and what the control tensors say of them."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from kinetiq.controls import ResolvedControls
 from kinetiq.motion_injection import ResolvedMotionInjection
 from kinetiq.query_injection import ResolvedQueryInjection
-from kinetiq.rows import ClipState, build_batch
+from kinetiq.rows import ClipState, SourceLevel, build_batch
 from kinetiq.source import ResolvedSource
 
 SHAPE = (4, 3, 2, 2)  # channels, frames, h, w
@@ -20,22 +22,23 @@ def source(key="a", prompt="", fresh=False):
 
 
 def query(read=None, sites=(True, False, True), cond=False, blend=1.0, reduced=False):
-    return ResolvedQueryInjection(read or source(), 5, sites, cond, blend, reduced)
+    return ResolvedQueryInjection(read or source(), 5, 0, sites, cond, blend, reduced)
 
 
 def motion(read=None, cond=False, blend=0.5, region=None, parts=(1.0, 1.0, 0.0)):
     sites = (False, True, False)
-    return ResolvedMotionInjection(read or source(), 5, sites, cond, blend, region, parts)
+    return ResolvedMotionInjection(read or source(), 5, 0, sites, cond, blend, region, parts)
 
 
 def clip(value, *, guided=True, timestep=10.0, scale=(0.6, 0.8), dtype=torch.float32, **controls):
     return ClipState(
         latents=torch.full(SHAPE, float(value), dtype=dtype),
         timestep=timestep,
-        source_scale=scale,
         text=torch.full((5, 6), float(value), dtype=dtype),
         negative_text=torch.full((5, 6), value + 0.5, dtype=dtype) if guided else None,
         controls=ResolvedControls(**controls),
+        query_level=SourceLevel(timestep, *scale),
+        motion_level=SourceLevel(timestep, *scale),
     )
 
 
@@ -65,6 +68,18 @@ def test_the_source_follows_noised_to_the_step_of_its_reader():
     assert torch.equal(batch.text[2], SILENT[""])
     assert batch.conditional.tolist() == [0]
     assert batch.unconditional.tolist() == [1]
+
+
+def test_a_source_may_be_less_noised_than_its_reader_and_serve_several_steps():
+    read, level = source(), SourceLevel(5.0, 0.9, 0.4)
+    clips = [
+        dataclasses.replace(clip(1, motion=motion(read)), motion_level=level),
+        dataclasses.replace(clip(2, motion=motion(read), timestep=20.0), motion_level=level),
+    ]
+    batch = build_batch(clips, SILENT, SITES)
+    assert batch.timesteps.tolist() == [10, 10, 20, 20, 5]
+    torch.testing.assert_close(batch.latents[4], 0.9 * read.latents + 0.4 * read.noise(5.0))
+    assert batch.controls.deviation.row[1].tolist() == [4, 4, 4, 4, 4]
 
 
 def test_the_source_has_the_type_of_the_network():
