@@ -60,8 +60,9 @@ def _parts(parts: str) -> Callable[[Clip, float], list[Any]]:
     return functools.partial(_motion, parts=parts)
 
 
-def _motion_and_queries(reference: Clip, until: float) -> list[Any]:
-    return _motion(reference, until) + _query(reference, until, sites="spatial")
+def _motion_and_queries(reference: Clip, until: float, **options: Any) -> list[Any]:
+    queries = _query(reference, until, sites="spatial", **options)
+    return _motion(reference, until, **options) + queries
 
 
 CURVES = (
@@ -74,6 +75,11 @@ CURVES = (
         functools.partial(_query, sites="both", reduce_leak=True),
     ),
     Variant("injection.qkv", "motion injection", _motion),
+    Variant(
+        "injection.own_prompt",
+        "motion injection, source told the clip's prompt",
+        functools.partial(_motion, source_prompt=None),
+    ),
 )
 PARTS = (
     *(
@@ -82,6 +88,19 @@ PARTS = (
     ),
     Variant("injection.half", "motion injection, blend 0.5", functools.partial(_motion, blend=0.5)),
     Variant("injection.with_queries", "motion injection and spatial queries", _motion_and_queries),
+    Variant(
+        "injection.own_prompt_with_queries",
+        "the same, source told the clip's prompt",
+        functools.partial(_motion_and_queries, source_prompt=None),
+    ),
+    Variant(
+        "injection.ahead",
+        "motion injection, source never noisier than half way",
+        functools.partial(_motion, source_from=0.5),
+    ),
+    Variant(
+        "injection.cond", "motion injection, cond half", functools.partial(_motion, halves="cond")
+    ),
 )
 
 

@@ -31,7 +31,8 @@ def freeze_sites(value: str | Sequence[str]) -> str | tuple[str, ...]:
     return tuple(value)
 
 
-def _check_reference(_: object, __: object, value: Any) -> None:
+def check_reference(_: object, __: object, value: Any) -> None:
+    """Require a clip that can hold motion; an attrs validator."""
     if not isinstance(value, Clip):
         raise RequestError(
             f"reference: must be a Clip, got {type(value).__name__}; read a file with Clip.read"
@@ -50,7 +51,7 @@ def check_text(_: object, attribute: Any, value: object) -> None:
         raise RequestError(f"{attribute.name}: must be valid Unicode, got {value!r}") from error
 
 
-def _freeze_region(value: Any) -> Any:
+def freeze_region(value: Any) -> Any:
     """Copy a mask, so that what was asked cannot change; an attrs converter."""
     if value is None:
         return None
@@ -72,7 +73,9 @@ def _check_seed(_: object, attribute: Any, value: object) -> None:
         )
 
 
-def _one_of(*words: str) -> Any:
+def one_of(*words: str) -> Any:
+    """Require one of these words; makes an attrs validator."""
+
     def check(_: object, attribute: Any, value: object) -> None:
         if value not in words:
             choice = " or ".join(map(repr, words))
@@ -91,7 +94,9 @@ class Injection:
         halves: "both" halves of guidance, or "cond" alone.
         region: bool or float mask [height, width] or [frames, height, width] of any size, 1 where
             the motion is wanted; None: everywhere.
-        source_prompt: conditions the source row.
+        source_prompt: conditions the source row; "" says nothing, None is the clip's own prompt:
+            the reference is then seen as what the clip is to show, and takes less of its looks
+            along, but clips with other prompts cannot share its row.
         source_noise: "shared" by all steps, or "fresh" at each.
         source_seed: of that noise; None: derived from the reference.
         source_from: share of the steps, 0 to 1; until then the source row is no noisier than it
@@ -99,17 +104,19 @@ class Injection:
             motion is decided, shows hardly any of its own.
     """
 
-    reference: Clip = attrs.field(kw_only=False, validator=_check_reference)
+    reference: Clip = attrs.field(kw_only=False, validator=check_reference)
     until: float = attrs.field(default=1.0, validator=check_share)
-    halves: str = attrs.field(default="both", validator=_one_of("both", "cond"))
+    halves: str = attrs.field(default="both", validator=one_of("both", "cond"))
     region: Any = attrs.field(
         default=None,
-        converter=_freeze_region,
+        converter=freeze_region,
         eq=attrs.cmp_using(eq=np.array_equal),
         hash=False,  # an array has none; equal controls still have equal hashes
     )
-    source_prompt: str = attrs.field(default="", validator=check_text)
-    source_noise: str = attrs.field(default="shared", validator=_one_of("shared", "fresh"))
+    source_prompt: str | None = attrs.field(
+        default="", validator=attrs.validators.optional(check_text)
+    )
+    source_noise: str = attrs.field(default="shared", validator=one_of("shared", "fresh"))
     source_seed: int | None = attrs.field(default=None, validator=_check_seed)
     source_from: float = attrs.field(default=0.0, validator=check_share)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kinetiq.clip import Clip
+from kinetiq.errors import RequestError
 
 
 @attrs.frozen
@@ -20,15 +21,19 @@ class Source:
 
     Args:
         reference: the clip whose motion is wanted.
-        prompt: conditions the source row; "" says nothing.
+        prompt: conditions the source row; "" says nothing, None is the prompt of its reader.
         fresh: whether each timestep draws another noise, or all share one.
         seed: of that noise; None: derived from the reference, so equal references share a row.
     """
 
     reference: Clip
-    prompt: str = ""
+    prompt: str | None = ""
     fresh: bool = False
     seed: int | None = None
+
+    def read_by(self, prompt: str) -> "Source":
+        """This source for a reader with `prompt`: one whose own prompt is said."""
+        return self if self.prompt is not None else attrs.evolve(self, prompt=prompt)
 
 
 @attrs.frozen(eq=False)
@@ -59,7 +64,13 @@ class ResolvedSource:
 
 
 def resolve_source(source: Source, latents: Tensor) -> ResolvedSource:
-    """Fix a source's noise and identity, given its clean latents [channels, frames, h, w]."""
+    """Fix a source's noise and identity, given its clean latents [channels, frames, h, w].
+
+    Raises:
+        RequestError: its prompt is its reader's, and no reader was named.
+    """
+    if source.prompt is None:
+        raise RequestError("source: must have a prompt before it is encoded; see Source.read_by")
     content = source.reference.fingerprint
     seed = _hash(content) if source.seed is None else source.seed
     shape = "x".join(map(str, latents.shape))

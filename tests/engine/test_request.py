@@ -192,7 +192,7 @@ def test_a_single_frame_holds_no_motion(engine, reference):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source_prompt": None}, "source_prompt: must be text, got NoneType"),
+        ({"source_prompt": 3}, "source_prompt: must be text, got int"),
         ({"source_prompt": "\ud800"}, "source_prompt: must be valid Unicode"),
         ({"source_seed": "x"}, "source_seed: must be None or a whole number from 0 to .*, got 'x'"),
         ({"source_seed": -1}, "source_seed: must be None or a whole number from 0 to .*, got -1"),
