@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kinetiq.errors import CheckpointError, RequestError
-from kinetiq.files import replacing
+from kinetiq.files import replacing, write_tensors
 
 # as diffusers and transformers name them: stem, variant, shard, and the older place of a variant
 _PICKLED = re.compile(
@@ -131,10 +131,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
     # Cloned, because tensors that share memory have no place in a safetensors file.
-    save_file({n: t.clone().contiguous() for n, t in tensors.items()}, path, {"format": "pt"})
+    whole = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    write_tensors(path, whole, {"format": "pt"})
 
 
 def _convert_index(path: Path) -> str:

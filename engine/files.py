@@ -5,8 +5,11 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from kinetiq.errors import OutputError
 
@@ -32,7 +35,7 @@ def replacing(
     target = as_target(path, where)
     try:
         _require_free(target, where, folder=folder)
-        temporary = target.parent / f".kinetiq-{secrets.token_hex(8)}.tmp"
+        temporary = _temporary_beside(target)
         try:
             yield temporary
             temporary.replace(target)
@@ -59,6 +62,50 @@ def write_text(path: str | os.PathLike[str], text: str, where: str = "write") ->
     """
     with replacing(path, where) as temporary:
         temporary.write_bytes(text.encode())
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, with the permissions of any other new file.
+
+    Tensors go to the disk from where they are, so it takes no memory of their size. It is for the
+    block of `replacing`: what is at `path` is not whole at every moment.
+
+    Args:
+        path: the file.
+        tensors: by name, contiguous; no two share memory.
+        metadata: what the file says beside them.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:  # how it says that the operating system refused
+        raise OSError(str(error)) from error
+    follow_umask(path)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the permissions that any new file has there.
+
+    For files of libraries such as safetensors, which makes them for their owner alone.
+
+    Raises:
+        OSError: they cannot be changed.
+    """
+    plain = _temporary_beside(path)
+    plain.touch()  # a process cannot look at its umask without changing it for all threads
+    try:
+        wanted = stat.S_IMODE(plain.stat().st_mode)
+    finally:
+        plain.unlink()
+    if stat.S_IMODE(path.stat().st_mode) != wanted:  # file systems without permissions refuse
+        path.chmod(wanted)
 
 
 def check_target(
@@ -98,6 +145,10 @@ def as_target(path: str | os.PathLike[str], where: str) -> Path:
     if "\0" in str(target) or not target.name:
         raise OutputError(f"{where}: {str(path)!r} must name a file or a folder")
     return target
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.with_name(f".kinetiq-{secrets.token_hex(8)}.tmp")
 
 
 def _require_free(target: Path, where: str, *, folder: bool) -> None:

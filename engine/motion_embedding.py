@@ -17,12 +17,10 @@ Source: Motion Inversion, arXiv:2403.20193, sec. 3. That its difference is taken
 over the trained frames alone, and that m is resized in space are this project's.
 """
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from numbers import Real
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import attrs
 import torch
@@ -34,6 +32,15 @@ from kinetiq.errors import CheckpointError, RequestError
 from kinetiq.families import Family, Site, SiteKind
 from kinetiq.injection import check_share, injected_steps
 from kinetiq.inversion import ResolvedNoise, resize_noise, resolve_noise
+from kinetiq.learned_motion import (
+    MotionArithmetic,
+    check_factor,
+    check_switches,
+    check_word,
+    freeze_tensor,
+    freeze_tensors,
+    join_info,
+)
 from kinetiq.motion_file import (
     MotionInfo,
     check_tensors,
@@ -52,41 +59,8 @@ DEBIAS = ("difference", "none", "mean", "drop")
 _PARTS = ("query_key", "value", "noise")
 
 
-def check_factor(_: object, attribute: Any, value: object) -> None:
-    """Require a finite number; an attrs validator."""
-    fits = isinstance(value, Real) and not isinstance(value, bool)
-    if not fits or not math.isfinite(value):  # type: ignore[arg-type]
-        raise RequestError(f"{attribute.name}: must be a finite number, got {value!r}")
-
-
-def check_word(*words: str) -> Any:
-    """Require one of these words; makes an attrs validator."""
-
-    def check(_: object, attribute: Any, value: object) -> None:
-        if value not in words:
-            raise RequestError(
-                f"{attribute.name}: must be one of {', '.join(map(repr, words))}, got {value!r}"
-            )
-
-    return check
-
-
-def freeze_tensor(value: Any) -> Any:
-    """Copy a tensor to the CPU in float32, so that a motion cannot change; an attrs converter."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().to("cpu", torch.float32, copy=True).contiguous()
-
-
-def freeze_tensors(value: Any) -> Any:
-    """Like `freeze_tensor`, for tensors by name; an attrs converter."""
-    if not isinstance(value, Mapping) or not all(isinstance(t, Tensor) for t in value.values()):
-        raise RequestError(f"motion: must hold tensors by name, got {type(value).__name__}")
-    return {name: freeze_tensor(tensor) for name, tensor in value.items()}
-
-
 @attrs.frozen(kw_only=True, eq=False)
-class MotionEmbedding:
+class MotionEmbedding(MotionArithmetic):
     """A learned motion that is added at temporal attention; a control.
 
     `a * m`, `-m`, `m1 + m2` and `m1 - m2` are motions: coefficients go into the tensors, and in a
@@ -120,6 +94,8 @@ class MotionEmbedding:
     noise_prior: float = attrs.field(default=0.5, validator=check_share)
     until: float = attrs.field(default=1.0, validator=check_share)
     halves: str = attrs.field(default="both", validator=check_word("both", "cond"))
+
+    _FACTOR_MUST: ClassVar = "motion: a factor must be finite"
 
     def __attrs_post_init__(self) -> None:
         require_kind("motion: it", self.info, "embedding")
@@ -188,44 +164,16 @@ class MotionEmbedding:
         """SHA-256 of the tensors, the family and the size, in hexadecimal; no switch enters."""
         return fingerprint(self._tensors, self.info)
 
-    @property
-    def _identity(self) -> tuple[Any, ...]:
-        switches = (getattr(self, name) for name in switch_names(type(self)))
-        return (self.fingerprint, self.info, *switches)
-
-    def __eq__(self, other: object) -> bool:
-        """Whether content, origin and switches are the same."""
-        if not isinstance(other, MotionEmbedding):
-            return NotImplemented
-        return self._identity == other._identity
-
-    def __hash__(self) -> int:
-        return hash(self._identity)
-
-    def __mul__(self, factor: object) -> "MotionEmbedding":
-        """The motion with its tensors multiplied; its noise stays if `factor` is positive."""
-        if isinstance(factor, bool) or not isinstance(factor, Real):
-            return NotImplemented
-        amount = float(factor)
-        if not math.isfinite(amount):
-            raise RequestError(f"motion: a factor must be finite, got {amount!r}")
+    def _times(self, factor: float, noise: Tensor | None) -> Self:
         return attrs.evolve(
             self,
-            query_key={name: amount * tensor for name, tensor in self.query_key.items()},
-            value={name: amount * tensor for name, tensor in self.value.items()},
-            noise=amount * self.noise if self.noise is not None and amount > 0 else None,
+            query_key={name: factor * tensor for name, tensor in self.query_key.items()},
+            value={name: factor * tensor for name, tensor in self.value.items()},
+            noise=noise,
         )
 
-    __rmul__ = __mul__
-
-    def __neg__(self) -> "MotionEmbedding":
-        """The motion reversed, without its noise."""
-        return self * -1.0
-
-    def __add__(self, other: "MotionEmbedding") -> "MotionEmbedding":
+    def _plus(self, other: Self) -> Self:
         """Both motions at once; sites that one lacks are the other's."""
-        if not isinstance(other, MotionEmbedding):
-            return NotImplemented
         require_alike(self, other, ("debias", "noise_prior", "until", "halves"))
         terms = [m if m.scale == 1.0 else m.scale * m for m in (self, other)]
         noises = [{"noise": term.noise} for term in terms if term.noise is not None]
@@ -239,13 +187,7 @@ class MotionEmbedding:
             value_scale=1.0,
         )
 
-    def __sub__(self, other: "MotionEmbedding") -> "MotionEmbedding":
-        """This motion and the reverse of the other."""
-        if not isinstance(other, MotionEmbedding):
-            return NotImplemented
-        return self + (-other)
-
-    def resample(self, *, frames: int) -> "MotionEmbedding":
+    def resample(self, *, frames: int) -> Self:
         """The motion over another number of frames, by linear interpolation between them.
 
         Raises:
@@ -267,7 +209,7 @@ class MotionEmbedding:
             info=info,
         )
 
-    def resize(self, *, height: int, width: int) -> "MotionEmbedding":
+    def resize(self, *, height: int, width: int) -> Self:
         """The motion at another size of the latents, by bilinear interpolation.
 
         Raises:
@@ -289,28 +231,6 @@ class MotionEmbedding:
             noise=_resize_noise(self.noise, info.shape),
             info=info,
         )
-
-
-def switch_names(motion: type) -> list[str]:
-    """What can be chosen when a motion is read: the options behind `info`."""
-    names = [field.name for field in attrs.fields(motion)]
-    return names[names.index("info") + 1 :]
-
-
-def check_switches(motion: type, switches: Mapping[str, Any]) -> None:
-    """Raise unless all switches are known and in range.
-
-    Raises:
-        RequestError: one is not.
-    """
-    known = switch_names(motion)
-    fields: dict[str, Any] = dict(attrs.fields_dict(motion))
-    for name, value in switches.items():
-        if name not in known:
-            raise RequestError(
-                f"{motion.__name__}: switches must be among {', '.join(known)}, got {name!r}"
-            )
-        fields[name].validator(None, fields[name], value)
 
 
 def require_alike(first: Any, second: Any, switches: Sequence[str]) -> None:
@@ -341,19 +261,6 @@ def require_alike(first: Any, second: Any, switches: Sequence[str]) -> None:
                 f"motion: both of a sum must have the same {name}, got {getattr(first, name)!r} "
                 f"and {getattr(second, name)!r}"
             )
-
-
-def join_info(first: MotionInfo, second: MotionInfo) -> MotionInfo:
-    """What a sum of motions says of itself: what both say, and nothing where they differ."""
-    nothing: dict[str, Any] = {
-        "checkpoint": "",
-        "loss": "",
-        "steps": 0,
-        "prompt": "",
-        "reference": "",
-    }
-    differing = {n: v for n, v in nothing.items() if getattr(first, n) != getattr(second, n)}
-    return attrs.evolve(first, **differing)
 
 
 def _sum(terms: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from kinetiq import __version__
 from kinetiq.errors import CheckpointError, RequestError
 from kinetiq.families import FAMILIES, Family
-from kinetiq.files import replacing
+from kinetiq.files import replacing, write_tensors
 
 KINDS = ("embedding", "lora")
 FORMAT = "kinetiq motion 1"  # what the metadata says under "format"
@@ -102,8 +102,6 @@ def write_motion(
         OutputError: the path cannot be written.
         RequestError: the name has another ending, or a tensor is not finite.
     """
-    from safetensors.torch import save_file
-
     if Path(path).suffix != ".safetensors":
         raise RequestError(f"write: a motion's file must end in .safetensors, got {str(path)!r}")
     check_tensors("write: a motion", tensors, RequestError)
@@ -113,7 +111,7 @@ def write_motion(
     }
     said = {name: str(value) for name, value in attrs.asdict(info).items()}
     with replacing(path) as temporary:
-        save_file(whole, temporary, metadata={"format": FORMAT, **said})
+        write_tensors(temporary, whole, {"format": FORMAT, **said})
 
 
 def read_info(path: str | os.PathLike[str]) -> MotionInfo:

@@ -21,10 +21,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import attrs
 import torch
@@ -33,10 +32,11 @@ from torch import Tensor, nn
 from kinetiq.control_tensors import LoraBank
 from kinetiq.errors import CheckpointError, InputError, RequestError, ShapeError
 from kinetiq.families import FAMILIES, Family, temporal_transformers
-from kinetiq.files import replacing
+from kinetiq.files import replacing, write_tensors
 from kinetiq.injection import check_share, injected_steps
 from kinetiq.inversion import resize_noise
-from kinetiq.motion_embedding import (
+from kinetiq.learned_motion import (
+    MotionArithmetic,
     check_factor,
     check_switches,
     check_word,
@@ -91,7 +91,7 @@ _ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's sett
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class MotionLora:
+class MotionLora(MotionArithmetic):
     """A motion as low-rank changes of temporal projections; a control.
 
     Equal LoRAs hold equal tensors and have equal switches. `a * m` scales the change, `m1 + m2` is
@@ -131,6 +131,8 @@ class MotionLora:
     beta: float | None = attrs.field(default=None)
     noise_prior: float = attrs.field(default=0.2, validator=check_share)
     halves: str = attrs.field(default="both", validator=check_word("both", "cond"))
+
+    _FACTOR_MUST: ClassVar = "MotionLora: a factor must be a finite number"
 
     @highway.validator
     def _check_highway(self, _: object, value: object) -> None:
@@ -186,43 +188,12 @@ class MotionLora:
         """SHA-256 of the tensors and what they are for, in hexadecimal; switches do not enter."""
         return fingerprint(self._tensors, self.info)
 
-    @property
-    def _identity(self) -> tuple[Any, ...]:
-        switches = (getattr(self, name) for name in switch_names(type(self)))
-        return (self.fingerprint, self.info, *switches)
+    def _times(self, factor: float, noise: Tensor | None) -> Self:
+        up = {path: factor * matrix for path, matrix in self.up.items()}
+        return attrs.evolve(self, up=up, noise=noise)
 
-    def __eq__(self, other: object) -> bool:
-        """Whether content, origin and switches are the same."""
-        if not isinstance(other, MotionLora):
-            return NotImplemented
-        return self._identity == other._identity
-
-    def __hash__(self) -> int:
-        return hash(self._identity)
-
-    def __mul__(self, factor: object) -> "MotionLora":
-        """The change times a number; its noise stays if `factor` is positive."""
-        if isinstance(factor, bool) or not isinstance(factor, Real):
-            return NotImplemented
-        amount = float(factor)
-        if not math.isfinite(amount):
-            raise RequestError(f"MotionLora: a factor must be a finite number, got {amount!r}")
-        return attrs.evolve(
-            self,
-            up={path: amount * up for path, up in self.up.items()},
-            noise=amount * self.noise if self.noise is not None and amount > 0 else None,
-        )
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> "MotionLora":
-        """The opposite change, without its noise."""
-        return self * -1.0
-
-    def __add__(self, other: "MotionLora") -> "MotionLora":
+    def _plus(self, other: Self) -> Self:
         """Both changes at once; projections that one lacks are the other's."""
-        if not isinstance(other, MotionLora):
-            return NotImplemented
         _require_equal_switches(self, other)
         _require_equal_widths(self, other)
         terms = [m if m.scale == 1.0 else m.scale * m for m in (self, other)]
@@ -235,12 +206,6 @@ class MotionLora:
             info=join_info(*(m.info for m in sorted(terms, key=lambda m: m.noise is None))),
             scale=1.0,
         )
-
-    def __sub__(self, other: "MotionLora") -> "MotionLora":
-        """This change and the opposite of the other."""
-        if not isinstance(other, MotionLora):
-            return NotImplemented
-        return self + (-other)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], **switches: Any) -> "MotionLora":
@@ -308,8 +273,6 @@ class MotionLora:
             OutputError: the path cannot be written.
             RequestError: its name does not end in .safetensors.
         """
-        from safetensors.torch import save_file
-
         if Path(path).suffix != ".safetensors":
             raise RequestError(f"write: a LoRA's file must end in .safetensors, got {str(path)!r}")
         rank = max(down.shape[0] for down in self.down.values())
@@ -319,7 +282,7 @@ class MotionLora:
             tensors[f"unet.{name}.lora_A.weight"] = nn.functional.pad(down, (0, 0, 0, missing))
             tensors[f"unet.{name}.lora_B.weight"] = nn.functional.pad(up, (0, missing))
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            write_tensors(temporary, tensors, {"format": "pt"})
 
 
 @attrs.frozen(eq=False)

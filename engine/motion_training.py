@@ -38,7 +38,7 @@ from kinetiq.denoiser import NO_CONTROLS, EagerDenoiser
 from kinetiq.engine import Engine
 from kinetiq.errors import CheckpointError, ClipError, OutputError, RequestError, TrainingError
 from kinetiq.families import Site, SiteKind
-from kinetiq.files import as_target, check_target, replacing, write_text
+from kinetiq.files import as_target, check_target, replacing, write_tensors, write_text
 from kinetiq.generation import Progress, no_progress
 from kinetiq.inversion import INVERSION_STEPS, invert
 from kinetiq.motion_embedding import MotionEmbedding, project_bank
@@ -994,8 +994,6 @@ class _Run:
         return after
 
     def _save(self, line: MotionTrainingStep, scale: LossScale) -> None:
-        from safetensors.torch import save_file
-
         tensors = {f"parameter.{name}": value for name, value in self.parameters.items()}
         for number, optimizer in enumerate(self.optimizers):
             for index, state in optimizer.state_dict()["state"].items():
@@ -1009,7 +1007,7 @@ class _Run:
             log.write(json.dumps(asdict(line)) + "\n")
         with replacing(self.folder / _STATE, "train") as temporary:
             said = _Done(line.step, line.seconds, scale).as_metadata()
-            save_file(whole, temporary, metadata=said)
+            write_tensors(temporary, whole, said)
 
     def _trim_log(self, step: int) -> None:
         """Take from the log what a kill left of saves behind `step`, a torn line perhaps."""
@@ -1171,8 +1169,6 @@ def _load_cache(
     progress: Progress,
 ) -> tuple[list[CachedClip], Tensor]:
     """Latents and prompts of all references, and the inverted noise of the first."""
-    from safetensors.torch import save_file
-
     path = folder / _CACHE
     device = engine.checkpoint.device
     if not path.exists():
@@ -1189,7 +1185,7 @@ def _load_cache(
             progress=progress,
         )
         with replacing(path, "train") as temporary:
-            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
+            write_tensors(temporary, {name: t.cpu().contiguous() for name, t in tensors.items()})
     kept, _ = _read_tensors(path)
     cached = [
         CachedClip(kept[f"latents.{number}"].to(device), kept[f"text.{number}"].to(device))

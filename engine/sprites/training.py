@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from kinetiq.denoiser import EagerDenoiser
 from kinetiq.errors import CheckpointError, OutputError, TrainingError
-from kinetiq.files import write_text
+from kinetiq.files import follow_umask, write_tensors, write_text
 from kinetiq.generation import Progress, no_progress
 from kinetiq.sprites import components, world
 
@@ -177,7 +177,7 @@ def export_checkpoint(
     )
     fresh, final = out / "checkpoint.partial", out / "checkpoint"
     shutil.rmtree(fresh, ignore_errors=True)
-    pipeline.to("cpu", torch.float16).save_pretrained(fresh, safe_serialization=True)
+    _save_folder(pipeline.to("cpu", torch.float16), fresh)
     (fresh / "kinetiq.json").write_text(json.dumps(components.DEFAULTS, indent=2) + "\n")
     for config in fresh.rglob("config.json"):  # diffusers notes where a part was loaded from
         kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
@@ -284,7 +284,7 @@ def _train_vae(
         latents = vae.encode(_single_frames(rng, 512).to(device)).latent_dist.mode()
     scaling_factor = round(1.0 / latents.std().item(), 4)
     vae.register_to_config(scaling_factor=scaling_factor)
-    vae.save_pretrained(partial)
+    _save_folder(vae, partial)
     partial.rename(folder)
     return vae, scaling_factor
 
@@ -494,6 +494,13 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def _save_folder(part: Any, folder: Path) -> None:
+    """Save a diffusers model or pipeline."""
+    part.save_pretrained(folder, safe_serialization=True)
+    for weights in folder.rglob("*.safetensors"):
+        follow_umask(weights)
+
+
 def _save_state(
     out: Path,
     learner: nn.ModuleDict,
@@ -501,8 +508,6 @@ def _save_state(
     average: dict[str, Tensor],
     line: TrainingStep,
 ) -> None:
-    from safetensors.torch import save_file
-
     tensors = {f"weights.{name}": value for name, value in learner.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in average.items()}
     for index, state in optimizer.state_dict()["state"].items():
@@ -511,7 +516,7 @@ def _save_state(
     for name, value in tensors.items():
         _require_finite(value.abs().max(), name, line.step)
     partial = out / (_STATE + ".partial")
-    save_file(tensors, partial, metadata={"step": str(line.step), "seconds": str(line.seconds)})
+    write_tensors(partial, tensors, {"step": str(line.step), "seconds": str(line.seconds)})
     partial.replace(out / _STATE)
     with (out / _LOG).open("a") as log:
         log.write(json.dumps(asdict(line)) + "\n")

@@ -1,4 +1,5 @@
 import json
+import stat
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,19 @@ def test_a_pickled_model_is_refused_and_its_conversion_loads(pickled, tiny_folde
     with kq.Engine.load(tmp_path / "out") as engine, kq.Engine.load(tiny_folder()) as other:
         assert engine.generate("a ring", **options) == other.generate("a ring", **options)
     assert not list((tmp_path / "out").rglob("*.bin"))
+
+
+def test_files_have_the_permissions_of_any_new_file(tmp_path, file_mode):
+    source, out = tmp_path / "unet", tmp_path / "out"
+    source.mkdir()
+    torch.save({"w": torch.ones(2)}, source / "diffusion_pytorch_model.bin")
+    (source / "config.json").write_text("{}")
+    for file in source.iterdir():
+        file.chmod(0o640)
+    convert_folder(source, out)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()}
+    wanted = ("diffusion_pytorch_model.safetensors", "config.json")
+    assert modes == dict.fromkeys(wanted, file_mode)
 
 
 def test_shards_keep_their_map(tmp_path):

@@ -23,26 +23,7 @@ from kinetiq.denoiser import EagerDenoiser
 from kinetiq.families import SiteKind
 from kinetiq.kernels._launch import pretend
 
-TINY = {"animatediff": tiny.tiny_animatediff, "unet3d": tiny.tiny_unet3d}
 TOLERANCE = 1e-4  # of the largest value: the project's word for "equal" in float32
-
-
-@pytest.fixture(params=TINY)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def networks():
-    """One network a family; every test that attaches to it detaches again."""
-    return {family: build() for family, build in TINY.items()}
-
-
-@pytest.fixture
-def denoiser(networks, family):
-    made = EagerDenoiser(networks[family]).attach()
-    yield made
-    made.detach()
 
 
 def sample(rows=2, frames=3, height=8, width=8):

@@ -3,7 +3,6 @@
 from contextlib import ExitStack, contextmanager
 
 import attrs
-import numpy as np
 import pytest
 import torch
 from stock import load_stock, predict_stock, record_projections, replaced_projections
@@ -31,23 +30,6 @@ STEPS = 3
 
 def assert_equal(got, wanted):
     assert (got - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
-
-
-@pytest.fixture(params=["animatediff", "unet3d"])
-def family(request):
-    return request.param
-
-
-@pytest.fixture
-def engine(tiny_folder, family):
-    with kq.Engine.load(tiny_folder(family)) as loaded:
-        yield loaded
-
-
-@pytest.fixture
-def reference():
-    rng = np.random.default_rng(0)
-    return kq.Clip.from_array(rng.integers(0, 255, (4, 16, 16, 3), dtype=np.uint8))
 
 
 def temporal_sites(engine):

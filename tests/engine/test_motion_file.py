@@ -1,5 +1,7 @@
 """Files of learned motions: what is written is read, and what is none is refused in words."""
 
+import stat
+
 import attrs
 import pytest
 import torch
@@ -71,6 +73,12 @@ def test_tensors_that_share_memory_or_need_gradients_are_written(path, tensors):
     write_motion(path, {"a": whole, "b": whole.T, "c": whole[0]}, INFO)
     got, _ = read_motion(path)
     assert torch.equal(got["b"], whole.detach().T) and torch.equal(got["c"], whole.detach()[0])
+
+
+def test_has_the_permissions_of_any_new_file(path, tensors, file_mode):
+    path.touch(mode=0o600)
+    write_motion(path, tensors, INFO)
+    assert stat.S_IMODE(path.stat().st_mode) == file_mode
 
 
 def test_what_cannot_be_written_leaves_the_old_file(path, tensors):

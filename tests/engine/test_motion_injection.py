@@ -13,23 +13,6 @@ from kinetiq.text import encode_prompts
 TOLERANCE = 1e-4  # of the largest value: the project's word for "equal" in float32
 
 
-@pytest.fixture(params=["animatediff", "unet3d"])
-def family(request):
-    return request.param
-
-
-@pytest.fixture
-def engine(tiny_folder, family):
-    with kq.Engine.load(tiny_folder(family)) as loaded:
-        yield loaded
-
-
-@pytest.fixture
-def reference():
-    rng = np.random.default_rng(0)
-    return kq.Clip.from_array(rng.integers(0, 255, (4, 16, 16, 3), dtype=np.uint8))
-
-
 def latents_of(engine, control=None, **options):
     options = {"seed": 3, "frames": 4, "steps": 3, "guidance_scale": 3.0} | options
     return next(engine.generate_latents([kq.Request("a red circle", control, **options)]))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import stat
 
 import attrs
 import pytest
@@ -30,27 +31,9 @@ from kinetiq.motion_lora import (
 )
 from kinetiq.rows import ClipState, build_batch
 
-TINY = {"animatediff": tiny.tiny_animatediff, "unet3d": tiny.tiny_unet3d}
 TOLERANCE = 1e-4  # of the largest value: the project's word for "equal" in float32
 FRAMES = 3
 TO_K = "up_blocks.1.motion_modules.0.transformer_blocks.0.attn1.to_k"
-
-
-@pytest.fixture(params=TINY)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def networks():
-    return {family: build() for family, build in TINY.items()}
-
-
-@pytest.fixture
-def denoiser(networks, family):
-    made = EagerDenoiser(networks[family]).attach()
-    yield made
-    made.detach()
 
 
 def info(family="animatediff", **changes):
@@ -701,6 +684,12 @@ def test_a_pickle_is_refused_with_what_converts_it(tmp_path, name):
         kq.CheckpointError, match=f"is a pickle, .*: kinetiq convert .*{name} --out"
     ):
         MotionLora.read_peft(tmp_path / name, info())
+
+
+def test_the_peft_file_has_the_permissions_of_any_new_file(tmp_path, file_mode):
+    path = tmp_path / "peft.safetensors"
+    kq.MotionLora(**MATRICES, info=info()).write_peft(path)
+    assert stat.S_IMODE(path.stat().st_mode) == file_mode
 
 
 def test_the_peft_file_is_plain(networks, tmp_path):

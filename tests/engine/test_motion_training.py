@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from contextlib import contextmanager, nullcontext
+import stat
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import ClassVar
 
 import attrs
@@ -52,33 +53,13 @@ from kinetiq.motion_training import (
 from kinetiq.recomputation import Recomputation
 from kinetiq.spatial_lora import Adapter, Bypass, draw_low_rank, spatial_linears
 
-TINY = {"animatediff": tiny.tiny_animatediff, "unet3d": tiny.tiny_unet3d}
 FRAMES = 3
 DIFFUSION = Diffusion(torch.linspace(0.999, 0.01, 1000), "epsilon")
 
 
-@pytest.fixture(params=TINY)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def networks():
-    """One network a family; every test leaves it as it was."""
-    return {family: build() for family, build in TINY.items()}
-
-
-@pytest.fixture
-def denoiser(networks, family):
-    made = EagerDenoiser(networks[family]).attach()
-    yield made
-    for module in made.detach().modules():
-        module._forward_hooks.clear()
-
-
 @pytest.fixture
 def double(family):
-    return EagerDenoiser(TINY[family]().double()).attach()
+    return EagerDenoiser(tiny.NETWORKS[family]().double()).attach()
 
 
 def clip_of(dtype=torch.float32, frames=FRAMES, height=8, width=8, seed=0):
@@ -94,17 +75,36 @@ def draw_of(given, **changes):
     return dataclasses.replace(draw, **changes)
 
 
-def embedding_learner(denoiser, clip, sites=(), seed=None):
-    """With `seed`, not at zero."""
-    blocks = measure_blocks(denoiser, choose_blocks(denoiser.sites, sites), clip)
-    learner = EmbeddingLearner(denoiser, blocks, clip.latents.shape[1], clip.latents.device)
-    return perturbed(learner, clip, seed)
+@pytest.fixture
+def at_the_end():
+    """Callbacks that take out of a network what a test put in."""
+    with ExitStack() as stack:
+        yield stack
 
 
-def lora_learner(denoiser, clip, target="k", seed=None, dropout=0.0, **highway):
-    paths = lora_paths(denoiser.network, denoiser.family, target)
-    generator = torch.Generator().manual_seed(0)
-    return perturbed(LoraLearner(denoiser, paths, 2, dropout, generator, **highway), clip, seed)
+@pytest.fixture
+def embedding_learner(at_the_end):
+    def make(denoiser, clip, sites=(), seed=None):
+        """With `seed`, not at zero."""
+        blocks = measure_blocks(denoiser, choose_blocks(denoiser.sites, sites), clip)
+        learner = EmbeddingLearner(denoiser, blocks, clip.latents.shape[1], clip.latents.device)
+        at_the_end.callback(learner.close)
+        return perturbed(learner, clip, seed)
+
+    return make
+
+
+@pytest.fixture
+def lora_learner(at_the_end):
+    def make(denoiser, clip, target="k", seed=None, **highway):
+        """With `seed`, not at zero."""
+        paths = lora_paths(denoiser.network, denoiser.family, target)
+        generator = torch.Generator().manual_seed(0)
+        learner = LoraLearner(denoiser, paths, 2, 0.0, generator, **highway)
+        at_the_end.callback(learner.close)
+        return perturbed(learner, clip, seed)
+
+    return make
 
 
 def perturbed(learner, clip, seed):
@@ -116,26 +116,28 @@ def perturbed(learner, clip, seed):
     return learner
 
 
-LEARNERS = {"embedding": embedding_learner, "lora": lora_learner}
-
-
-@pytest.fixture(params=LEARNERS)
+@pytest.fixture(params=["embedding", "lora"])
 def make_learner(request):
-    return LEARNERS[request.param]
+    return request.getfixturevalue(f"{request.param}_learner")
 
 
-def spatial_of(denoiser, clips=1, around=False, dropout=0.0):
-    """Adapters that are not at zero."""
-    network, paths = denoiser.network, spatial_linears(denoiser.network, denoiser.family)
-    generator = torch.Generator().manual_seed(3)
-    weights = tuple(draw_low_rank(network, paths, 2, generator) for _ in range(clips))
-    dtype = next(network.parameters()).dtype
-    for one in weights:
-        for low in one.values():
-            low.down.data = low.down.data.to(dtype)
-            low.up.data = 0.3 * torch.randn(low.up.shape, generator=generator).to(dtype)
-    bypass = Bypass(network, denoiser.family) if around else None
-    return Spatial(Adapter(network, paths, dropout), weights, bypass)
+@pytest.fixture
+def spatial_of(at_the_end):
+    def make(denoiser, clips=1):
+        """Adapters that are not at zero."""
+        network, paths = denoiser.network, spatial_linears(denoiser.network, denoiser.family)
+        generator = torch.Generator().manual_seed(3)
+        weights = tuple(draw_low_rank(network, paths, 2, generator) for _ in range(clips))
+        dtype = next(network.parameters()).dtype
+        for one in weights:
+            for low in one.values():
+                low.down.data = low.down.data.to(dtype)
+                low.up.data = 0.3 * torch.randn(low.up.shape, generator=generator).to(dtype)
+        adapter = Adapter(network, paths)
+        at_the_end.callback(adapter.detach)
+        return Spatial(adapter, weights)
+
+    return make
 
 
 def step(denoiser, learner, clip, draw=None, **options):
@@ -158,7 +160,9 @@ class TestTheMotionAlone:
         learner.close()
         assert torch.equal(base, moved)
 
-    def test_only_the_motion_gets_gradients_and_nothing_is_changed(self, denoiser, make_learner):
+    def test_only_the_motion_gets_gradients_and_nothing_is_changed(
+        self, denoiser, make_learner, spatial_of
+    ):
         clip = clip_of()
         learner, spatial = make_learner(denoiser, clip, seed=1), spatial_of(denoiser)
         before = {name: value.clone() for name, value in denoiser.network.state_dict().items()}
@@ -179,27 +183,35 @@ class TestTheMotionAlone:
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
 
-    def test_before_the_first_trained_layer_there_is_no_graph(self, denoiser):
+    def test_before_the_first_trained_layer_there_is_no_graph(
+        self, denoiser, embedding_learner, spatial_of, at_the_end
+    ):
         """A spatial adapter that stands there must not begin one."""
         clip, seen = clip_of(), {}
         learner, spatial = embedding_learner(denoiser, clip, ("up_blocks.2",)), spatial_of(denoiser)
         for name in ("down_blocks.0", "up_blocks.1", "up_blocks.2"):
-            denoiser.network.get_submodule(name).register_forward_hook(
+            handle = denoiser.network.get_submodule(name).register_forward_hook(
                 lambda _, __, out, name=name: seen.setdefault(name, []).append(
                     (out[0] if isinstance(out, tuple) else out).requires_grad
                 )
             )
+            at_the_end.callback(handle.remove)
         step(denoiser, learner, clip, spatial=spatial)
         # Single frames first, for the adapters; then the clip, for the motion.
         assert seen["down_blocks.0"] == seen["up_blocks.1"] == [True, False]
         assert seen["up_blocks.2"] == [True, True]
 
-    def test_the_spatial_pass_sees_one_frame_without_the_motion(self, denoiser, make_learner):
+    def test_the_spatial_pass_sees_one_frame_without_the_motion(
+        self, denoiser, make_learner, spatial_of, at_the_end
+    ):
         clip, seen = clip_of(), []
         learner, spatial = make_learner(denoiser, clip, seed=1), spatial_of(denoiser)
-        denoiser.network.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[2]))
+        handle = denoiser.network.register_forward_pre_hook(
+            lambda _, given: seen.append(given[0].shape[2])
+        )
+        at_the_end.callback(handle.remove)
         found = step(denoiser, learner, clip, spatial=spatial)
-        denoiser.network._forward_pre_hooks.clear()
+        handle.remove()
         assert seen == [1, FRAMES]
         learner.close()
         draw = draw_of(clip)
@@ -208,7 +220,9 @@ class TestTheMotionAlone:
         wanted = mean_squared_error(guess, draw.noise[None, :, 2:3])
         assert found.spatial_loss == pytest.approx(wanted.item(), rel=1e-5)
 
-    def test_a_step_without_the_adapter_is_as_if_there_were_none(self, denoiser, make_learner):
+    def test_a_step_without_the_adapter_is_as_if_there_were_none(
+        self, denoiser, make_learner, spatial_of
+    ):
         clip = clip_of()
         learner = make_learner(denoiser, clip, seed=1)
         alone = step(denoiser, learner, clip)
@@ -219,7 +233,7 @@ class TestTheMotionAlone:
         assert all(map(torch.equal, skipped.gradients, alone.gradients))
         assert not torch.equal(step(denoiser, learner, clip, spatial=spatial).loss, alone.loss)
 
-    def test_each_reference_has_its_own_adapter(self, networks):
+    def test_each_reference_has_its_own_adapter(self, networks, embedding_learner, spatial_of):
         denoiser = EagerDenoiser(networks["animatediff"]).attach()
         clip = clip_of()
         learner, spatial = embedding_learner(denoiser, clip), spatial_of(denoiser, clips=2)
@@ -234,7 +248,7 @@ class TestTheMotionAlone:
 
 class TestGradients:
     @pytest.mark.parametrize("part", ["motion", "spatial"])
-    def test_are_those_of_finite_differences(self, double, make_learner, part):
+    def test_are_those_of_finite_differences(self, double, make_learner, part, spatial_of):
         """Along a direction in all tensors at once."""
         clip = clip_of(torch.float64)
         learner, spatial = make_learner(double, clip, seed=1), spatial_of(double)
@@ -265,7 +279,7 @@ class TestGradients:
         assert slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4)
 
     @pytest.mark.parametrize("loss", LOSSES)
-    def test_equal_the_recipe_written_the_plain_way(self, double, make_learner, loss):
+    def test_equal_the_recipe_written_the_plain_way(self, double, make_learner, loss, spatial_of):
         """One graph over both passes, spatial adapters recorded throughout, as it was released."""
         denoiser, clip = double, clip_of(torch.float64)
         draw = draw_of(clip)
@@ -288,7 +302,7 @@ class TestGradients:
             [found.spatial_loss, *found.spatial_gradients], [spatial_loss, *spatial_wanted]
         )
 
-    def test_a_lora_by_hooks_is_the_one_that_the_bank_applies(self, denoiser):
+    def test_a_lora_by_hooks_is_the_one_that_the_bank_applies(self, denoiser, lora_learner):
         clip = clip_of()
         draw = draw_of(clip)
         learner = lora_learner(denoiser, clip, "all", seed=1)
@@ -322,7 +336,7 @@ class TestGradients:
             losses.append(found.loss.item())
         assert losses[-1] < 0.97 * losses[0]
 
-    def test_in_bfloat16_they_are_those_of_bfloat16(self, networks):
+    def test_in_bfloat16_they_are_those_of_bfloat16(self, networks, embedding_learner):
         denoiser = EagerDenoiser(networks["animatediff"]).attach()
         clip = clip_of()
         learner = embedding_learner(denoiser, clip, seed=1)
@@ -337,7 +351,9 @@ class TestGradients:
         mine, wanted = (torch.cat([g.flatten() for g in f.gradients]) for f in (narrow, wide))
         assert torch.cosine_similarity(mine, wanted, dim=0) > 0.9
 
-    def test_a_loss_scale_changes_nothing_but_what_the_backward_pass_sees(self, networks):
+    def test_a_loss_scale_changes_nothing_but_what_the_backward_pass_sees(
+        self, networks, embedding_learner, spatial_of
+    ):
         denoiser = EagerDenoiser(networks["animatediff"]).attach()
         clip = clip_of()
         learner, spatial = embedding_learner(denoiser, clip, seed=1), spatial_of(denoiser)
@@ -352,7 +368,7 @@ class TestGradients:
 
 class TestRecomputation:
     @pytest.mark.parametrize("dropout", [0.0, 0.3])
-    def test_finds_the_same_gradients(self, denoiser, make_learner, dropout):
+    def test_finds_the_same_gradients(self, denoiser, make_learner, dropout, spatial_of):
         clip = clip_of()
         learner, spatial = make_learner(denoiser, clip, seed=1), spatial_of(denoiser)
         spatial.adapter._dropout = dropout
@@ -370,7 +386,9 @@ class TestRecomputation:
         assert all(map(torch.equal, again.gradients, plain.gradients))
         assert all(map(torch.equal, again.spatial_gradients, plain.spatial_gradients))
 
-    def test_computes_cheap_results_again_and_costly_ones_once(self, denoiser, monkeypatch):
+    def test_computes_cheap_results_again_and_costly_ones_once(
+        self, denoiser, monkeypatch, embedding_learner
+    ):
         monkeypatch.setattr(recomputation, "KEPT_FROM", 100)
         clip = clip_of()
         learner = embedding_learner(denoiser, clip, seed=1)
@@ -401,7 +419,7 @@ class TestRecomputation:
         ):
             assert recomputation.work_an_element(operator, given) == wanted, operator
 
-    def test_keeps_less(self, denoiser):
+    def test_keeps_less(self, denoiser, embedding_learner):
         """Bytes that the graph holds when the forward pass has ended."""
         clip = clip_of()
         learner = embedding_learner(denoiser, clip, seed=1)
@@ -434,7 +452,7 @@ class TestRecomputation:
 class TestHighway:
     HIGHWAY: ClassVar = {"highway": "all", "beta": 1.3}
 
-    def test_a_lora_is_trained_as_it_is_applied_with_it(self, denoiser):
+    def test_a_lora_is_trained_as_it_is_applied_with_it(self, denoiser, lora_learner):
         clip = clip_of()
         learner = lora_learner(denoiser, clip, "all", seed=1, **self.HIGHWAY)
         made = learner.export(MotionInfo(**INFO, family=denoiser.family.name), None)
@@ -465,7 +483,7 @@ class TestHighway:
 
     @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
     @pytest.mark.parametrize("which", ["all", "released"])
-    def test_recomputation_finds_the_same_gradients(self, denoiser, which, autocast):
+    def test_recomputation_finds_the_same_gradients(self, denoiser, which, autocast, lora_learner):
         clip = clip_of()
         learner = lora_learner(denoiser, clip, "all", seed=1, highway=which)
         plain = step(denoiser, learner, clip, autocast=autocast)
@@ -475,7 +493,7 @@ class TestHighway:
         assert all(map(torch.equal, again.gradients, plain.gradients))
         assert denoiser.signal.before_temporal == {}
 
-    def test_gradients_are_those_of_finite_differences(self, double):
+    def test_gradients_are_those_of_finite_differences(self, double, lora_learner):
         clip = clip_of(torch.float64)
         learner = lora_learner(double, clip, "all", seed=1, **self.HIGHWAY)
         found = step(double, learner, clip)
@@ -542,7 +560,9 @@ class TestSites:
         with pytest.raises(RequestError, match=r"sites: must be among down:16, .*got .*"):
             choose_blocks(denoiser.sites, (wanted,))
 
-    def test_token_sizes_are_those_of_a_dry_run_also_where_levels_round_up(self, denoiser):
+    def test_token_sizes_are_those_of_a_dry_run_also_where_levels_round_up(
+        self, denoiser, embedding_learner
+    ):
         clip = clip_of(height=12, width=4)
         blocks = choose_blocks(denoiser.sites, ("down_blocks", "up_blocks"))
         sizes = measure_blocks(denoiser, blocks, clip)
@@ -651,7 +671,7 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=tiny.NETWORKS)
 def engine(request, tiny_folder):
     with kq.Engine.load(tiny_folder(request.param)) as made:
         yield made
@@ -860,6 +880,15 @@ class TestFolders:
     def run(self, engine, out, **options):
         options = EmbeddingOptions(**{**SMALL, **options})
         return train_embedding(engine, reference(), "a panda", out, options)
+
+    @pytest.mark.parametrize("file_mode", [0o022], indirect=True, ids=["umask 022"])
+    def test_files_have_the_permissions_of_any_new_file(self, animatediff, tmp_path, file_mode):
+        self.run(animatediff, tmp_path / "a.safetensors", steps=1, loss="mse")
+        files = [file for file in tmp_path.rglob("*") if file.is_file()]
+        assert {"a.safetensors", "state.safetensors", "cache.safetensors"} <= {
+            file.name for file in files
+        }
+        assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {file_mode}
 
     def test_steps_are_not_taken_back(self, animatediff, tmp_path):
         out, state = tmp_path / "a.safetensors", tmp_path / "a.training" / "state.safetensors"

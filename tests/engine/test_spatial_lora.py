@@ -1,6 +1,7 @@
 """Adapters that are there for training alone, and the way around the temporal layers."""
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import tiny
@@ -11,26 +12,18 @@ from kinetiq.denoiser import EagerDenoiser
 from kinetiq.families import SiteKind
 from kinetiq.spatial_lora import Adapter, Bypass, LowRank, draw_low_rank, spatial_linears
 
-TINY = {"animatediff": tiny.tiny_animatediff, "unet3d": tiny.tiny_unet3d}
-
-
-@pytest.fixture(params=TINY)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def networks():
-    """One network a family; every test leaves it as it was."""
-    return {family: build() for family, build in TINY.items()}
-
 
 @pytest.fixture
-def denoiser(networks, family):
-    made = EagerDenoiser(networks[family]).attach()
-    yield made
-    for module in made.detach().modules():
-        module._forward_hooks.clear()
+def adapt():
+    """Makes adapters, and detaches them at the end."""
+    with ExitStack() as stack:
+
+        def make(network, paths):
+            adapter = Adapter(network, paths)
+            stack.callback(adapter.detach)
+            return adapter
+
+        yield make
 
 
 def sample(rows=1, frames=3, height=8, width=8, dtype=torch.float32):
@@ -63,7 +56,7 @@ def test_adapts_self_attentions_and_feed_forwards_of_frames_and_nothing_else(den
     assert set(paths) == wanted and len(paths) == len(wanted) == 6 * len(spatial) > 0
 
 
-def test_starts_as_nothing_with_initial_values_as_released(denoiser):
+def test_starts_as_nothing_with_initial_values_as_released(denoiser, adapt):
     paths = spatial_linears(denoiser.network, denoiser.family)
     weights = draw_low_rank(denoiser.network, paths, 4, torch.Generator().manual_seed(0))
     down = torch.cat([low.down.detach().flatten() for low in weights.values()])
@@ -75,11 +68,11 @@ def test_starts_as_nothing_with_initial_values_as_released(denoiser):
         assert low.down.requires_grad and low.up.requires_grad
     base = denoiser.predict(*sample())
     # Recorded attention takes other operators, so without a graph.
-    with torch.no_grad(), Adapter(denoiser.network, paths).acting(weights):
+    with torch.no_grad(), adapt(denoiser.network, paths).acting(weights):
         assert torch.equal(denoiser.predict(*sample()), base)
 
 
-def test_equals_the_change_merged_into_the_weights(denoiser):
+def test_equals_the_change_merged_into_the_weights(denoiser, adapt):
     paths = spatial_linears(denoiser.network, denoiser.family)
     weights = random_weights(denoiser.network, paths)
     merged = copy.deepcopy(denoiser.detach())
@@ -88,8 +81,7 @@ def test_equals_the_change_merged_into_the_weights(denoiser):
     wanted = predict_stock(merged, denoiser.family.name, *sample())
     denoiser.attach()
     base = denoiser.predict(*sample())
-    adapter = Adapter(denoiser.network, paths)
-    with adapter.acting(weights):
+    with adapt(denoiser.network, paths).acting(weights):
         got = denoiser.predict(*sample())
     assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
     assert (got - base).abs().max() > 0.01 * wanted.abs().max()

@@ -8,8 +8,9 @@ layer matters. All builders are deterministic and leave the global random state 
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -101,6 +102,11 @@ def tiny_unet3d(seed: int = 0, **overrides: Any) -> Any:
     from diffusers import UNet3DConditionModel
 
     return _build(UNet3DConditionModel, _UNET3D | overrides, seed)
+
+
+NETWORKS: Mapping[str, Callable[..., Any]] = MappingProxyType(  # by the family that they are of
+    {"animatediff": tiny_animatediff, "unet3d": tiny_unet3d}
+)
 
 
 def tiny_unet2d(seed: int = 0, **overrides: Any) -> Any:

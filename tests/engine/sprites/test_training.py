@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import json
+import stat
 
 import numpy as np
 import pytest
@@ -160,12 +161,16 @@ def test_kernels_that_were_kept_at_zero_learn_once_their_block_is_ordinary(tmp_p
     assert weights(again)[name][:, :, 0, 0].abs().max() > 1e-4
 
 
-def test_a_run_starts_from_a_finished_checkpoint_alone(tmp_path):
+@pytest.mark.parametrize("file_mode", [0o022], indirect=True, ids=["umask 022"])
+def test_a_run_starts_from_a_finished_checkpoint_alone(tmp_path, file_mode):
     folder = training.train(tmp_path / "first", OPTIONS)
     still = dataclasses.replace(OPTIONS, learning_rate=0.0)  # what is trained stays as it was
     again = training.train(tmp_path / "second", still, start_from=folder)
     first, second = weights(folder), weights(again)
     assert all(torch.equal(first[name], second[name]) for name in first)
+    files = list((tmp_path / "first").rglob("*.safetensors"))
+    assert len(files) == 5  # of the state, of the VAE, and three of the checkpoint
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {file_mode}
 
 
 def test_an_interrupted_write_keeps_the_former_checkpoint_whole(tmp_path, monkeypatch):
