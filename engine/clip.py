@@ -430,8 +430,9 @@ class _Size:
         box = (0.0, 0.0, float(width), float(height))
         inner_height, inner_width = self.height, self.width
         if self.fit == "crop":
-            cut_x = (width - self.width / max(across, down)) / 2
-            cut_y = (height - self.height / max(across, down)) / 2
+            # Rounding can take what is nothing below nothing, and a box must stay in the picture.
+            cut_x = max(0.0, (width - self.width / max(across, down)) / 2)
+            cut_y = max(0.0, (height - self.height / max(across, down)) / 2)
             box = (cut_x, cut_y, width - cut_x, height - cut_y)
         elif self.fit == "fit":
             inner_height = max(round(height * min(across, down)), 1)

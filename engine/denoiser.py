@@ -5,12 +5,20 @@ network; `detach` puts the stock ones back, so that the network is bit for bit w
 diffusers' own forward methods are never patched.
 """
 
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from kinetiq.attention import CrossProcessor, Signal, SpatialProcessor, TemporalTransformer
-from kinetiq.control_tensors import ControlTensors
+from kinetiq.attention import (
+    CrossProcessor,
+    KeyValueCapture,
+    Signal,
+    SpatialProcessor,
+    TemporalTransformer,
+)
+from kinetiq.control_tensors import ControlTensors, KeyValueBank
 from kinetiq.convolution import CentreTapConvolution, find_centre_taps
 from kinetiq.errors import RequestError
 from kinetiq.families import (
@@ -22,6 +30,7 @@ from kinetiq.families import (
     temporal_transformers,
 )
 from kinetiq.skips import attach_skips, list_skips
+from kinetiq.taps import DEFAULT_TAP, find_tap, run_to_tap
 
 NO_CONTROLS = ControlTensors()
 
@@ -42,6 +51,40 @@ class Denoiser(Protocol):
             timesteps: [rows]; rows may be at different steps.
             text: [rows, tokens, width].
             controls: one entry a row.
+        """
+        ...
+
+    def features(
+        self, latents: Tensor, timesteps: Tensor, text: Tensor, controls: ControlTensors, tap: str
+    ) -> Tensor:
+        """Return what one block of the network makes of its input; see `kinetiq.taps`.
+
+        The arguments but the last are those of `predict`. Nothing behind the tap is run, and what
+        is returned can be differentiated.
+
+        Args:
+            latents: see `predict`, as for the next three.
+            timesteps: likewise.
+            text: likewise.
+            controls: likewise; they act as there.
+            tap: module path of the block.
+
+        Returns:
+            [rows, frames, h, w, channels], at the size of the block, in any strides.
+        """
+        ...
+
+    def keeping(
+        self, sites: Collection[int], rows: Tensor
+    ) -> AbstractContextManager[Mapping[int, KeyValueBank]]:
+        """Keep the keys and values that rows have at spatial sites while the network runs.
+
+        Args:
+            sites: indices of the sites.
+            rows: int64, on the device of the network.
+
+        Returns:
+            A context for one `predict` or `features`; after it, one slot a row at each site.
         """
         ...
 
@@ -140,15 +183,55 @@ class EagerDenoiser:
         Raises:
             RequestError: our modules are not in the network, so it would ignore all controls.
         """
+        with self._given("predict", latents, controls):
+            out: Tensor = self.network(latents, timesteps, text, return_dict=False)[0]
+        return out
+
+    def features(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        controls: ControlTensors = NO_CONTROLS,
+        tap: str = DEFAULT_TAP,
+    ) -> Tensor:
+        """Return the output of one block; see `Denoiser.features`.
+
+        Raises:
+            RequestError: our modules are not in the network, or it has no such block.
+        """
+        found = find_tap(self.network, tap)
+        with self._given("features", latents, controls):
+            hidden = run_to_tap(
+                self.network,
+                found,
+                lambda: self.network(latents, timesteps, text, return_dict=False),
+            )
+        rows: Tensor = hidden.unflatten(0, (-1, latents.shape[2]))
+        return rows.movedim(2, -1)
+
+    @contextmanager
+    def keeping(self, sites: Collection[int], rows: Tensor) -> Iterator[Mapping[int, KeyValueBank]]:
+        """Keep keys and values while the network runs; see `Denoiser.keeping`."""
+        capture = self.signal.capture = KeyValueCapture(sites, rows)
+        try:
+            yield capture.kept
+        finally:
+            self.signal.capture = None
+
+    @contextmanager
+    def _given(self, where: str, latents: Tensor, controls: ControlTensors) -> Iterator[None]:
+        """Let our modules see what the forward pass in the block is given."""
         if not self.attached:
-            raise RequestError("predict: the denoiser must be attached, and was detached or closed")
+            raise RequestError(
+                f"{where}: the denoiser must be attached, and was detached or closed"
+            )
         self.signal.frames, self.signal.controls = latents.shape[2], controls
         try:
-            out: Tensor = self.network(latents, timesteps, text, return_dict=False)[0]
+            yield
         finally:
             self.signal.controls = NO_CONTROLS
             self.signal.before_temporal = {}  # not cleared: recomputation keeps it
-        return out
 
 
 def _set_submodule(network: nn.Module, name: str, module: nn.Module) -> None:

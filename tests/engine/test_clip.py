@@ -218,6 +218,10 @@ class TestChanging:
         tall = Clip(array.transpose(0, 2, 1, 3).copy(), 8)
         assert (tall.resize(20, 20, "crop").frames == 200).all()
 
+    def test_crop_bears_sizes_whose_quotient_is_not_exact(self):
+        clip = Clip(np.full((1, 13, 13, 3), 200, np.uint8), 8)  # 13 - 15 / (15 / 13) is below zero
+        assert (clip.resize(15, 15, "crop").frames == 200).all()
+
     def test_fit_shows_everything_on_black(self):
         clip = Clip(np.full((2, 20, 40, 3), 200, np.uint8), 8).resize(40, 40, "fit")
         assert (clip.frames[:, 10:30] == 200).all()

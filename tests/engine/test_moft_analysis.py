@@ -1,0 +1,327 @@
+"""What is shown of a clip's motion, and the measures of how far it can be trusted."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import kinetiq as kq
+from kinetiq import moft_analysis
+from kinetiq.checkpoint import load_checkpoint
+from kinetiq.moft import (
+    AXES,
+    DIRECTIONS,
+    Knots,
+    MotionChannels,
+    calibrate,
+    load_channels,
+    moft,
+    reference_feature,
+    reference_features,
+    slope,
+)
+from kinetiq.moft_analysis import (
+    analyze_moft,
+    as_json,
+    channel_agreement,
+    content_free_colours,
+    describe,
+    draw,
+    judge_features,
+    neighbour_agreement,
+    prepare_folder,
+    strength,
+)
+from kinetiq.sprites.world import Scene, render, sample_sprite
+from kinetiq.taps import find_tap
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def known_channels(width=32, seed=0):
+    """Motion channels without a calibration; pans run straight along the loadings."""
+    loadings = dict(zip(AXES, torch.linalg.qr(random(width, 2, seed=seed)).Q.T, strict=True))
+    knots = {}
+    for axis, pair in AXES.items():
+        for direction, way in zip(pair, (-1.0, 1.0), strict=True):
+            ends = torch.stack([-way * loadings[axis], way * loadings[axis]])
+            knots[direction] = Knots(torch.tensor([[0.0], [1.0]]).expand(2, width), ends)
+    spread = dict.fromkeys(AXES, 0.9)
+    return MotionChannels("animatediff", "known", "f", "up_blocks.1", loadings, spread, knots)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    import tiny
+
+    with kq.Engine.load(tiny.write_tiny_folder(tmp_path_factory.mktemp("moft") / "model")) as made:
+        yield made
+
+
+@pytest.fixture
+def channels(monkeypatch):
+    """Channels that the analysis is given instead of a calibration."""
+    known, asked = known_channels(), []
+    monkeypatch.setattr(
+        moft_analysis, "load_channels", lambda *given, **_: asked.append(given) or known
+    )
+    return known
+
+
+@pytest.fixture
+def reference():
+    rng = np.random.default_rng(0)
+    return kq.Clip.from_array(rng.integers(0, 255, (4, 16, 16, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def analysis(engine, channels, reference):
+    left, moving = np.zeros((16, 16)), np.zeros((4, 16, 16))
+    left[:, :8] = 1.0
+    for frame in range(4):
+        moving[frame, :, 4 * frame : 4 * frame + 4] = 0.5
+    regions = {"left": left, "moving": moving}
+    return analyze_moft(engine, reference, regions, frames=4, height=16, width=16, share=0.1)
+
+
+def test_it_shows_the_feature_of_the_reference(engine, channels, reference, analysis):
+    latents = engine.encode(reference)
+    wanted = moft(reference_feature(engine.checkpoint, engine.denoiser, latents))
+    for axis in AXES:
+        field = wanted @ channels.loadings[axis]
+        assert (analysis.maps[axis] - field).abs().max() <= 1e-4 * field.abs().max()
+    assert analysis.shown.shape == (4, 16, 16, 3)
+    assert analysis.reference == reference.fingerprint
+    assert {name: len(chosen) for name, chosen in analysis.selected.items()} == dict.fromkeys(
+        AXES, 3
+    )
+    left, moving = analysis.regions
+    selected = channels.select(share=0.1)
+    mean = wanted[:, :, :4].mean((1, 2))
+    torch.testing.assert_close(left.curves, mean[:, selected], rtol=1e-3, atol=1e-4)
+    for axis in AXES:
+        torch.testing.assert_close(
+            left.components[axis], mean @ channels.loadings[axis], rtol=1e-3, atol=1e-4
+        )
+        assert left.slopes[axis] == pytest.approx(channels.slopes(mean)[axis], rel=1e-2, abs=1e-3)
+    followed = torch.stack([wanted[f, :, 2 * f : 2 * f + 2].mean((0, 1)) for f in range(4)])
+    torch.testing.assert_close(moving.curves, followed[:, selected], rtol=1e-3, atol=1e-4)
+    assert (left.name, left.share, moving.share) == ("left", 0.5, 0.125)
+
+
+def test_the_whole_frame_is_the_region_that_is_not_said(engine, channels, reference):
+    found = analyze_moft(engine, reference, frames=4, height=16, width=16)
+    ((whole),) = found.regions
+    assert (whole.name, whole.share) == ("whole", 1.0)
+    for axis in AXES:
+        torch.testing.assert_close(
+            whole.components[axis], found.maps[axis].mean((1, 2)), rtol=1e-3, atol=1e-5
+        )
+
+
+def test_colours_are_principal_components_about_grey():
+    axes = torch.linalg.qr(random(12, 4)).Q
+    values = random(5, 3, 4, 4) * torch.tensor([50.0, 10.0, 2.0, 0.01])
+    values = values - values.mean((0, 1, 2))
+    colours, explained = content_free_colours(values @ axes.T)
+    assert colours.shape == (5, 3, 4, 3)
+    assert sum(explained) == pytest.approx(1.0, abs=1e-3)
+    assert list(explained) == sorted(explained, reverse=True)
+    for component in range(3):
+        shown = 2 * colours[..., component].flatten() - 1
+        assert float(shown.abs().max()) == pytest.approx(1.0)
+        fits = [
+            abs(float(torch.corrcoef(torch.stack([shown, v.flatten()]))[0, 1]))
+            for v in values.movedim(-1, 0)
+        ]
+        assert max(fits) > 0.95
+    still, explained = content_free_colours(torch.zeros(5, 3, 4, 12))
+    assert torch.equal(still, torch.full((5, 3, 4, 3), 0.5)) and not any(explained)
+    few, _ = content_free_colours(random(5, 3, 4, 2))
+    assert torch.equal(few[..., 2], torch.full((5, 3, 4), 0.5))
+
+
+def test_the_report_holds_all_figures(analysis, channels):
+    said = json.loads(json.dumps(as_json(analysis)))
+    assert (said["model"], said["tap"], said["width"]) == ("known", "up_blocks.1", 32)
+    assert (said["frames"], said["map"], said["channel_share"]) == (4, [8, 8], 0.1)
+    for axis in AXES:
+        chosen = channels.select(axis, 0.1)
+        assert said["axes"][axis]["channels"] == chosen.tolist()
+        assert said["axes"][axis]["loadings"] == channels.loadings[axis][chosen].tolist()
+    assert [region["name"] for region in said["regions"]] == ["left", "moving"]
+    curves = said["regions"][0]["curves"]
+    assert list(map(int, curves)) == channels.select(share=0.1).tolist()
+    assert list(curves.values()) == analysis.regions[0].curves.T.tolist()
+    words = describe(analysis)
+    for region in analysis.regions:
+        assert f"{region.name:<6}  horizontal {region.slopes['horizontal']:+.2f}" in words
+    assert "Motion channels of known at up_blocks.1, of 32:" in words
+    assert "1 is that of a pan right or down by 0.4 of the frame, of -1 one left or up" in words
+
+
+def test_it_is_drawn(analysis, tmp_path):
+    prepare_folder(tmp_path / "new")
+    draw(analysis, tmp_path / "new" / "moft.png")
+    with Image.open(tmp_path / "new" / "moft.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 500
+    assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["moft.png"]
+
+
+def test_what_keeps_it_from_being_drawn_is_said_first(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(kq.OutputError, match=r"^analyze: .*file must be a folder"):
+        prepare_folder(tmp_path / "file")
+    monkeypatch.setattr(moft_analysis, "find_spec", lambda _: None)
+    with pytest.raises(kq.MissingDependencyError, match=r"draws with matplotlib"):
+        prepare_folder(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("frames", "region", "options", "error", "message"),
+    [
+        (
+            1,
+            None,
+            {},
+            kq.ClipError,
+            r"^analyze: the reference must have at least 2 frames, got a still",
+        ),
+        (
+            4,
+            None,
+            {"frames": 1},
+            kq.RequestError,
+            r"^analyze: frames must be at least 2 to move, got 1",
+        ),
+        (4, np.zeros((16, 16)), {}, kq.RequestError, r"^region: must hold at least one place"),
+        (4, np.ones((5, 16, 16)), {}, kq.RequestError, r"^region: must be .*\[frames = 4"),
+        (4, None, {"tap": "up"}, kq.RequestError, r"^tap: must be a block"),
+        (4, None, {"share": 0.0}, kq.RequestError, r"^channels: share must be above 0"),
+    ],
+)
+def test_bad_input_is_refused(engine, frames, region, options, error, message):
+    clip = kq.Clip.from_array(np.zeros((frames, 16, 16, 3), np.uint8))
+    regions = None if region is None else {"here": region}
+    with pytest.raises(error, match=message):
+        analyze_moft(engine, clip, regions, **{"frames": 4, "height": 16, "width": 16} | options)
+
+
+# How far the feature can be trusted.
+
+
+def test_strength_is_the_root_mean_square():
+    assert strength(torch.tensor([3.0, -4.0])) == pytest.approx(12.5**0.5)
+    assert strength(torch.zeros(2, 3)) == 0.0
+
+
+def test_neighbours_agree_where_the_nearest_is_of_the_class():
+    features = [torch.tensor([[x]]) for x in (0.0, 0.1, 5.0, 5.2, 5.29)]
+    assert neighbour_agreement(features, ["a", "a", "b", "b", "c"]) == pytest.approx(3 / 5)
+    assert neighbour_agreement(features, [1, 1, 2, 2, 2]) == 1.0
+    with pytest.raises(kq.ShapeError, match=r"a class of each, got 5 and 4$"):
+        neighbour_agreement(features, ["a"] * 4)
+
+
+def test_few_channels_agree_by_rank_and_many_by_overlap():
+    one, other = known_channels(400), known_channels(400, seed=1)
+    assert channel_agreement(one, one, "vertical").value == 1.0
+    assert channel_agreement(one, one, "vertical").measure == "jaccard"
+    few = channel_agreement(one, other, "vertical", share=15 / 400)
+    assert few.measure == "rank" and abs(few.value) < 0.2
+    turned = MotionChannels(
+        **{
+            name: getattr(one, name)
+            for name in ("family", "checkpoint", "fingerprint", "tap", "spread", "knots")
+        },
+        loadings={axis: -loading for axis, loading in one.loadings.items()},
+    )
+    assert channel_agreement(one, turned, "vertical", share=0.01).value == pytest.approx(-1.0)
+    assert channel_agreement(one, turned, "vertical").value == 1.0
+    chosen = [set(c.select("horizontal", 0.5).tolist()) for c in (one, other)]
+    overlap = channel_agreement(one, other, "horizontal", share=0.5)
+    assert overlap.value == len(chosen[0] & chosen[1]) / len(chosen[0] | chosen[1])
+
+
+def known_features(channels, motions):
+    """Clips whose middle moves as pans do, on content of their own that is much stronger."""
+    rng = torch.Generator().manual_seed(0)
+    clips = []
+    for motion in motions:
+        content = 10.0 * torch.randn(4, 4, channels.width, generator=rng)
+        clip = content.expand(6, -1, -1, -1)
+        if motion != "still":
+            clip = clip + channels.synthesise(motion, 6)[:, None, None]
+        clips.append(clip)
+    return torch.stack(clips)
+
+
+def test_features_are_judged_by_known_motions():
+    channels = known_channels()
+    motions = [*DIRECTIONS, "still"] * 3
+    features = known_features(channels, motions)
+    found = judge_features(features, motions, channels, share=0.2)
+    assert (found.signs, found.neighbours) == (1.0, 1.0)
+    assert found.raw_neighbours < 0.6
+    assert found.still < 1e-4
+    wrong = {"left": "right", "right": "up", "up": "down", "down": "left", "still": "still"}
+    assert judge_features(features, [wrong[one] for one in motions], channels).signs == 0.0
+    assert judge_features(features[:4], motions[:4], channels).still is None
+
+
+def test_what_cannot_be_judged_is_refused():
+    channels = known_channels()
+    with pytest.raises(kq.RequestError, match=r"^judge_features: .* got \['circling'\]$"):
+        judge_features(torch.zeros(1, 3, 4, 4, 32), ["circling"], channels)
+    with pytest.raises(kq.ShapeError, match=r"^judge_features: .* got 1 for 2$"):
+        judge_features(torch.zeros(2, 3, 4, 4, 32), ["left"], channels)
+
+
+# The embedded model.
+
+
+def test_the_embedded_model_brings_its_channels():
+    checkpoint = load_checkpoint("sprites")
+    found = load_channels(checkpoint, None)
+    assert found.fingerprint == checkpoint.fingerprint
+    assert found.width == find_tap(checkpoint.unet).channels
+    for axis, (back, forth) in AXES.items():
+        assert len(found.select(axis)) == 5
+        pans = [found.synthesise(way, 8) @ found.loadings[axis] for way in (back, forth)]
+        assert float(slope(pans[0])) < 0.0 < float(slope(pans[1]))
+
+
+@pytest.mark.slow
+def test_the_embedded_model_knows_motion():
+    motions = [*DIRECTIONS] * 10 + ["still"] * 4
+    scenes = [
+        Scene((sample_sprite(np.random.default_rng([2, number]), motion=motion),))
+        for number, motion in enumerate(motions)
+    ]
+    with kq.Engine.load("sprites") as engine:
+        checkpoint, denoiser = engine.checkpoint, engine.denoiser
+        channels = load_channels(checkpoint, denoiser)
+        clips = [kq.Clip.from_array(frames) for frames in render(scenes, 8, 32)]
+        latents = torch.stack([engine.encode(clip) for clip in clips])
+        features = [reference_features(checkpoint, denoiser, part) for part in latents.split(8)]
+    found = judge_features(torch.cat(features), motions, channels)
+    assert found.signs >= 0.9
+    assert found.neighbours >= 0.9
+    assert found.raw_neighbours <= found.neighbours - 0.3
+    assert found.still <= 0.2
+
+
+@pytest.mark.slow
+def test_the_embedded_model_has_the_same_channels_on_other_pans():
+    with kq.Engine.load("sprites") as engine:
+        channels = load_channels(engine.checkpoint, engine.denoiser)
+        others = calibrate(engine.checkpoint, engine.denoiser, seed=1)
+    for axis in AXES:
+        agreement = channel_agreement(channels, others, axis)
+        assert agreement.measure == "rank"
+        assert agreement.value >= 0.8
