@@ -297,7 +297,7 @@ class Engine:
         shape = (frames, height // self.vae_scale, width // self.vae_scale)
         controls = resolve_controls(
             request.control,  # type: ignore[arg-type]  # the converter made it a tuple
-            lambda source: encode(source, frames, height, width),
+            lambda source: encode(source.read_by(request.prompt), frames, height, width),
             table.steps,
             self.denoiser.sites,
             lambda control: self._learned(control, shape, table.steps, make),

@@ -16,25 +16,7 @@ operator = importlib.import_module(
     "kinetiq.kernels.query_attention"
 )  # not the function of that name
 
-FAMILIES = ["animatediff", "unet3d"]
 TOLERANCE = 1e-4  # of the largest value: the project's word for "equal" in float32
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture
-def engine(tiny_folder, family):
-    with kq.Engine.load(tiny_folder(family)) as loaded:
-        yield loaded
-
-
-@pytest.fixture
-def reference():
-    rng = np.random.default_rng(0)
-    return kq.Clip.from_array(rng.integers(0, 255, (4, 16, 16, 3), dtype=np.uint8))
 
 
 def latents_of(engine, control=None, **options):
@@ -244,6 +226,14 @@ def test_fresh_noise_differs_between_steps_and_shared_does_not(engine, reference
         assert torch.equal(source.noise(900.0), source.noise(900.0))
 
 
+def test_the_source_may_be_seen_as_what_its_reader_shows(engine, reference):
+    own = latents_of(engine, kq.QueryInjection(reference, source_prompt=None))
+    said = latents_of(engine, kq.QueryInjection(reference, source_prompt="a red circle"))
+    silent = latents_of(engine, kq.QueryInjection(reference))
+    assert torch.equal(own, said)
+    assert not torch.equal(own, silent)
+
+
 def test_a_control_leaves_the_network_as_it_was(tiny_folder, family, reference):
     engine = kq.Engine.load(tiny_folder(family))
     network = engine.checkpoint.unet
@@ -304,6 +294,6 @@ def test_two_of_a_kind_are_refused(engine, reference):
     with pytest.raises(kq.RequestError, match="at most one QueryInjection acts on a clip"):
         latents_of(engine, [kq.QueryInjection(reference), kq.QueryInjection(reference)])
     with pytest.raises(
-        kq.RequestError, match=r"must be QueryInjection, MotionInjection, .* or MotionLora, got int"
+        kq.RequestError, match=r"must be QueryInjection, MotionInjection, .* or \w+, got int"
     ):
         latents_of(engine, 3)
