@@ -2,7 +2,8 @@
 
 Load a model with `Engine.load`, read a reference with `Clip.read`, and pass it to
 `Engine.generate` in a control: `MotionInjection` or `QueryInjection`. Or pass a motion that was
-learned before, `MotionEmbedding.read` or `MotionLora.read`.
+learned before, `MotionEmbedding.read` or `MotionLora.read`. Or move what is generated with
+gradients, towards a clip, a direction or a drag: `MoftGuidance`.
 
 Names are imported when they are first used, so that `import kinetiq` is quick.
 """
@@ -28,6 +29,7 @@ from kinetiq.errors import (
 if TYPE_CHECKING:
     from kinetiq.clip import Clip
     from kinetiq.engine import Engine
+    from kinetiq.moft_guidance import MoftGuidance, MoftRegion
     from kinetiq.motion_embedding import MotionEmbedding
     from kinetiq.motion_injection import MotionInjection
     from kinetiq.motion_lora import MotionLora
@@ -39,6 +41,8 @@ __version__ = version("kinetiq")
 _HOMES = {
     "Clip": "kinetiq.clip",
     "Engine": "kinetiq.engine",
+    "MoftGuidance": "kinetiq.moft_guidance",
+    "MoftRegion": "kinetiq.moft_guidance",
     "MotionEmbedding": "kinetiq.motion_embedding",
     "MotionInjection": "kinetiq.motion_injection",
     "MotionLora": "kinetiq.motion_lora",
@@ -54,6 +58,8 @@ __all__ = [
     "InputError",
     "KinetiqError",
     "MissingDependencyError",
+    "MoftGuidance",
+    "MoftRegion",
     "MotionEmbedding",
     "MotionInjection",
     "MotionLora",

@@ -6,13 +6,30 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import kinetiq.kernels
 from kinetiq.command_line import PlainGroup
 from kinetiq.errors import CheckpointError, ClipError, RequestError
+from kinetiq.options import (
+    PATH,
+    backend_option,
+    beta_option,
+    device_option,
+    fit_option,
+    fps_option,
+    json_option,
+    model_options,
+    motion_training_options,
+    motions_option,
+    placing_options,
+    sampling_options,
+    seed_option,
+    size_options,
+    until_option,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +38,7 @@ if TYPE_CHECKING:
 
     from kinetiq.clip import Clip
     from kinetiq.controls import Control, LearnedMotion
+    from kinetiq.moft_guidance import MoftGuidance
 
 # `python -m kinetiq` puts the working directory on the path; in a checkout our folder `kernels`
 # would then answer for the package of that name that transformers and diffusers probe for. They
@@ -36,11 +54,11 @@ _SWITCHES = {  # of each kind of control: the options that it takes
     "query": (*_SHARED, "sites", "reduce_leak"),
     "embedding": (*_LEARNED, "value_scale", "debias"),
     "lora": (*_LEARNED, "highway", "beta"),
+    "guidance": ("region", "speed"),
 }
 _SITE_WORDS = ("spatial", "temporal", "both")
+_DIRECTIONS = ("left", "right", "up", "down")
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-
-_Function = TypeVar("_Function", bound="Callable[..., Any]")
 
 
 class MainGroup(PlainGroup):
@@ -65,34 +83,21 @@ def main() -> None:
     """Generate video whose motion is chosen by a reference clip and whose content by a prompt."""
 
 
-def _device_options(function: _Function) -> _Function:
-    options = [
-        click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
-        click.option("--dtype", help="float32 (default), bfloat16 or float16."),
-        click.option("--backend", default="eager", show_default=True, help="Runs the network."),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
 @main.command()
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("kinetiq-demo"),
     show_default=True,
     help="Folder for the clips, the sheet and report.json.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--steps", type=int, help="Sampler steps.")
-@click.option("--guidance", type=float, help="Guidance scale; 1 is none.")
-@click.option("--until", type=float, help="Share of the steps that are steered, 0 to 1.")
-@click.option("--frames", type=int, help="Frames of each clip.")
-@click.option("--size", help="HEIGHTxWIDTH in pixels, a square such as 48x48.")
-@click.option("--fps", type=float, help="Frames a second.")
-@click.option("--json", "as_json", is_flag=True, help="Print what report.json says.")
-@_device_options
+@sampling_options
+@until_option
+@size_options("Frames of each clip.", "HEIGHTxWIDTH in pixels, a square such as 48x48.")
+@fps_option
+@json_option("Print what report.json says.")
+@placing_options
+@backend_option
 def demo(
     out: Path,
     seed: int,
@@ -142,13 +147,13 @@ def demo(
 @click.option("--prompt", required=True, help="What the clip shows.")
 @click.option(
     "--reference",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Clip whose motion is wanted: a video, a gif, a webp or a folder of images.",
 )
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help=".mp4, .webm, .gif, .webp, or no suffix for a folder of images.",
 )
 @click.option(
@@ -157,7 +162,7 @@ def demo(
     help="motion (default with a reference): motion injection; query: query injection, "
     "the paper's; both; none (default without).",
 )
-@click.option("--until", type=float, help="Share of the steps that are steered, 0 to 1.")
+@until_option
 @click.option(
     "--sites",
     help="spatial (default), temporal, both, or names of sites, comma-separated (query injection).",
@@ -177,23 +182,42 @@ def demo(
     help="Which halves of guidance are steered; both by default.",
 )
 @click.option(
-    "--region",
-    type=click.Path(path_type=Path),
-    help="Image, or clip of as many frames, white where the reference's motion is wanted.",
+    "--moft",
+    type=PATH,
+    help="Clip whose motion gradients on the latents follow, step by step (MOFT guidance).",
 )
 @click.option(
-    "--fit",
-    type=click.Choice(("crop", "fit", "stretch")),
-    help="How the reference is brought to the clip's size; crop by default.",
+    "--direction",
+    type=click.Choice(_DIRECTIONS),
+    help="Where gradients move everything, without a clip.",
 )
 @click.option(
-    "--motion",
-    "motions",
+    "--speed",
+    type=float,
+    help="Factor on the motion of a direction or a drag; 1 by default, 0 for stillness.",
+)
+@click.option(
+    "--drag",
+    "drags",
     multiple=True,
-    metavar="[WEIGHT*]FILE",
-    help="A motion that was learned before, such as dance.safetensors or -0.5*dance.safetensors; "
+    metavar="X,Y:X,Y",
+    help="Gradients move what is at the first point to the second, in pixels from the top left; "
+    "as often as wanted.",
+)
+@click.option(
+    "--region",
+    "regions",
+    multiple=True,
+    metavar="MASK[:MOTION]",
+    help="Image, or for a --reference clip of as many frames, white where the motion is wanted. "
+    "With a motion of its own, a direction or a clip (mask.png:right), gradients move that "
+    "region; as often as wanted.",
+)
+@fit_option("How clips to move like are brought to the clip's size; crop by default.")
+@motions_option(
+    "A motion that was learned before, such as dance.safetensors or -0.5*dance.safetensors; "
     "several of a kind are added up, at the frames and the size of the first. Of an embedding and "
-    "a LoRA, the first that has noise brings it, and the other's --noise-prior is 0.",
+    "a LoRA, the first that has noise brings it, and the other's --noise-prior is 0."
 )
 @click.option("--motion-scale", type=float, help="Factor on what --motion adds; 1 by default.")
 @click.option(
@@ -216,16 +240,13 @@ def demo(
     type=click.Choice(("all", "released")),
     help="Let skip connections bypass a LoRA's changes; none by default.",
 )
-@click.option("--beta", type=float, help="Strength of the --highway; 1.1 by default.")
+@beta_option
 @click.option("--negative-prompt", default="", help="What the clip does not show.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--steps", type=int, help="Sampler steps.")
-@click.option("--guidance", type=float, help="Guidance scale; 1 is none.")
+@sampling_options
 @click.option("--sampler", help="ddim, ddpm, euler, dpm++2m or lcm.")
 @click.option("--eta", type=float, default=0.0, show_default=True, help="Noise of DDIM.")
-@click.option("--frames", type=int, help="Frames of the clip.")
-@click.option("--size", help="HEIGHTxWIDTH in pixels.")
-@click.option("--fps", type=float, help="Frames a second.")
+@size_options("Frames of the clip.", "HEIGHTxWIDTH in pixels.")
+@fps_option
 @click.option(
     "--scale",
     type=click.IntRange(1, 64),
@@ -233,15 +254,9 @@ def demo(
     show_default=True,
     help="Enlarge what is written by a whole number.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was made as one JSON object.")
-@click.option(
-    "--model",
-    default="sprites",
-    show_default=True,
-    help="sprites (embedded), a diffusers folder, or a hub id.",
-)
-@click.option("--motion-adapter", help="AnimateDiff motion adapter for an image model.")
-@_device_options
+@json_option("Print what was made as one JSON object.")
+@model_options
+@backend_option
 def generate(
     prompt: str,
     reference: Path | None,
@@ -252,7 +267,11 @@ def generate(
     reduce_leak: bool | None,
     parts: str | None,
     halves: str | None,
-    region: Path | None,
+    moft: Path | None,
+    direction: str | None,
+    speed: float | None,
+    drags: tuple[str, ...],
+    regions: tuple[str, ...],
     fit: str | None,
     motions: tuple[str, ...],
     motion_scale: float | None,
@@ -278,12 +297,9 @@ def generate(
     dtype: str | None,
     backend: str,
 ) -> None:
-    """Generate one clip, moving like a reference or as was learned."""
-    import attrs
-
+    """Generate one clip, moving like a reference, as was learned, or where it is told to."""
     from kinetiq.clip import Clip, check_write, peek
     from kinetiq.engine import Engine
-    from kinetiq.injection import Injection
     from kinetiq.progress import progress_bars
     from kinetiq.request import Request
 
@@ -303,8 +319,10 @@ def generate(
     }
     Request.from_options(prompt, options)
     check_write(out, frames=frames, fps=fps)
-    if reference is None and fit is not None:
-        raise RequestError("generate: --fit needs --reference, got none")
+    region, moving = _parse_regions(regions)
+    clips = [path for path in (reference, moft, *moving.values()) if isinstance(path, Path)]
+    if not clips and fit is not None:
+        raise RequestError("generate: --fit needs --reference, got none, and no --moft either")
     # The whole reference is read once the size is known that it is needed at, which the model says.
     start = None if reference is None else peek(reference)
     switches = {
@@ -314,6 +332,7 @@ def generate(
         "parts": parts,
         "halves": halves,
         "region": region,
+        "speed": speed,
         "motion_scale": motion_scale,
         "value_scale": value_scale,
         "debias": debias,
@@ -323,7 +342,13 @@ def generate(
     }
     given = {name: value for name, value in switches.items() if value is not None}
     learned = _read_motions(motions)
-    controls = _build_controls(start, control, learned, given)
+    asked = {
+        "reference": None if moft is None else peek(moft),
+        "direction": direction,
+        "regions": moving,
+        "points": [_parse_drag(drag) for drag in drags],
+    }
+    controls = _build_controls(start, control, learned, asked, given)
     with progress_bars() as progress:
         progress("loading", 0, 1)
         with Engine.load(
@@ -331,18 +356,19 @@ def generate(
         ) as engine:
             defaults = engine.defaults
             check_write(out, frames=frames or defaults.frames, fps=fps or defaults.fps)
-            if reference is not None and controls:
-                progress("reading", 0, 1)
-                clip = Clip.read(
-                    reference,
+
+            def read(path: Path) -> Clip:
+                return Clip.read(
+                    path,
                     height=height or defaults.height,
                     width=width or defaults.width,
                     fit=fit or "crop",
                 )
+
+            if clips and controls:
+                progress("reading", 0, 1)
                 controls = [
-                    attrs.evolve(control, reference=clip)
-                    if isinstance(control, Injection)
-                    else control
+                    _with_whole_clips(control, reference, moft, moving, read)
                     for control in controls
                 ]
             made = engine.generate(prompt, controls, progress=progress, **options)
@@ -374,7 +400,7 @@ def train() -> None:
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder of the run; one that was interrupted is continued.",
 )
 @click.option("--steps", type=click.IntRange(1), default=20_000, show_default=True)
@@ -409,11 +435,11 @@ def train() -> None:
     help="Steps over which scenes widen from one a motion to all.",
 )
 @click.option("--learning-rate", type=float, default=6e-4, show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@seed_option()
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; PyTorch's own by default.")
 @click.option(
     "--start-from",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="A finished checkpoint to start from; 'sprites' is the embedded one.",
 )
 @click.option("--save-every", type=click.IntRange(1), default=250, show_default=True)
@@ -424,7 +450,7 @@ def train() -> None:
     show_default=True,
     help="Parts of a batch that run side by side on a CPU, one thread each.",
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@device_option
 def train_sprites(
     out: Path,
     steps: int,
@@ -488,75 +514,11 @@ def train_sprites(
     click.echo(click.format_filename(folder))
 
 
-def _motion_options(function: _Function) -> _Function:
-    """What `train embedding` and `train lora` share; None is the default of the training."""
-    options = [
-        click.option(
-            "--out",
-            required=True,
-            type=click.Path(path_type=Path),
-            help="The motion's .safetensors file.",
-        ),
-        click.option(
-            "--folder",
-            type=click.Path(path_type=Path),
-            help="Of the run, which is continued if it is there; OUT with the suffix .training "
-            "by default.",
-        ),
-        click.option("--steps", type=int, help="Optimiser steps."),
-        click.option("--learning-rate", type=float),
-        click.option("--loss", help="hybrid (default), debiased, mse or vmc."),
-        click.option("--frames", type=int, help="Frames of the motion; the model's by default."),
-        click.option("--height", type=int, help="Pixels; the model's by default."),
-        click.option("--width", type=int, help="Pixels; the model's by default."),
-        click.option(
-            "--fit",
-            type=click.Choice(("crop", "fit", "stretch")),
-            default="crop",
-            show_default=True,
-            help="How a reference is brought to that size.",
-        ),
-        click.option("--dropout", type=float, help="Share of low-rank changes left out."),
-        click.option("--inversion-steps", type=int, help="Steps of the noise that goes with it."),
-        click.option("--seed", type=int),
-        click.option("--save-every", type=int, help="Steps between saves."),
-        click.option(
-            "--previews",
-            type=int,
-            help="Steps between early versions, each with a clip made by it; 0: none.",
-        ),
-        click.option("--preview-prompt", help="What those clips show; the first --prompt if not."),
-        click.option(
-            "--recompute",
-            is_flag=True,
-            help="Compute cheap results twice instead of keeping them, for less memory.",
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
-        click.option(
-            "--model",
-            default="sprites",
-            show_default=True,
-            help="sprites (embedded), a diffusers folder, or a hub id.",
-        ),
-        click.option("--motion-adapter", help="AnimateDiff motion adapter for an image model."),
-        click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
-        click.option("--dtype", help="float32 (default), bfloat16 or float16."),
-        click.option(
-            "--weights",
-            help="Type that the frozen model is held in: float32 (default), or that of --dtype "
-            "for less memory.",
-        ),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
 @train.command("embedding")
 @click.option(
     "--reference",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Clip whose motion is learned.",
 )
 @click.option("--prompt", required=True, help="What it shows, its motion included.")
@@ -565,7 +527,7 @@ def _motion_options(function: _Function) -> _Function:
     help="Comma-separated: PLACE:WIDTH such as up:1280 (places in, down, mid, up), or names of "
     "temporal blocks; down and up at the greatest width by default.",
 )
-@_motion_options
+@motion_training_options
 def train_embedding(reference: Path, prompt: str, sites: str | None, **said: Any) -> None:
     """Learn the motion of a clip as a motion embedding."""
     from kinetiq import motion_training
@@ -587,7 +549,7 @@ def train_embedding(reference: Path, prompt: str, sites: str | None, **said: Any
     "references",
     required=True,
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Clip whose motion is learned; may come again, for the same motion.",
 )
 @click.option(
@@ -604,8 +566,8 @@ def train_embedding(reference: Path, prompt: str, sites: str | None, **said: Any
     help="all or released: let skip connections bypass its changes in training; none by default. "
     "To be said again to generate.",
 )
-@click.option("--beta", type=float, help="Strength of the --highway; 1.1 by default.")
-@_motion_options
+@beta_option
+@motion_training_options
 def train_lora(
     references: tuple[Path, ...],
     prompts: tuple[str, ...],
@@ -728,42 +690,21 @@ def analyze() -> None:
 @analyze.command("temporal")
 @click.option(
     "--reference",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Clip that is noised and shown to the model; noise alone without.",
 )
 @click.option("--prompt", default="", help="What it shows, its motion included.")
-@click.option(
-    "--motion",
-    "motions",
-    multiple=True,
-    metavar="[WEIGHT*]FILE",
-    help="A motion embedding whose effect is measured; several are added up.",
-)
+@motions_option("A motion embedding whose effect is measured; several are added up.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder for temporal.png and temporal.json.",
 )
-@click.option(
-    "--fit",
-    type=click.Choice(("crop", "fit", "stretch")),
-    help="How the reference is brought to the model's size; crop by default.",
-)
-@click.option("--frames", type=int, help="Frames; the model's by default.")
-@click.option("--size", help="HEIGHTxWIDTH in pixels; the model's by default.")
-@click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the noise."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print what temporal.json says.")
-@click.option(
-    "--model",
-    default="sprites",
-    show_default=True,
-    help="sprites (embedded), a diffusers folder, or a hub id.",
-)
-@click.option("--motion-adapter", help="AnimateDiff motion adapter for an image model.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--dtype", help="float32 (default), bfloat16 or float16.")
+@fit_option("How the reference is brought to the model's size; crop by default.")
+@size_options("Frames; the model's by default.", "HEIGHTxWIDTH in pixels; the model's by default.")
+@seed_option("Of the noise.")
+@json_option("Print what temporal.json says.")
+@model_options
 def analyze_temporal(
     reference: Path | None,
     prompt: str,
@@ -837,11 +778,132 @@ def analyze_temporal(
         click.echo(f"temporal.png and temporal.json are in {click.format_filename(out)}")
 
 
+@analyze.command("moft")
+@click.option("--reference", type=PATH, help="Clip whose motion is looked at.")
+@click.option(
+    "--region",
+    "regions",
+    type=PATH,
+    multiple=True,
+    help="Image, or clip of as many frames, white where curves are wanted; several times for "
+    "several regions, the whole frame without.",
+)
+@click.option("--tap", help="Block whose output is read, such as up_blocks.1 (default).")
+@click.option("--share", type=float, help="Of the channels that are kept; 0.04 by default.")
+@click.option("--out", type=PATH, help="Folder for moft.png and moft.json.")
+@fit_option("How the reference is brought to the model's size; crop by default.")
+@size_options("Frames; the model's by default.", "HEIGHTxWIDTH in pixels; the model's by default.")
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="Find the motion channels of the model again, and keep them instead of those it has.",
+)
+@click.option(
+    "--pictures",
+    type=PATH,
+    help="Image or folder of images that are panned to calibrate; drawn ones without.",
+)
+@json_option("Print what moft.json says, or without a reference the motion channels.")
+@model_options
+def analyze_moft(
+    reference: Path | None,
+    regions: tuple[Path, ...],
+    tap: str | None,
+    share: float | None,
+    out: Path | None,
+    fit: str | None,
+    frames: int | None,
+    size: str | None,
+    calibrate: bool,
+    pictures: Path | None,
+    as_json: bool,
+    model: str,
+    motion_adapter: str | None,
+    device: str,
+    dtype: str | None,
+) -> None:
+    """Show what a model knows of a clip's motion, and by which channels it knows it."""
+    from kinetiq import moft, moft_analysis
+    from kinetiq.clip import Clip, peek
+    from kinetiq.engine import Engine
+    from kinetiq.files import write_text
+    from kinetiq.progress import progress_bars
+    from kinetiq.request import Request
+
+    height, width = _parse_size("analyze", size)
+    wanted = {"frames": frames, "height": height, "width": width}
+    Request.from_options(moft_analysis.ANY_PROMPT, wanted)
+    if reference is None and not calibrate:
+        raise RequestError("analyze: moft needs --reference or --calibrate, got neither")
+    if pictures is not None and not calibrate:
+        raise RequestError("analyze: --pictures needs --calibrate, got none")
+    of_reference = {
+        "--region": regions or None,
+        "--share": share,
+        "--out": out,
+        "--fit": fit,
+        "--frames": frames,
+        "--size": size,
+    }
+    for name, value in of_reference.items():
+        if reference is None and value is not None:
+            raise RequestError(f"analyze: {name} needs --reference, got none")
+    if reference is not None and peek(reference, 2).num_frames < 2:
+        raise ClipError(
+            f"analyze: {reference} must have at least 2 frames, got 1; give a clip that moves"
+        )
+    masks = {str(path): _read_region(path, "analyze") for path in regions}
+    stills = None
+    if pictures is not None:
+        stills = [Clip.from_array(picture[None]) for picture in Clip.read(pictures).frames]
+    if out is not None:
+        moft_analysis.prepare_folder(out)
+    found = None
+    with progress_bars() as progress:
+        progress("loading", 0, 1)
+        with Engine.load(
+            model, motion_adapter=motion_adapter, device=device, dtype=dtype
+        ) as engine:
+            if calibrate:
+                channels = moft.store_channels(
+                    engine.checkpoint, engine.denoiser, tap, pictures=stills, progress=progress
+                )
+            if reference is not None:
+                progress("reading", 0, 1)
+                clip = Clip.read(
+                    reference,
+                    height=height or engine.defaults.height,
+                    width=width or engine.defaults.width,
+                    fit=fit or "crop",
+                )
+                found = moft_analysis.analyze_moft(
+                    engine,
+                    clip,
+                    masks,
+                    tap=tap,
+                    share=moft.SHARE if share is None else share,
+                    frames=frames,
+                    height=height,
+                    width=width,
+                    progress=progress,
+                )
+    if found is None:
+        said = moft_analysis.channels_json(channels, moft.SHARE)
+        words = moft_analysis.describe_channels(channels, moft.SHARE)
+    else:
+        said, words = moft_analysis.as_json(found), moft_analysis.describe(found)
+    if found is not None and out is not None:
+        write_text(out / moft_analysis.REPORT, json.dumps(said, indent=2) + "\n", "analyze")
+        moft_analysis.draw(found, out / moft_analysis.PICTURE)
+        words += f"\nmoft.png and moft.json are in {click.format_filename(out)}"
+    click.echo(json.dumps(said, indent=2) if as_json else words)
+
+
 @main.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=PATH)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="New folder, SOURCE-safetensors by default; of a motion, a .safetensors file, which is "
     "replaced if it is there and named here.",
 )
@@ -919,7 +981,7 @@ def convert(
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def doctor(as_json: bool) -> None:
     """Say what is installed, and how to install the rest."""
     from kinetiq.doctor import examine, render
@@ -932,11 +994,14 @@ def _build_controls(
     reference: "Clip | None",
     control: str | None,
     learned: "Mapping[str, LearnedMotion]",
+    guided: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> "list[Control]":
     """The controls that were asked for, with the switches `given` to them.
 
-    A clip starts from one noise: that of the first learned motion that has any.
+    What `guided` holds says what motion gradients are to follow; its regions are what
+    `_parse_regions` made. A clip starts from one noise: that of the first learned motion that has
+    any.
 
     Raises:
         RequestError: a switch belongs to no control that was asked for, or is out of range.
@@ -950,7 +1015,8 @@ def _build_controls(
         raise RequestError(f"generate: --control {control} needs --reference, got none")
     chosen = control or ("none" if reference is None else "motion")
     kinds = {"none": (), "both": ("query", "motion")}.get(chosen, (chosen,))
-    _require_takers(given, chosen, (*kinds, *learned))
+    guiding = ("guidance",) if any(guided.values()) else ()
+    _require_takers(given, chosen, (*kinds, *learned, *guiding))
     values = {name: value for name, value in given.items() if name != "region"}
     if "region" in given:
         values["region"] = _read_region(given["region"])
@@ -973,7 +1039,57 @@ def _build_controls(
             taken["noise_prior"] = 0.0
         noise_is_brought |= motion.noise is not None
         controls.append(attrs.evolve(motion, **taken))
+    if guiding:
+        taken = {name: value for name, value in values.items() if name in _SWITCHES["guidance"]}
+        if guided["regions"] and controls:
+            taken.pop("region", None)  # it is theirs: each region of a guidance has its own
+        controls.append(_build_guidance(guided, taken))
     return controls
+
+
+def _build_guidance(guided: Mapping[str, Any], taken: Mapping[str, Any]) -> "MoftGuidance":
+    from kinetiq.clip import peek
+    from kinetiq.moft_guidance import MoftGuidance, MoftRegion
+
+    moving: Mapping[Path, Path | str] = guided["regions"]
+    if not moving:
+        return MoftGuidance(**{**guided, "regions": ()}, **taken)
+    taken = dict(taken)
+    speed = {"speed": taken.pop("speed")} if "speed" in taken else {}
+    if speed and not any(isinstance(motion, str) for motion in moving.values()):
+        raise RequestError("generate: --speed acts with a direction, and each --region has a clip")
+    regions = [
+        MoftRegion(_read_region(mask), reference=peek(motion))
+        if isinstance(motion, Path)
+        else MoftRegion(_read_region(mask), direction=motion, **speed)
+        for mask, motion in moving.items()
+    ]
+    return MoftGuidance(**{**guided, "regions": regions}, **taken)
+
+
+def _with_whole_clips(
+    control: "Control",
+    reference: Path | None,
+    moft: Path | None,
+    moving: "Mapping[Path, Path | str]",
+    read: "Callable[[Path], Clip]",
+) -> "Control":
+    """A control that was made with the first frames of its clips, with all of them."""
+    import attrs
+
+    from kinetiq.injection import Injection
+    from kinetiq.moft_guidance import MoftGuidance
+
+    if isinstance(control, Injection) and reference is not None:
+        return attrs.evolve(control, reference=read(reference))
+    if not isinstance(control, MoftGuidance):
+        return control
+    regions = [
+        attrs.evolve(region, reference=read(motion)) if isinstance(motion, Path) else region
+        for region, motion in zip(control.regions, moving.values(), strict=True)
+    ]
+    whole = None if moft is None else read(moft)
+    return attrs.evolve(control, reference=whole, regions=regions)
 
 
 def _require_takers(given: Mapping[str, Any], chosen: str, kinds: tuple[str, ...]) -> None:
@@ -983,13 +1099,18 @@ def _require_takers(given: Mapping[str, Any], chosen: str, kinds: tuple[str, ...
         if set(takers) & set(kinds):
             continue
         option = f"generate: --{name.replace('_', '-')} acts with"
+        if takers == ["guidance"]:
+            raise RequestError(
+                f"{option} --direction, --drag or --region MASK:DIRECTION, got none of them"
+            )
         steered = [kind for kind in takers if kind in CONTROLS]
         if steered:
             raise RequestError(
                 f"{option} a --reference and --control {', '.join(steered)} or both, "
                 f"got --control {chosen}"
+                + ("; or with --moft, --direction or --drag" if "guidance" in takers else "")
             )
-        got = [kind for kind in kinds if kind not in CONTROLS]
+        got = [kind for kind in kinds if kind in ("embedding", "lora")]
         raise RequestError(
             f"{option} a --motion that is of kind {' or '.join(takers)}, "
             f"got {' and '.join(got) or 'no --motion'}"
@@ -1023,7 +1144,52 @@ def _read_motions(asked: tuple[str, ...]) -> "dict[str, LearnedMotion]":
     return total
 
 
-def _read_region(path: Path) -> "np.ndarray":
+def _parse_regions(asked: tuple[str, ...]) -> "tuple[Path | None, dict[Path, Path | str]]":
+    """The mask that comes without a motion, and of each other its clip or its direction.
+
+    Raises:
+        RequestError: a motion is neither, a mask comes twice, or two come without a motion.
+    """
+    plain: Path | None = None
+    moving: dict[Path, Path | str] = {}
+    for words in asked:
+        start, colon, motion = words.rpartition(":")
+        if not colon or _exists(words):
+            if plain is not None:
+                raise RequestError(
+                    f"generate: --region without a motion must come at most once, got {plain} and "
+                    f"{words}; each further one needs its own, such as {words}:right"
+                )
+            plain = Path(words)
+        elif not start or not (motion in _DIRECTIONS or _exists(motion)):
+            raise RequestError(
+                "generate: --region must be MASK, or MASK:MOTION with a motion that is a file or "
+                f"one of {', '.join(_DIRECTIONS)}, got {words!r}"
+            )
+        elif Path(start) in moving:
+            raise RequestError(f"generate: --region must name each mask once, got {start} twice")
+        else:
+            moving[Path(start)] = motion if motion in _DIRECTIONS else Path(motion)
+    return plain, moving
+
+
+def _exists(path: str) -> bool:
+    try:
+        return bool(path) and Path(path).exists()
+    except OSError:  # no file can have this name
+        return False
+
+
+def _parse_drag(words: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    point = rf"({_NUMBER}),({_NUMBER})"
+    found = re.fullmatch(f"{point}:{point}", words)
+    if found is None:
+        raise RequestError(f"generate: --drag must be X,Y:X,Y such as 20,30:40,30, got {words!r}")
+    x0, y0, x1, y1 = map(float, found.groups())
+    return (x0, y0), (x1, y1)
+
+
+def _read_region(path: Path, where: str = "generate") -> "np.ndarray":
     """How bright a picture is, 0 to 1: [height, width], or [frames, height, width] of a clip."""
     from kinetiq.clip import Clip
 
@@ -1031,7 +1197,7 @@ def _read_region(path: Path) -> "np.ndarray":
     mask: np.ndarray = clip.frames.astype("float32").mean(axis=-1) / 255.0
     if not mask.any():
         raise RequestError(
-            f"generate: --region must be white where the motion is wanted, and {path} is all black"
+            f"{where}: --region must be white where the motion is wanted, and {path} is all black"
         )
     return mask[0] if clip.is_still_image else mask
 

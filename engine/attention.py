@@ -6,6 +6,7 @@ keeps its tensors [rows, frames, tokens, channels], so that no frame is moved in
 back. Both read what the current forward pass is given from a `Signal`.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from kinetiq.control_tensors import (
     ControlTensors,
     DeviationControl,
+    KeyValueBank,
     LoraControl,
     MotionControl,
     at_site,
@@ -28,10 +30,26 @@ from kinetiq.profiling import span
 
 
 @dataclass
+class KeyValueCapture:
+    """Keeps the keys and values that some rows have at some spatial sites.
+
+    Args:
+        sites: indices of the sites.
+        rows: int64, which rows of the forward pass.
+        kept: by site, one slot a row; filled by the forward pass.
+    """
+
+    sites: Collection[int]
+    rows: Tensor
+    kept: dict[int, KeyValueBank] = field(default_factory=dict)
+
+
+@dataclass
 class Signal:
     """What the forward pass that is under way was given; written by the denoiser alone."""
 
     frames: int = 1
+    capture: KeyValueCapture | None = None
     controls: ControlTensors = ControlTensors()  # noqa: RUF009  frozen, so safe to share
     before_temporal: dict[str, Tensor] = field(default_factory=dict)  # by temporal transformer
 
@@ -63,6 +81,7 @@ class SpatialProcessor:
             query, key, value = (
                 project(rows) for project in (attention.to_q, attention.to_k, attention.to_v)
             )
+            key, value = _given_keys(key, value, self._site, self._signal)
             query, row, blend = _controlled_query(query, self._site, self._signal)
             out = query_attention(
                 query, key, value, heads=attention.heads, query_row=row, query_blend=blend
@@ -318,6 +337,23 @@ def _deviation_of(control: DeviationControl | None, site: int, tokens: int) -> C
         "deviation_blend": share,
         "deviation_parts": control.parts,
     }
+
+
+def _given_keys(key: Tensor, value: Tensor, site: int, signal: Signal) -> tuple[Tensor, Tensor]:
+    """The keys and values that rows of a spatial site use; their own are kept where wanted."""
+    capture, control = signal.capture, signal.controls.key_value
+    if capture is not None and site in capture.sites:
+        rows = capture.rows
+        capture.kept[site] = KeyValueBank(key.index_select(0, rows), value.index_select(0, rows))
+    bank = None if control is None else control.banks.get(site)
+    if control is None or bank is None:
+        return key, value
+    given = (control.slot > 0).reshape(-1, 1, 1, 1)
+    slot = (control.slot - 1).clamp(min=0)
+    return (
+        torch.where(given, bank.key.index_select(0, slot).to(key.dtype), key),
+        torch.where(given, bank.value.index_select(0, slot).to(value.dtype), value),
+    )
 
 
 def _controlled_query(

@@ -124,6 +124,32 @@ class SkipControl:
 
 
 @dataclass(frozen=True)
+class KeyValueBank:
+    """Keys and values that rows of one spatial site may be given in place of their own, by slot.
+
+    Args:
+        key: [slots, frames, tokens, channels]; the first is slot 1, since slot 0 is a row's own.
+        value: likewise.
+    """
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class KeyValueControl:
+    """Which given keys and values each row uses.
+
+    Args:
+        slot: int64 [rows]; 0 is the row's own.
+        banks: by index of the spatial site; at sites that are not there every row uses its own.
+    """
+
+    slot: Tensor
+    banks: Mapping[int, KeyValueBank]
+
+
+@dataclass(frozen=True)
 class ControlTensors:
     """The controls of one forward pass; None is a kind that no row uses."""
 
@@ -132,6 +158,7 @@ class ControlTensors:
     motion: MotionControl | None = None
     lora: LoraControl | None = None
     skip: SkipControl | None = None
+    key_value: KeyValueControl | None = None
 
 
 def at_site(mask: Tensor, tokens: int) -> Tensor:

@@ -8,6 +8,7 @@ import attrs
 from kinetiq.errors import RequestError
 from kinetiq.families import Site
 from kinetiq.inversion import ResolvedNoise
+from kinetiq.moft_guidance import MoftGuidance, ResolvedMoftGuidance
 from kinetiq.motion_embedding import MotionEmbedding, ResolvedMotionEmbedding
 from kinetiq.motion_injection import (
     MotionInjection,
@@ -23,7 +24,7 @@ from kinetiq.query_injection import (
 from kinetiq.source import ResolvedSource, Source
 
 LearnedMotion = MotionEmbedding | MotionLora
-Control = QueryInjection | MotionInjection | LearnedMotion
+Control = QueryInjection | MotionInjection | LearnedMotion | MoftGuidance
 Learned = tuple[ResolvedMotionEmbedding | ResolvedMotionLora, ResolvedNoise | None]
 
 _FIELDS: dict[type, str] = {  # of each kind of control: its field in `ResolvedControls`
@@ -31,6 +32,7 @@ _FIELDS: dict[type, str] = {  # of each kind of control: its field in `ResolvedC
     MotionInjection: "motion",
     MotionEmbedding: "embedding",
     MotionLora: "lora",
+    MoftGuidance: "guidance",
 }
 
 
@@ -45,14 +47,21 @@ class ResolvedControls:
     motion: ResolvedMotionInjection | None = None
     embedding: ResolvedMotionEmbedding | None = None
     lora: ResolvedMotionLora | None = None
+    guidance: ResolvedMoftGuidance | None = None
     noise: ResolvedNoise | None = None
 
     def active(self, step: int) -> "ResolvedControls":
         """The controls that act at `step`, counted from 0."""
         kinds = {name: getattr(self, name) for name in _FIELDS.values()}
         return ResolvedControls(
-            **{name: None if c is None or step >= c.steps else c for name, c in kinds.items()}
+            **{name: c for name, c in kinds.items() if c is not None and _acts(c, step)}
         )
+
+
+def _acts(control: Any, step: int) -> bool:
+    if isinstance(control, ResolvedMoftGuidance):
+        return control.acts(step)
+    return bool(step < control.steps)  # the others act from the first step on
 
 
 def resolve_controls(
@@ -61,6 +70,7 @@ def resolve_controls(
     steps: int,
     sites: tuple[Site, ...],
     learned: Callable[[LearnedMotion], Learned] | None = None,
+    guidance: Callable[[MoftGuidance], ResolvedMoftGuidance] | None = None,
 ) -> ResolvedControls:
     """Resolve the controls of one request.
 
@@ -71,6 +81,7 @@ def resolve_controls(
         sites: the network's sites.
         learned: makes data of a learned motion, for the request's clip; None: there is no model
             to do it by.
+        guidance: likewise of a guidance.
 
     Raises:
         RequestError: something is not a control, two of a kind were asked for, or two bring noise.
@@ -90,6 +101,10 @@ def resolve_controls(
             resolved[name] = resolve_query_injection(control, encode(control.source), steps, sites)
         elif isinstance(control, MotionInjection):
             resolved[name] = resolve_motion_injection(control, encode(control.source), steps, sites)
+        elif isinstance(control, MoftGuidance):
+            if guidance is None:
+                raise RequestError("control: a guidance needs the model of an Engine, got none")
+            resolved[name] = guidance(control)
         elif learned is None:
             raise RequestError("control: a learned motion needs the model of an Engine, got none")
         else:
@@ -108,4 +123,6 @@ def _two_of_a_kind(control: Control) -> str:
     asked = f"control: at most one {type(control).__name__} acts on a clip, got two; "
     if isinstance(control, LearnedMotion):
         return asked + "add them up: m1 + m2"
+    if isinstance(control, MoftGuidance):
+        return asked + "several motions are regions of one: MoftGuidance(regions=...)"
     return asked + "a row reads one source, so give each motion a clip of its own"

@@ -26,6 +26,8 @@ from kinetiq.errors import (
 )
 from kinetiq.families import FAMILIES, Family
 from kinetiq.generation import Progress, denoise, in_order, is_out_of_memory, no_progress
+from kinetiq.moft import MotionChannels, load_channels, reference_feature
+from kinetiq.moft_guidance import MoftGuidance, ResolvedMoftGuidance, resolve_moft_guidance
 from kinetiq.motion_embedding import (
     BankRequest,
     MakeBanks,
@@ -45,6 +47,7 @@ from kinetiq.request import Request, ResolvedRequest
 from kinetiq.sampler import build_sampler_table
 from kinetiq.skips import Skip, list_skips
 from kinetiq.source import ResolvedSource, Source, resolve_source
+from kinetiq.taps import find_tap
 from kinetiq.text import encode_prompts
 
 BACKENDS = ("eager",)
@@ -67,12 +70,24 @@ class Defaults:
     fps: float
 
 
+Encode = Callable[[Source, int, int, int], ResolvedSource]
+
+
 @attrs.frozen
-class BankMakers:
-    """What bring learned motions to the network; ones that remember make each once."""
+class Makers:
+    """What bring motions to the network; ones that remember make each once.
+
+    Args:
+        embedding: the banks of an embedding.
+        lora: the matrices of a LoRA.
+        channels: the motion channels of a tap.
+        features: of a clip at a number of frames, a height, a width and a tap.
+    """
 
     embedding: MakeBanks
     lora: MakeLoraBanks
+    channels: Callable[[str], MotionChannels]
+    features: Callable[[Clip, int, int, int, str], Tensor]
 
 
 class Engine:
@@ -237,7 +252,8 @@ class Engine:
             with span("text"), _room_for("encode: a prompt"):
                 return encode_prompts(self.checkpoint, [prompt])[0]
 
-        encode_reference, make = self._reference_encoder(), self._bank_makers()
+        encode_reference = self._reference_encoder()
+        make = self._makers(encode_reference)
 
         def resolve_all() -> Iterator[tuple[int, ResolvedRequest | KinetiqError]]:
             for index, request in enumerate(requests):
@@ -264,14 +280,15 @@ class Engine:
     def resolve(
         self,
         request: Request,
-        encode_reference: Callable[[Source, int, int, int], ResolvedSource] | None = None,
-        make: BankMakers | None = None,
+        encode_reference: Encode | None = None,
+        make: Makers | None = None,
     ) -> ResolvedRequest:
         """Fill in the checkpoint's defaults, resolve the controls, and check everything.
 
         Raises:
             RequestError: an option, or a combination of options, has no meaning here.
             CheckpointError: a learned motion was made for another model.
+            NonFiniteError: features of a reference are not finite.
         """
         if not isinstance(request, Request):
             raise RequestError(f"request: must be a Request, got {type(request).__name__}")
@@ -293,7 +310,7 @@ class Engine:
             eta=request.eta,
         )
         encode = encode_reference or self._reference_encoder()
-        make = make or self._bank_makers()
+        make = make or self._makers(encode)
         shape = (frames, height // self.vae_scale, width // self.vae_scale)
         controls = resolve_controls(
             request.control,  # type: ignore[arg-type]  # the converter made it a tuple
@@ -301,6 +318,7 @@ class Engine:
             table.steps,
             self.denoiser.sites,
             lambda control: self._learned(control, shape, table.steps, make),
+            lambda control: self._guidance(control, shape, table.steps, make),
         )
         return ResolvedRequest(
             prompt=request.prompt,
@@ -359,7 +377,7 @@ class Engine:
         array = video.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
         return Clip.from_array(array, fps)
 
-    def _reference_encoder(self) -> Callable[[Source, int, int, int], ResolvedSource]:
+    def _reference_encoder(self) -> Encode:
         """Encodes references to the size of the clips they steer, each once."""
 
         @functools.lru_cache(maxsize=_KEPT_SOURCES)
@@ -375,8 +393,8 @@ class Engine:
 
         return encode
 
-    def _bank_makers(self) -> BankMakers:
-        """Bring learned motions to the network, each once: embeddings a size, LoRAs at all."""
+    def _makers(self, encode: Encode) -> Makers:
+        """Bring motions to the network, each once: embeddings and references a size."""
         network, family, sites = self.checkpoint.unet, self.family, self.denoiser.sites
 
         @functools.lru_cache(maxsize=_KEPT_MOTIONS)
@@ -389,14 +407,25 @@ class Engine:
             with span("motion"), _room_for("motion: the matrices of a LoRA"):
                 return make_lora_banks(asked, network, family)
 
-        return BankMakers(of_embedding, of_lora)
+        @functools.cache
+        def channels(tap: str) -> MotionChannels:
+            with span("motion"), _room_for("motion: the pans that show a tap's channels"):
+                return load_channels(self.checkpoint, self.denoiser, tap)
+
+        @functools.lru_cache(maxsize=_KEPT_SOURCES)
+        def features(clip: Clip, frames: int, height: int, width: int, tap: str) -> Tensor:
+            latents = encode(Source(clip), frames, height, width).latents
+            with span("motion"), _room_for("motion: the features of a reference"):
+                return reference_feature(self.checkpoint, self.denoiser, latents, tap)
+
+        return Makers(of_embedding, of_lora, channels, features)
 
     @functools.cached_property
     def _skips(self) -> tuple[Skip, ...]:
         return list_skips(self.checkpoint.unet, self.family)
 
     def _learned(
-        self, control: LearnedMotion, shape: tuple[int, int, int], steps: int, make: BankMakers
+        self, control: LearnedMotion, shape: tuple[int, int, int], steps: int, make: Makers
     ) -> Learned:
         """A learned motion as data for a clip of `shape`."""
         if shape[0] < 2:
@@ -412,6 +441,30 @@ class Engine:
             control, network, family, self.denoiser.sites, shape, steps, make.embedding
         )
         return embedding, noise
+
+    def _guidance(
+        self, control: MoftGuidance, shape: tuple[int, int, int], steps: int, make: Makers
+    ) -> ResolvedMoftGuidance:
+        """A guidance as data for a clip of `shape`."""
+        if control.recompute is True and not isinstance(self.denoiser, EagerDenoiser):
+            raise RequestError(
+                f"recompute: the back end must be eager, got {type(self.denoiser).__name__}; "
+                "leave it out"
+            )
+        tap = find_tap(self.checkpoint.unet, control.tap)
+        frames, height, width = shape[0], shape[1] * self.vae_scale, shape[2] * self.vae_scale
+        with torch.inference_mode(False):  # what guidance differentiates is made here
+            return resolve_moft_guidance(
+                control,
+                shape=shape,
+                size=(height, width),
+                steps=steps,
+                tap=tap,
+                sites=self.denoiser.sites,
+                channels_of=lambda: make.channels(tap.name),
+                features_of=lambda clip: make.features(clip, frames, height, width, tap.name),
+                device=self.checkpoint.device,
+            )
 
     def _check_frames(self, frames: int) -> None:
         limit = getattr(self.checkpoint.unet.config, "motion_max_seq_length", None)

@@ -1,26 +1,32 @@
 """Sampling: clips join a batch, step together each at its own step, and leave when done.
 
-Three verbs a step: lay out the rows, predict, advance. Clips of one shape share a batch whatever
+Three verbs a step: lay out the rows, predict, advance. Clips that are guided have their latents
+moved before (`kinetiq.moft_guidance`). Clips of one shape share a batch whatever
 their prompts, seeds, step counts, samplers and controls; a clip that ends makes room for the
 next one at once (continuous batching).
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import attrs
 import torch
 from torch import Tensor
 
-from kinetiq.denoiser import Denoiser
+from kinetiq.control_tensors import KeyValueBank
+from kinetiq.denoiser import Denoiser, EagerDenoiser
 from kinetiq.errors import KinetiqError, NonFiniteError, WorkError
 from kinetiq.inversion import blend_noise
 from kinetiq.kernels import guided_step
+from kinetiq.moft_guidance import GuidedClip, ResolvedMoftGuidance, guide
 from kinetiq.motion_injection import ResolvedMotionInjection
 from kinetiq.profiling import begin, end, span
 from kinetiq.query_injection import ResolvedQueryInjection
+from kinetiq.recomputation import Recomputation
 from kinetiq.request import ResolvedRequest
 from kinetiq.rows import (
     Batch,
@@ -35,6 +41,8 @@ from kinetiq.sampler import step_coefficients
 Progress = Callable[[str, int, int], None]
 EncodeText = Callable[[str], Tensor]
 BuildBatch = Callable[[Sequence[ClipState], dict[str, Tensor]], Batch]
+_Result = TypeVar("_Result")
+_Keys = Mapping[int, KeyValueBank]  # by site
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -55,6 +63,7 @@ class ClipRun:
         former: like `sample`, the clean estimate of the step before.
         step: the next step, counted from 0.
         range: its range in the profiler.
+        unguided: the same clip without guidance, while its keys and values are needed.
     """
 
     index: int
@@ -66,11 +75,44 @@ class ClipRun:
     former: Tensor
     step: int = 0
     range: Any = None
+    unguided: "ClipRun | None" = None
+
+    @property
+    def guidance(self) -> ResolvedMoftGuidance | None:
+        """The guidance that acts at the next step."""
+        guidance = self.request.controls.guidance
+        return guidance if guidance is not None and guidance.acts(self.step) else None
 
     @property
     def done(self) -> bool:
         """Whether all steps are taken."""
         return self.step == self.request.sampler.steps
+
+
+@attrs.frozen(eq=False)
+class _Model:
+    """What every step runs on."""
+
+    denoiser: Denoiser
+    encode_text: EncodeText
+    build: BuildBatch
+    device: torch.device
+    dtype: torch.dtype
+
+
+@attrs.define
+class _Room:
+    """What fits into memory at a time, as far as is known.
+
+    Args:
+        clips: that are predicted in a batch.
+        guided: clips that are guided in a batch.
+        recompute: whether guidance recomputes activations where a request leaves that open.
+    """
+
+    clips: int
+    guided: int
+    recompute: bool = False
 
 
 def denoise(
@@ -106,8 +148,10 @@ def denoise(
         join_motions=functools.lru_cache(maxsize=1)(join_motions),
         join_loras=functools.lru_cache(maxsize=1)(join_loras),
     )
+    model = _Model(denoiser, encode_text, build, device, dtype)
+    room = _Room(clips=max_clips, guided=max_clips)
     while running or upcoming is not None:
-        while upcoming is not None and len(running) < max_clips:
+        while upcoming is not None and len(running) < room.clips:
             index, request = upcoming
             if isinstance(request, KinetiqError):
                 yield index, request
@@ -120,10 +164,11 @@ def denoise(
         if not running:
             continue
         done_steps -= sum(run.step for run in running)
-        with span(f"step of {len(running)} clips"), torch.inference_mode():
-            failed, max_clips = _step_or_split(
-                running, denoiser, encode_text, build, device, dtype, max_clips
-            )
+        # Inference mode is for predictions alone: banks of motions, which are joined here and kept,
+        # go into guidance too, where autograd must be able to save them.
+        with span(f"step of {len(running)} clips"), torch.inference_mode(False), torch.no_grad():
+            failed = _guide(running, model, room)
+            failed |= _step([run for run in running if run.index not in failed], model, room)
         done_steps += sum(run.step for run in running)
         progress("denoising", done_steps, known_steps)
         for run in [run for run in running if run.done or run.index in failed]:
@@ -159,47 +204,219 @@ def _start(
     )
 
 
-def _step_or_split(
-    running: list[ClipRun],
-    denoiser: Denoiser,
-    encode_text: EncodeText,
-    build: BuildBatch,
+def _step(runs: Sequence[ClipRun], model: _Model, room: _Room) -> dict[int, KinetiqError]:
+    """Advance clips by one step; return what failed, by index."""
+
+    def predict(part: Sequence[ClipRun]) -> tuple[Tensor, Tensor]:
+        return _predict(_batch([_state(run, model.dtype) for run in part], model), model)
+
+    def advance(part: Sequence[ClipRun], halves: tuple[Tensor, Tensor]) -> dict[int, KinetiqError]:
+        with span("sampler"):
+            return _apply(part, *halves, model.denoiser)
+
+    failed, room.clips = _in_parts(runs, room.clips, model.device, predict, advance)
+    return failed
+
+
+def _guide(running: Sequence[ClipRun], model: _Model, room: _Room) -> dict[int, KinetiqError]:
+    """Move the latents of the clips that are guided at their step; return what failed, by index."""
+    guidances = {run.index: run.guidance for run in running if run.guidance is not None}
+    guiding = _Guiding(model, room, guidances)
+    runs = [run for run in running if run.index in guidances]
+    failed = guiding.find_keys([run for run in runs if guidances[run.index].sites])
+    return failed | guiding.move([run for run in runs if run.index not in failed])
+
+
+@attrs.frozen(eq=False)
+class _Guiding:
+    """Guides clips at their next step.
+
+    Args:
+        model: what it runs on.
+        room: what fits into memory.
+        guidances: of the clips, by index.
+        keys: where they are shared, the keys and values without guidance, by index and by site.
+    """
+
+    model: _Model
+    room: _Room
+    guidances: Mapping[int, ResolvedMoftGuidance]
+    keys: dict[int, _Keys] = attrs.field(factory=dict)
+
+    def find_keys(self, runs: Sequence[ClipRun]) -> dict[int, KinetiqError]:
+        """Take a step of the clips without guidance, and keep its keys and values."""
+        going: list[ClipRun] = []
+        ending: list[ClipRun] = []
+        for run in runs:
+            unguided = _without_guidance(run) if run.unguided is None else run.unguided
+            last = not self.guidances[run.index].acts(run.step + 1)
+            (ending if last else going).append(unguided)
+            run.unguided = None if last else unguided
+        device = self.model.device
+        failed, self.room.clips = _in_parts(
+            going, self.room.clips, device, self._predict_keys, self._advance
+        )
+        # At the last guided step nothing is wanted but the keys and values: one half, to the tap.
+        for tap in dict.fromkeys(self.guidances[run.index].tap for run in ending):
+            at_tap = [run for run in ending if self.guidances[run.index].tap == tap]
+            broken, self.room.clips = _in_parts(
+                at_tap, self.room.clips, device, self._look_for_keys, self._keep
+            )
+            failed |= broken
+        return failed
+
+    def move(self, runs: Sequence[ClipRun]) -> dict[int, KinetiqError]:
+        """Let the clips' latents follow their gradients."""
+        failed, self.room.guided = _in_parts(
+            runs, self.room.guided, self.model.device, self._moved, self._put, self._recompute
+        )
+        return failed
+
+    def _predict_keys(self, part: Sequence[ClipRun]) -> tuple[tuple[Tensor, Tensor], _Keys]:
+        batch = _batch(self._states(part), self.model)
+        with self.model.denoiser.keeping(self._sites(part), batch.conditional) as kept:
+            return _predict(batch, self.model), kept
+
+    def _advance(
+        self, part: Sequence[ClipRun], done: tuple[tuple[Tensor, Tensor], _Keys]
+    ) -> dict[int, KinetiqError]:
+        halves, kept = done
+        self._keep(part, kept)
+        return _apply(part, *halves, self.model.denoiser)
+
+    def _look_for_keys(self, part: Sequence[ClipRun]) -> _Keys:
+        states = [replace(state, negative_text=None) for state in self._states(part)]
+        batch = _batch(states, self.model)
+        denoiser, tap = self.model.denoiser, self.guidances[part[0].index].tap
+        with (
+            span("network"),
+            torch.inference_mode(),
+            denoiser.keeping(self._sites(part), batch.conditional) as kept,
+        ):
+            denoiser.features(batch.latents, batch.timesteps, batch.text, batch.controls, tap)
+        return kept
+
+    def _keep(self, part: Sequence[ClipRun], kept: _Keys) -> dict[int, KinetiqError]:
+        for place, run in enumerate(part):
+            own = slice(place, place + 1)
+            self.keys[run.index] = {
+                site: KeyValueBank(kept[site].key[own], kept[site].value[own])
+                for site in self.guidances[run.index].sites
+            }
+        return {}
+
+    def _sites(self, part: Sequence[ClipRun]) -> set[int]:
+        return {site for run in part for site in self.guidances[run.index].sites}
+
+    def _states(self, part: Sequence[ClipRun]) -> list[ClipState]:
+        return [_state(run, self.model.dtype) for run in part]
+
+    def _moved(self, part: Sequence[ClipRun]) -> list[tuple[Tensor, int | None]]:
+        asked = [self.guidances[run.index].recompute for run in part]
+        recompute = True in asked or (self.room.recompute and "auto" in asked)
+        denoiser = self.model.denoiser
+        recomputation: Callable[[], AbstractContextManager[None]] = nullcontext
+        if recompute and isinstance(denoiser, EagerDenoiser):
+            recomputation = Recomputation(denoiser, ()).active
+        clips = [
+            GuidedClip(
+                state=state,
+                sample=run.sample,
+                input_scale=run.request.sampler.row(run.step).input_scale,
+                step=run.step,
+                guidance=self.guidances[run.index],
+                keys_values=self.keys.get(run.index),
+            )
+            for run, state in zip(part, self._states(part), strict=True)
+        ]
+        build = functools.partial(_batch, model=self.model)
+        return guide(clips, denoiser, build, recomputation=recomputation)
+
+    def _put(
+        self, part: Sequence[ClipRun], moved: list[tuple[Tensor, int | None]]
+    ) -> dict[int, KinetiqError]:
+        broken: dict[int, KinetiqError] = {}
+        for run, (sample, iteration) in zip(part, moved, strict=True):
+            run.sample = sample
+            if iteration is not None:
+                guidance = self.guidances[run.index]
+                broken[run.index] = NonFiniteError(
+                    f"guide: latents must stay finite, got NaN or infinity at step {run.step + 1} "
+                    f"of {run.request.sampler.steps}, gradient step {iteration} of "
+                    f"{guidance.iterations}, of request {run.index} ({run.request.prompt!r}); try "
+                    f"a smaller step_size than {guidance.step_size:g}, a smaller weight than "
+                    f"{guidance.weight:g}, or another dtype (float32 or bfloat16)"
+                )
+        return broken
+
+    def _recompute(self, run: ClipRun) -> bool:
+        """Recompute from now on, for a clip that does not fit alone; whether that is new."""
+        if (
+            self.room.recompute
+            or self.guidances[run.index].recompute != "auto"
+            or not isinstance(self.model.denoiser, EagerDenoiser)
+        ):
+            return False
+        self.room.recompute = True
+        return True
+
+
+def _without_guidance(run: ClipRun) -> ClipRun:
+    """The same clip from here on without guidance, with the same noise to come."""
+    generator = torch.Generator()
+    generator.set_state(run.generator.get_state())
+    controls = attrs.evolve(run.request.controls, guidance=None)
+    request = attrs.evolve(run.request, controls=controls)
+    return attrs.evolve(run, request=request, generator=generator, range=None)
+
+
+def _in_parts(
+    runs: Sequence[ClipRun],
+    size: int,
     device: torch.device,
-    dtype: torch.dtype,
-    max_clips: int,
+    work: Callable[[Sequence[ClipRun]], _Result],
+    finish: Callable[[Sequence[ClipRun], _Result], dict[int, KinetiqError]],
+    make_room: Callable[[ClipRun], bool] = lambda _: False,
 ) -> tuple[dict[int, KinetiqError], int]:
-    """Advance all clips by one step, in smaller batches where memory runs out.
+    """Do something for all clips, in smaller parts where memory runs out.
+
+    Args:
+        runs: the clips.
+        size: clips in a part.
+        device: where the work is done.
+        work: changes no clip, so that it can be done again.
+        finish: puts its result into the clips, and says what failed, by index.
+        make_room: asked where a clip does not fit alone; whether to try again.
 
     Returns:
-        What failed, by index, and how many clips a batch may have from now on.
+        What failed, by index, and how many clips a part may have from now on.
     """
     failed: dict[int, KinetiqError] = {}
-    size = min(len(running), max_clips)
-    left = list(running)
+    left = list(runs)
     while left:
         part = left[:size]
         try:
-            halves = _predict(part, denoiser, encode_text, build, dtype)
+            result = work(part)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            if len(part) == 1:
-                request = part[0].request
-                frames, height, width = request.shape
-                failed[part[0].index] = WorkError(
-                    f"denoise: one clip of {frames} frames of {height}x{width} latents must fit in "
-                    f"the memory of {device}, and does not; ask for fewer frames or a smaller size"
-                )
-            else:
-                size = max_clips = (len(part) + 1) // 2
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                continue
         else:
-            with span("sampler"):
-                failed |= _apply(part, *halves, denoiser)
-        left = left[len(part) :]
-    return failed, max_clips
+            failed |= finish(part, result)
+            left = left[len(part) :]
+            continue
+        # Behind the handler, which would hold on to what did not fit.
+        if len(part) > 1:
+            size = (len(part) + 1) // 2
+        elif not make_room(part[0]):
+            frames, height, width = part[0].request.shape
+            failed[part[0].index] = WorkError(
+                f"denoise: one clip of {frames} frames of {height}x{width} latents must fit in "
+                f"the memory of {device}, and does not; ask for fewer frames or a smaller size"
+            )
+            left = left[1:]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return failed, size
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -207,26 +424,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _predict(
-    runs: Sequence[ClipRun],
-    denoiser: Denoiser,
-    encode_text: EncodeText,
-    build: BuildBatch,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The network's output for the conditional and the unconditional half of every clip."""
-    states = [_state(run, dtype) for run in runs]
+def _batch(states: Sequence[ClipState], model: _Model) -> Batch:
+    """The rows of some clips and of the sources that they read."""
     prompts = {
         control.source.prompt
         for state in states
         for control in (state.controls.query, state.controls.motion)
         if control is not None
     }
-    source_text = {prompt: encode_text(prompt).to(dtype) for prompt in prompts}
+    source_text = {prompt: model.encode_text(prompt).to(model.dtype) for prompt in prompts}
     with span("rows"):
-        batch = build(states, source_text)
-    with span("network"):
-        output = denoiser.predict(batch.latents, batch.timesteps, batch.text, batch.controls)
+        return model.build(states, source_text)
+
+
+def _predict(batch: Batch, model: _Model) -> tuple[Tensor, Tensor]:
+    """The network's output for the conditional and the unconditional half of every clip."""
+    with span("network"), torch.inference_mode():
+        output = model.denoiser.predict(batch.latents, batch.timesteps, batch.text, batch.controls)
     return output[batch.conditional], output[batch.unconditional]
 
 

@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kinetiq.control_tensors import ControlTensors, QueryControl, at_site, no_injection
+from kinetiq.control_tensors import (
+    ControlTensors,
+    KeyValueBank,
+    KeyValueControl,
+    QueryControl,
+    at_site,
+    no_injection,
+)
 
 
 def test_no_injection_is_every_rows_own_index():
@@ -53,3 +60,12 @@ def test_follows_the_networks_halving_at_any_size(height, width, level, seed):
     assert torch.equal(at_site(torch.ones_like(mask), tokens), torch.ones(1, 2, tokens))
     if height % 2**level == 0 and width % 2**level == 0:  # then areas are equal
         torch.testing.assert_close(got.mean(-1), mask.mean((2, 3)))
+
+
+def test_given_keys_and_values_are_a_kind_that_costs_nothing_unused():
+    assert ControlTensors().key_value is None
+    bank = KeyValueBank(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
+    control = KeyValueControl(torch.tensor([0, 1]), {5: bank})
+    assert ControlTensors(key_value=control) != ControlTensors()  # fused paths must see it
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        control.slot = torch.zeros(2)

@@ -1,10 +1,13 @@
 import os
+import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
 
 from kinetiq.errors import OutputError
-from kinetiq.files import as_target, check_target, replacing, write_text
+from kinetiq.files import as_target, check_target, replacing, write_tensors, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -47,6 +50,26 @@ def test_text_is_written_as_it_is(tmp_path):
         OutputError, match=r"here: the folder .*absent must exist to hold 'a\.json'"
     ):
         write_text(tmp_path / "absent" / "a.json", "", "here")
+
+
+def test_tensors_are_written_with_the_permissions_of_any_new_file(tmp_path, file_mode):
+    target = tmp_path / "a.safetensors"
+    write_tensors(target, {"w": torch.arange(3.0)}, {"format": "pt"})
+    assert stat.S_IMODE(target.stat().st_mode) == file_mode
+    with safe_open(target, framework="pt") as opened:
+        assert opened.get_tensor("w").tolist() == [0, 1, 2]
+        assert opened.metadata() == {"format": "pt"}
+    assert names(tmp_path) == ["a.safetensors"]
+
+
+def test_tensors_that_cannot_be_written_are_an_output_error(tmp_path):
+    def write() -> None:
+        with replacing(tmp_path / "a", "here") as temporary:
+            write_tensors(temporary / "absent", {"w": torch.ones(1)})
+
+    with pytest.raises(OutputError, match=r"here: .*a cannot be written \(.*No such file or dir"):
+        write()
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize(
