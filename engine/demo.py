@@ -11,12 +11,11 @@ import attrs
 import numpy as np
 
 from kinetiq.clip import Clip, check_format
-from kinetiq.controls import Control
 from kinetiq.engine import Engine
 from kinetiq.errors import OutputError, RequestError
 from kinetiq.files import as_target, write_text
 from kinetiq.generation import Progress, no_progress
-from kinetiq.injection import check_share
+from kinetiq.injection import Injection, check_share
 from kinetiq.motion_injection import MotionInjection
 from kinetiq.query_injection import QueryInjection
 from kinetiq.request import Request
@@ -81,7 +80,7 @@ class DemoOptions:
             )
         check_format(Path(_GRID), fps=self.fps)
 
-    def request(self, prompt: str, control: Control | None) -> Request:
+    def request(self, prompt: str, control: Injection | None) -> Request:
         """One clip of the demo."""
         return Request(
             prompt,
@@ -108,7 +107,7 @@ class Way:
 
     key: str
     title: str
-    control: Control | None
+    control: Injection | None
 
 
 @attrs.frozen

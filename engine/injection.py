@@ -51,6 +51,11 @@ def check_text(_: object, attribute: Any, value: object) -> None:
         raise RequestError(f"{attribute.name}: must be valid Unicode, got {value!r}") from error
 
 
+def _check_prompt(instance: object, attribute: Any, value: object) -> None:
+    if value is not None:
+        check_text(instance, attribute, value)
+
+
 def freeze_region(value: Any) -> Any:
     """Copy a mask, so that what was asked cannot change; an attrs converter."""
     if value is None:
@@ -113,9 +118,7 @@ class Injection:
         eq=attrs.cmp_using(eq=np.array_equal),
         hash=False,  # an array has none; equal controls still have equal hashes
     )
-    source_prompt: str | None = attrs.field(
-        default="", validator=attrs.validators.optional(check_text)
-    )
+    source_prompt: str | None = attrs.field(default="", validator=_check_prompt)
     source_noise: str = attrs.field(default="shared", validator=one_of("shared", "fresh"))
     source_seed: int | None = attrs.field(default=None, validator=_check_seed)
     source_from: float = attrs.field(default=0.0, validator=check_share)
