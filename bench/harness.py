@@ -121,6 +121,8 @@ BENCHES = Registry(
         "lora": "kinetiq.bench.lora",
         "training_cost": "kinetiq.bench.training_cost",
         "mixed_motion": "kinetiq.bench.mixed_motion",
+        "moft": "kinetiq.bench.moft",
+        "moft_cost": "kinetiq.bench.moft_cost",
         "kernels": "kinetiq.bench.kernels",
         "compile": "kinetiq.bench.compile",
     }

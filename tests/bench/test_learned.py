@@ -34,19 +34,20 @@ def test_a_motion_is_learned_once_for_a_model_a_reference_and_options(
 
     monkeypatch.setattr(learned, "train_embedding", train)
     one, other = cases.transfer_pairs(2)
-    first, spent = learned.learn(engine, one, EmbeddingOptions(steps=3), tmp_path)
-    again, read = learned.learn(engine, one, EmbeddingOptions(steps=3), tmp_path)
+    folder = tmp_path / "cache" / "motions"  # not there before the first
+    first, spent = learned.learn(engine, one, EmbeddingOptions(steps=3), folder)
+    again, read = learned.learn(engine, one, EmbeddingOptions(steps=3), folder)
     assert first == again and len(trained) == 1
     assert spent > 0 and read is None
     assert trained[0][0] == learned.describe(one.scene)
-    learned.learn(engine, one, EmbeddingOptions(steps=4), tmp_path)
-    learned.learn(engine, other, EmbeddingOptions(steps=3), tmp_path)
+    learned.learn(engine, one, EmbeddingOptions(steps=4), folder)
+    learned.learn(engine, other, EmbeddingOptions(steps=3), folder)
     assert len({path for _, path in trained}) == 3
     weight = next(engine.checkpoint.unet.parameters())
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.mul_(1.5)
-    learned.learn(engine, one, EmbeddingOptions(steps=3), tmp_path)
+    learned.learn(engine, one, EmbeddingOptions(steps=3), folder)
     with torch.no_grad():
         weight.copy_(kept)
     assert len({path for _, path in trained}) == 4
