@@ -118,6 +118,7 @@ def count(accounts: Sequence[Account]) -> dict[str, Figure]:
         figures[f"{name}.shared_bytes"] = Figure(max(a.shared_bytes for a in group), unit="B")
         figures[f"{name}.occupancy"] = Figure(min(a.occupancy or 0.0 for a in group))
         figures[f"{name}.padded_work"] = Figure(max(a.padded_work for a in group))
+        figures[f"{name}.padded_head_dim"] = Figure(max(a.padded_head_dim for a in group))
     return figures
 
 

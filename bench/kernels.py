@@ -11,6 +11,8 @@ The roof of a case is what the machine itself takes to move its bytes, or to do 
 whichever is slower, at the rates of a copy and of a matrix product that the same run measures. On
 a CPU whose cache holds all tensors a share of it can exceed 1.
 
+`kernels.cpu_worst_ratio`, on a CPU, is the ratio to the usual way of the case where it is least.
+
 With `--out`, `kernels.ndjson` grows case by case, so that a killed run has left its part; at the
 end `kernels.json` and `kernels.md` have every contestant's line.
 """
@@ -49,13 +51,17 @@ from kinetiq.kernels import (
 from kinetiq.kernels._compile import TYPES
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels.frame_attention import cost as frame_cost
-from kinetiq.kernels.frame_attention import frame_attention_reference
+from kinetiq.kernels.frame_attention import (
+    frame_attention_reference,
+    frame_attention_with_motion,
+    mix,
+)
 from kinetiq.kernels.guided_step import cost as step_cost
 from kinetiq.kernels.guided_step import guided_step_reference
 from kinetiq.kernels.motion_feature import cost as feature_cost
 from kinetiq.kernels.motion_feature import motion_feature_reference
+from kinetiq.kernels.query_attention import choose_queries, extend_keys, query_attention_reference
 from kinetiq.kernels.query_attention import cost as query_cost
-from kinetiq.kernels.query_attention import query_attention_reference
 from kinetiq.kernels.temporal_block import _launch as launch_block
 from kinetiq.kernels.temporal_block import cost as block_cost
 from kinetiq.kernels.temporal_block import temporal_block_reference
@@ -88,6 +94,20 @@ _WEIGHTS = (
 _BANKS = ("query_bank", "key_bank", "value_bank")
 _EPS = 1e-5  # of a layer normalisation, in PyTorch and in ours
 _MOTION = 0.04  # share of the channels that carry motion
+_SHARE = 0.75  # of a blend
+_CONTROLLED = ("animatediff_64x64", "embedded_16x16")  # sites with a case for each control
+_QUERY_KINDS: tuple[dict[str, Any], ...] = (  # each further control, and the way back of the first
+    {"injected": True, "backward": True},
+    {"injected": True, "blend": True},
+    {"further": 1},
+)
+_FRAME_KINDS: tuple[dict[str, Any], ...] = (
+    {"control": "motion"},
+    {"control": "deviation"},
+    {"control": "blend"},
+    {"control": "epilogue"},
+    {"control": "motion", "backward": True},
+)
 
 
 @dataclass(frozen=True)
@@ -376,9 +396,12 @@ def plan(device: str, *, quick: bool, seed: int = 0) -> list[Plan]:
 
 
 def builders(
-    inputs: Inputs, *, quick: bool = False
+    inputs: Inputs, *, quick: bool = False, everywhere: bool = False
 ) -> dict[str, dict[str, list[Callable[[], Case]]]]:
-    """What builds the cases: operator → model → builders, the most telling case first."""
+    """What builds the cases: operator → model → builders, the most telling case first.
+
+    Controls have cases at two sites, or `everywhere`, as the search for settings wants.
+    """
     gpu = inputs.device != "cpu"
     quick_ones = ("embedded", "animatediff_64x64") if gpu else ("embedded",)
     found: dict[str, dict[str, list[Callable[[], Case]]]] = {
@@ -399,13 +422,16 @@ def builders(
             frame = replace(site, name=f"{site.name}_one_frame", frames=1, rows=1)
             row = replace(site, name=f"{site.name}_one_row", rows=1)
         kinds: list[dict[str, Any]] = [{}, {"backward": True}]
+        controlled = whole and (everywhere or (site.name in _CONTROLLED and not quick))
         kinds += [{"injected": True}] if whole else []
         kinds += [{"keys": 77}] if site.name in ("animatediff_64x64", "embedded_16x16") else []
+        of_frames = [*kinds[:2], *(_FRAME_KINDS if controlled else ())]
+        kinds += _QUERY_KINDS if controlled else ()
         found["query_attention"][model] += [
             functools.partial(query_case, frame, inputs, **kind) for kind in kinds
         ]
         found["frame_attention"][model] += [
-            functools.partial(frame_case, row, inputs, **kind) for kind in kinds[:2]
+            functools.partial(frame_case, row, inputs, **kind) for kind in of_frames
         ]
         if has_block(site):
             found["temporal_block"][model].append(functools.partial(block_case, row, inputs))
@@ -441,35 +467,56 @@ def query_case(
     inputs: Inputs,
     *,
     injected: bool = False,
+    blend: bool = False,
+    further: int = 0,
     keys: int | None = None,
     backward: bool = False,
 ) -> Case:
-    """Attention within a frame; `injected` from the last row's queries, `keys` of a prompt."""
+    """Attention within a frame.
+
+    Args:
+        site: where.
+        inputs: of what type and on which device.
+        injected: whether all rows read the queries of the last one.
+        blend: whether they mix them with their own.
+        further: how many other rows' keys each row sees.
+        keys: those of a prompt, which the frames share; None: as many as tokens, of each frame.
+        backward: whether it is the gradient.
+    """
     randn = inputs.start()
-    shape = (site.rows, site.frames, site.tokens, site.width)
-    of_keys = shape if keys is None else (site.rows, 1, keys, site.width)
-    query, key, value = randn(*shape), randn(*of_keys), randn(*of_keys)
-    row = None
-    if injected:
-        row = torch.full((site.rows,), site.rows - 1, device=inputs.device)
-    name = site.name + ("_injected" if injected else "") + ("" if keys is None else "_prompt")
-    given = (query, key, value)
+    rows, frames = site.rows, site.frames
+    shape = (rows, frames, site.tokens, site.width)
+    of_keys = shape if keys is None else (rows, 1, keys, site.width)
+    given = (randn(*shape), randn(*of_keys), randn(*of_keys))
     grad = randn(*shape) if backward else None
-    ours = functools.partial(query_attention, heads=site.heads, query_row=row)
-    reference = functools.partial(query_attention_reference, heads=site.heads, query_row=row)
+    controls: dict[str, Tensor] = {}
+    every_row = torch.arange(rows, device=inputs.device)
+    if injected:
+        controls["query_row"] = torch.full_like(every_row, rows - 1)
+    if blend:
+        controls["query_blend"] = torch.full((rows,), _SHARE, device=inputs.device)
+    if further:
+        others = torch.arange(1, further + 1, device=inputs.device)
+        controls["key_rows"] = (every_row[:, None] + others) % rows
+    words = {"injected": injected and not blend, "blend": blend, "further": further, "prompt": keys}
+    words["backward"] = backward
+    ours = functools.partial(query_attention, heads=site.heads, **controls)
+    reference = functools.partial(query_attention_reference, heads=site.heads, **controls)
     ways: dict[str, Prepare] = {OURS: timed_way(lambda: ours, given, grad)}
     for word, attend in _attentions(inputs.device).items():
         ways[word] = timed_way(
-            functools.partial(_usual_within, attend, site.heads, row), given, grad
+            functools.partial(_usual_within, attend, site.heads, controls), given, grad
         )
     ways[COMPILED] = timed_way(lambda: _compiled_definition(reference), given, grad)
     first = (slice(None), slice(1), slice(None), slice(site.d))  # one frame of one head
-    one_head = functools.partial(query_attention_reference, heads=1, query_row=row)
+    one_head = functools.partial(query_attention_reference, heads=1, **controls)
     return Case(
         "query_attention",
-        name + ("_backward" if backward else ""),
+        "_".join([site.name, *(word for word, asked in words.items() if asked)]),
         inputs.element,
-        query_cost(shape, of_keys, query.element_size(), backward=backward),
+        query_cost(
+            shape, of_keys, given[0].element_size(), further_rows=further, backward=backward
+        ),
         ways,
         lambda outputs: tuple(tensor[first] for tensor in outputs),
         _exact(one_head, given, grad, first),
@@ -477,24 +524,56 @@ def query_case(
     )
 
 
-def frame_case(site: Site, inputs: Inputs, *, backward: bool = False) -> Case:
-    """Attention over frames; the others get sequences, and move one tensor there and one back."""
+def frame_case(site: Site, inputs: Inputs, *, control: str = "", backward: bool = False) -> Case:
+    """Attention over frames; the others get sequences, and move one tensor there and one back.
+
+    `control` is what comes with it, if anything: "motion" embeddings, another row's "deviation", a
+    "blend" with its queries, or the "epilogue" that returns the motion in the output. The others
+    apply it before or after, by PyTorch's operators.
+    """
     randn = inputs.start()
     shape = (site.rows, site.frames, site.tokens, site.width)
     given = (randn(*shape), randn(*shape), randn(*shape))
     grad = randn(*shape) if backward else None
-    ours = functools.partial(frame_attention, heads=site.heads)
-    reference = functools.partial(frame_attention_reference, heads=site.heads)
+    controls = _frame_controls(control, site, inputs.device, randn)
+    projection = None
+    if control == "epilogue":
+        projection = randn(site.width, math.ceil(_MOTION * site.width)) * site.width**-0.5
+    ours: Function = functools.partial(frame_attention, heads=site.heads, **controls)
+    if projection is not None:
+        ours = functools.partial(
+            frame_attention_with_motion, projection=projection, heads=site.heads
+        )
+
+    def reference(*tensors: Tensor) -> Outputs:
+        """Of all tokens, or of some in another type."""
+        kind, tokens = tensors[0].dtype, tensors[0].shape[2]
+        known = {
+            name: t.to(kind)[:, :, :tokens] if t.ndim == 4 else t.to(kind)
+            for name, t in controls.items()
+            if t.is_floating_point()
+        }
+        out = frame_attention_reference(*tensors, heads=site.heads, **{**controls, **known})
+        if projection is None:
+            return (out,)
+        return out, motion_feature_reference(out, projection=projection.to(kind))
+
     ways: dict[str, Prepare] = {
         OURS: timed_way(lambda: ours, given, grad),
         COMPILED: timed_way(lambda: _compiled_definition(reference), given, grad),
     }
     for word, attend in _attentions(inputs.device).items():
         ways[word] = functools.partial(_over_sequences, attend, site.heads, given, grad)
+        if control:
+            ways[word] = timed_way(
+                functools.partial(_usual_over_frames, attend, site.heads, controls, projection),
+                given,
+                grad,
+            )
     some = (slice(None), slice(None), slice(_CHECKED))
     return Case(
         "frame_attention",
-        site.name + ("_backward" if backward else ""),
+        "_".join([site.name, *([control] * bool(control)), *(["backward"] * backward)]),
         inputs.element,
         frame_cost(*shape[:3], site.heads, site.d, given[0].element_size(), backward=backward),
         ways,
@@ -502,6 +581,28 @@ def frame_case(site: Site, inputs: Inputs, *, backward: bool = False) -> Case:
         _exact(reference, given, grad, some),
         backward,
     )
+
+
+def _frame_controls(
+    control: str, site: Site, device: str, randn: Callable[..., Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of one kind of control; each row reads the next one."""
+    row = torch.arange(1, site.rows + 1, device=device) % site.rows
+    share = torch.full((site.rows,), _SHARE, device=device)
+    if control == "deviation":
+        return {"deviation_row": row, "deviation_blend": share}
+    if control == "blend":
+        return {"query_row": row, "query_blend": share}
+    if control != "motion":
+        return {}
+    of_frame = (2, site.frames, site.width)
+    return {
+        "motion_slot": torch.ones_like(row),
+        "motion_scale": share,
+        "query_bank": randn(*of_frame),
+        "key_bank": randn(*of_frame),
+        "value_bank": randn(2, site.frames, site.tokens, site.width),
+    }
 
 
 @dataclass(frozen=True)
@@ -744,20 +845,25 @@ def _attentions(device: str) -> dict[str, Callable[[], Function]]:
     return ways
 
 
-def _usual_within(attend: Callable[[], Function], heads: int, row: Tensor | None) -> Function:
-    return functools.partial(_within_frames, attend(), heads, row)
+def _usual_within(
+    attend: Callable[[], Function], heads: int, controls: Mapping[str, Tensor]
+) -> Function:
+    return functools.partial(_within_frames, attend(), heads, controls)
 
 
 def _within_frames(
     attend: Function,
     heads: int,
-    row: Tensor | None,
+    controls: Mapping[str, Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
 ) -> Tensor:
-    """The usual way: copy the queries that are read, repeat keys that frames share, attend."""
-    query = query if row is None else query[row]
+    """The usual way: copy what is read of other rows, repeat keys that frames share, attend."""
+    if "query_row" in controls:
+        query = choose_queries(query, controls["query_row"], controls.get("query_blend"))
+    if "key_rows" in controls:
+        key, value, _ = extend_keys(key, value, controls["key_rows"])
     rows, frames = query.shape[:2]
     q, k, v = (
         t.expand(-1, frames, -1, -1).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -765,6 +871,36 @@ def _within_frames(
     )
     out: Tensor = attend(q, k, v).transpose(1, 2).flatten(2).unflatten(0, (rows, frames))
     return out
+
+
+def _usual_over_frames(
+    attend: Callable[[], Function],
+    heads: int,
+    controls: Mapping[str, Tensor],
+    projection: Tensor | None,
+) -> Function:
+    return functools.partial(_over_frames, attend(), heads, controls, projection)
+
+
+def _over_frames(
+    attend: Function,
+    heads: int,
+    controls: Any,
+    projection: Tensor | None,
+    *given: Tensor,
+) -> Outputs:
+    """The usual way over frames with a control: change q, k and v, move them, attend, move back."""
+    query, key, value = given
+    rows, _, tokens, _ = query.shape
+    q, k, v = (
+        t.permute(0, 2, 1, 3).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for t in mix(query, key, value, **controls)
+    )
+    out = attend(q, k, v).transpose(1, 2).flatten(2).unflatten(0, (rows, tokens))
+    back: Tensor = out.permute(0, 2, 1, 3).contiguous()
+    if projection is None:
+        return (back,)
+    return back, (back - back.mean(1, keepdim=True)) @ projection
 
 
 def _over_sequences(
@@ -817,7 +953,7 @@ def timed_way(make: Callable[[], Function], given: Outputs, grad: Tensor | None 
 
             return forward
         leaves = [tensor.detach().requires_grad_() for tensor in given]
-        out = function(*leaves)
+        (out,) = _several(function(*leaves))
         return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
     return prepare
@@ -1009,6 +1145,11 @@ def figures_of(lines: Sequence[Line]) -> dict[str, Figure]:
     return figures
 
 
+def _at_best(figure: Figure) -> float:
+    """The upper end of its interval: of many ratios the least is one that was disturbed."""
+    return figure.value if figure.high is None else figure.high
+
+
 def _by_time(line: Line) -> float:
     return line.times_ours
 
@@ -1069,6 +1210,9 @@ def _measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
     speedup = f"kernels.frame_attention.{SPEEDUP.name}.fp32.ratio_to_usual"
     if speedup in figures:
         figures["kernels.frame_attention.cpu_speedup"] = figures[speedup]
+    usual = [figure for name, figure in figures.items() if name.endswith(".ratio_to_usual")]
+    if kind == "cpu" and usual:
+        figures["kernels.cpu_worst_ratio"] = min(usual, key=_at_best)
     if options.out is not None:
         _write(options.out, lines)
     print(render(lines))  # noqa: T201  goes to standard error

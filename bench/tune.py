@@ -217,7 +217,8 @@ def workloads_of(machine: Machine, operator: str, seed: int = 0) -> list[Workloa
     found = []
     for element in ("bf16", "fp32"):
         inputs = Inputs(machine.device, element, seed)
-        for build in itertools.chain.from_iterable(builders(inputs)[operator].values()):
+        builds = builders(inputs, everywhere=True)[operator]
+        for build in itertools.chain.from_iterable(builds.values()):
             case = build()
             gate = Gate(case, machine.prepare(case.ways[USUAL])[1])
             found.append(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -9,9 +10,22 @@ from torch import Tensor
 
 def keep_types(tensor: Tensor) -> AbstractContextManager[object]:
     """Inside, autocast is off where `tensor` is: a result has the type of what it is made of."""
-    if tensor.device.type == "meta":  # which computes nothing, and has no autocast
+    kind = tensor.device.type
+    # One of "meta" computes nothing, and has no autocast. To switch off what is off would take as
+    # long as a small operator.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
+    return torch.autocast(kind, enabled=False)
+
+
+def make_room(given: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """Memory for a result of this shape that is made of all of `given`, and of their type.
+
+    Within `vmap`, or for a batch of gradients, a tensor has an axis that its shape does not show,
+    and what is copied to a place needs that axis there: so all that have one must be asked.
+    """
+    like = reduce(torch.add, (tensor[:0].reshape(-1) for tensor in given))
+    return like.new_empty(shape)
 
 
 def differentiate(

@@ -79,6 +79,8 @@ class CompileCase:
         launch: launches on "meta" tensors of the given type; may launch several kernels.
         padded_work: multiplications that the kernel does for each one that the formula asks for;
             1 where nothing is padded.
+        padded_head_dim: columns of a head that the kernel multiplies for each one that there is,
+            which is one factor of `padded_work`; 1 where there are no heads.
     """
 
     operator: str
@@ -86,6 +88,7 @@ class CompileCase:
     forward: bool
     launch: Callable[[torch.dtype], None]
     padded_work: float = 1.0
+    padded_head_dim: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ class Account:
             may count several times.
         matrix_instructions: name → how many there are in the machine code.
         padded_work: as the case says.
+        padded_head_dim: likewise.
         seconds: that compiling took.
     """
 
@@ -135,6 +139,7 @@ class Account:
     ordinary_dots: int = 0
     matrix_instructions: dict[str, int] | None = None
     padded_work: float = 1.0
+    padded_head_dim: float = 1.0
     seconds: float = 0.0
 
     @property
@@ -214,7 +219,7 @@ def compile_case(case: CompileCase, request: Request) -> list[Account]:
     from triton.runtime.jit import JITFunction
 
     accounts: list[Account] = []
-    empty = Account(request, padded_work=case.padded_work)
+    empty = Account(request, padded_work=case.padded_work, padded_head_dim=case.padded_head_dim)
 
     def catch(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         started = time.perf_counter()

@@ -30,14 +30,14 @@ embeddings, "Motion Inversion", arXiv:2403.20193, sec. 3.
 """
 
 from collections.abc import Iterator
-from functools import partial, reduce
+from functools import partial
 from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
-from kinetiq.kernels._autograd import differentiate, keep_types
+from kinetiq.kernels._autograd import differentiate, keep_types, make_room
 from kinetiq.kernels._compile import CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import settings
@@ -71,6 +71,7 @@ MAX_HEAD_DIM = 256
 _WHERE = "frame_attention"
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)  # that a GPU kernel takes
 CACHED = 2**18  # elements of each of a few tensors that a CPU's cache keeps
+_LINE = 16  # channels of float32 that a line of a CPU's cache holds
 _MANY = 64  # frames, whose softmax over a last axis fills a CPU's vectors
 _TILE = 16  # the least side of a product on the matrix units
 _PROJECTED = 32  # channels of the output, and motion channels, that are multiplied at a time
@@ -380,10 +381,10 @@ def _attend_in_place(
 ) -> tuple[Tensor, list[Tensor]]:
     """Softmax attention over frames, chunk by chunk, and the weights of each if they are kept."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    (out,) = _room((query, key, value), 1)
+    out = make_room((query, key, value), query.shape)
     kept = []
     for *own, o in _chunks((query, key, value, out), heads, recorded=keep):
-        q, k, v = (t.to(wide) for t in own)
+        q, k, v = (_together(t.to(wide)) for t in own)
         weights = _weights(q, k)
         o.copy_(torch.bmm(weights.mT, v))
         if keep:
@@ -402,26 +403,16 @@ def _differentiate_in_place(
     """The gradients of q, k and v, chunk by chunk; `kept` are the weights of each."""
     wide = torch.promote_types(query.dtype, torch.float32)
     given = (grad, query, key, value)
-    of_query, of_key, of_value = _room(given, 3)
+    of_query, of_key, of_value = (make_room(given, query.shape) for _ in range(3))
     chunks = _chunks((*given, of_query, of_key, of_value), heads, recorded=True)
     for index, (*own, of_q, of_k, of_v) in enumerate(chunks):
-        g, q, k, v = (t.to(wide) for t in own)
+        g, q, k, v = (_together(t.to(wide)) for t in own)
         weights = _weights(q, k) if kept is None else kept[index]
         of_scores = _differentiate_weights(g, v, weights) * q.shape[-1] ** -0.5
         of_v.copy_(torch.bmm(weights, g))
         of_k.copy_(torch.bmm(of_scores, q))
         of_q.copy_(torch.bmm(of_scores.mT, k))
     return of_query, of_key, of_value
-
-
-def _room(given: tuple[Tensor, ...], count: int) -> list[Tensor]:
-    """Memory for results of the shape and type of each of `given`, and made of all of them.
-
-    Within `vmap`, or for a batch of gradients, a tensor has an axis that its shape does not show,
-    and what is copied to a place needs that axis there: so all that have one must be asked.
-    """
-    like = reduce(torch.add, (tensor[:0] for tensor in given))
-    return [like.new_empty(given[0].shape) for _ in range(count)]
 
 
 def _chunks(
@@ -442,6 +433,11 @@ def _chunks(
     for row in range(rows):
         for start in range(0, tokens * heads, chunk):
             yield tuple(t[row, start : start + chunk] for t in views)
+
+
+def _together(tensor: Tensor) -> Tensor:
+    """A chunk whose lines lie together if they are short, since a product reads each many times."""
+    return tensor.contiguous() if tensor.shape[2] < _LINE else tensor
 
 
 def _weights(query: Tensor, key: Tensor) -> Tensor:
@@ -1272,9 +1268,9 @@ def _launch_case(
         _launch_backward(grad, query, key, value, controls, heads, (query, key, value))
 
 
-def _padded_work(frames: int, d: int) -> float:
-    """Multiplications done for each one asked for; both products are frames x frames x d."""
-    return (_padded(frames) / frames) ** 2 * sum(split_head_dim(d)) / d
+def _padded_frames(frames: int) -> float:
+    """Pairs of frames multiplied for each one asked for; both products are frames x frames x d."""
+    return (_padded(frames) / frames) ** 2
 
 
 _SHAPES = {  # rows, frames, tokens, heads, d; rows are the halves of guidance
@@ -1306,7 +1302,11 @@ def _case(
         _launch_case, shape, forward=forward, controlled=controlled, projected=projected
     )
     full = name + "_controlled" * bool(controlled) + "_with_motion" * projected
-    return CompileCase("frame_attention", full, forward, launch, _padded_work(shape[1], shape[4]))
+    frames, d = shape[1], shape[4]
+    head = sum(split_head_dim(d)) / d
+    return CompileCase(
+        "frame_attention", full, forward, launch, _padded_frames(frames) * head, head
+    )
 
 
 COMPILED = (

@@ -17,6 +17,7 @@ arXiv:2405.14864, sec. 3.2 and 3.3.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,7 @@ from kinetiq.kernels._launch import settings
 from kinetiq.kernels._triton import tl, triton
 
 MAX_FRAMES = 128  # on a GPU: all frames of a position must fit on the chip
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)  # that a GPU kernel takes
 _PROGRAMS = 1024  # that keep any GPU busy; long regions are split until there are as many
 
 
@@ -89,7 +91,8 @@ def motion_feature_reference(
         y = (x if channels is None else x.index_select(-1, channels)).to(wide)
         y = y - y.mean(1, keepdim=True)
         if weights is not None:
-            y = weights.to(wide)[:, None, None] @ y
+            shared = len(weights) == 1
+            y = (weights if shared else weights[:, None, None]).to(wide) @ y
         if projection is not None:
             y = y @ projection.to(wide)
         return y.to(x.dtype)
@@ -743,13 +746,12 @@ _motion_feature.register_autograd(_backward, setup_context=_save)
 
 
 def _check(x: Tensor, projection: Tensor | None, region: Tensor | None) -> None:
-    if x.ndim != 4 or x.shape[1] < 1 or x.shape[2] < 1 or x.shape[3] < 1:
+    if x.ndim != 4 or 0 in x.shape[1:]:
         raise ShapeError(
             f"motion_feature: x must be [rows, frames, tokens, channels] with at least one frame, "
             f"token and channel, got {list(x.shape)}"
         )
-    types = [torch.float32, torch.float16, torch.bfloat16]
-    if x.dtype not in (types if x.is_cuda else [*types, torch.float64]):
+    if x.dtype not in _TYPES and (x.is_cuda or x.dtype != torch.float64):
         raise ShapeError(
             f"motion_feature: x must be float32, float16 or bfloat16, got {x.dtype} on {x.device}"
         )
@@ -815,7 +817,7 @@ def _normalise(region: Tensor) -> Tensor:
     """[1 or rows, tokens], each row divided by its sum."""
     weights = region if region.ndim == 2 else region[None]
     total = weights.sum(-1, keepdim=True)
-    return torch.where(total == 0, 0, weights / torch.where(total == 0, 1, total))
+    return weights / total.masked_fill(total == 0, math.inf)
 
 
 # The output of up block 1, where the paper reads its features, with guidance: rows, frames,

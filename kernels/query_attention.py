@@ -22,6 +22,7 @@ attention); the running maximum, FlashAttention-2, arXiv:2307.08691, sec. 3.
 """
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple, Self
 
@@ -30,7 +31,7 @@ import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
-from kinetiq.kernels._autograd import differentiate
+from kinetiq.kernels._autograd import differentiate, keep_types, make_room
 from kinetiq.kernels._compile import CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import settings
@@ -39,8 +40,13 @@ from kinetiq.kernels._triton import tl, triton
 MAX_HEAD_DIM = 256  # on a GPU: a tile of queries and its sums must fit in registers
 KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SMALL = 128  # tokens or keys; below it, plain products often beat the fused kernel of a CPU
+_MILD = 8.0  # the middle of most scores, and how far from it exp loses no more than two units
+_KEPT = 2**17  # scores that a CPU's cache keeps, beside their gradient
+_LINES = 32  # queries at least, below which products are slow
 _LANES = 16  # keys; with fewer, the fused kernel of a CPU gives 0 where all scores are NaN
 _LOG2E = tl.constexpr(math.log2(math.e))
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001  with its sums
+_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
 
 
 def query_attention(
@@ -764,6 +770,8 @@ def _launch_forward(inputs: Inputs, out: Tensor, statistics: Tensor | None) -> N
     before they are scaled, h = max(q k^T + sqrt(d) M), and the logarithm to base 2 of the sum of
     exp((q k^T + sqrt(d) M - h) / sqrt(d)).
     """
+    if not out.numel():
+        return
     inputs = inputs.with_plain_controls()
     query, key, value, row, blend, key_rows, mask, _ = inputs
     sizes = _settings("query_attention", inputs)
@@ -789,6 +797,8 @@ def _launch_query_gradient(
     are float32 [rows, frames, heads, tokens]: `dots`, which the keys' gradients need, and
     `share_grad`, if given, which is each head's part of the gradient of a query's blend.
     """
+    if not chosen_grad.numel():
+        return
     inputs = inputs.with_plain_controls()
     query, key, value, row, blend, key_rows, mask, _ = inputs
     sizes = _settings("query_attention_query_gradient", inputs)
@@ -809,6 +819,8 @@ def _launch_key_gradient(
     value_grad: Tensor,
 ) -> None:
     """Fill the last two, contiguous [rows, frames, keys, width] even where frames share keys."""
+    if not key_grad.numel():
+        return
     inputs = inputs.with_plain_controls()
     query, key, value, row, blend, key_rows, mask, _ = inputs
     order = start = None
@@ -828,6 +840,8 @@ def _launch_key_gradient(
 
 def _launch_return_gradient(chosen_grad: Tensor, inputs: Inputs, query_grad: Tensor) -> None:
     """Fill `query_grad` with what the rows that read a row say of its queries."""
+    if not query_grad.numel():
+        return
     inputs = inputs.with_plain_controls()
     rows, frames, tokens, width = inputs.query.shape
     assert inputs.query_row is not None  # noqa: S101  else both gradients are one
@@ -924,7 +938,7 @@ def _(query, *_):
 def _(*arguments):
     inputs = Inputs(*arguments)
     _check(inputs)  # a graph that was compiled or exported brings rows that nobody has looked at
-    return _attend_on_cpu(inputs).contiguous()
+    return _attend_on_cpu(inputs)
 
 
 @torch.library.custom_op("kinetiq::query_attention_training", mutates_args=(), device_types="cuda")
@@ -1053,7 +1067,7 @@ def _backward(ctx, grad: Tensor):
     needed = [need and at != masked for at, need in enumerate(ctx.needs_input_grad[:-1])]
 
     def run(*given):
-        return _attend_on_cpu(Inputs._make((*given, ctx.heads)))
+        return _attend_on_cpu(Inputs._make((*given, ctx.heads)), judged=False)
 
     return *differentiate(run, tensors, needed, grad), None
 
@@ -1076,48 +1090,167 @@ _query_attention.register_autograd(_backward, setup_context=_save)
 _query_attention_training.register_autograd(_backward_training, setup_context=_save_training)
 
 
-def _attend_on_cpu(inputs: Inputs) -> Tensor:
+def _attend_on_cpu(inputs: Inputs, *, judged: bool = True) -> Tensor:
     """The same in PyTorch's own operators, which autograd records.
 
     With as few calls as can be: in a small image they take as long as the attention itself.
+    `judged` is whether the gradient may depend on how large scores are, which a traced one cannot.
     """
     if torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):  # the result has the type of `query`
-            return _attend_on_cpu(inputs)
+            return _attend_on_cpu(inputs, judged=judged)
     query, key, value, query_row, query_blend, key_rows, key_log_mask, heads = inputs
     if query_row is not None:
         query = choose_queries(query, query_row, query_blend)
-    size = rows, _, _, width = query.shape
+    size = *_, width = query.shape
     mask = None
     if key_rows is not None:
         known = None if key_log_mask is None else key_log_mask.detach()
         key, value, mask = extend_keys(key, value, key_rows, known)
         mask = mask.flatten(0, 1)[:, None, None]
     if key.shape[1] == 1:  # keys shared by all frames: fold the frames into the tokens
-        query = query.reshape(rows, 1, -1, width)
+        query = query.flatten(1, 2).unsqueeze(1)
     q, k, v = (
-        t.reshape(-1, t.shape[2], heads, width // heads).transpose(1, 2)
+        t.flatten(0, 1).unflatten(-1, (heads, width // heads)).transpose(1, 2)
         for t in (query, key, value)
     )
-    return _attend(q, k, v, mask).transpose(1, 2).reshape(size)
+    return _attend(q, k, v, mask, judged=judged).transpose(1, 2).reshape(size).contiguous()
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, judged: bool
+) -> Tensor:
     """Softmax attention over [batch, heads, tokens, d], by a CPU's quickest way that keeps NaN."""
     recorded = is_recorded(query, key, value)
     fused = F.scaled_dot_product_attention
+    wider = torch.promote_types(query.dtype, torch.float32)  # scores may be beyond float16
     if min(query.shape[-2], key.shape[-2]) >= _SMALL:
-        if query.dtype == torch.bfloat16 and recorded:
-            wide = None if mask is None else mask.float()
-            return fused(query.float(), key.float(), value.float(), wide).to(query.dtype)
-        return fused(query, key, value, mask)
+        if not recorded:
+            return fused(query, key, value, mask)
+        # To scale queries rounds each once, and all of a query's scores alike; to scale scores
+        # would round each score, and the gradient would take that for a difference of weights.
+        scaled = query.to(wider) * query.shape[-1] ** -0.5
+        given = (_dense_last(t.to(wider)) for t in (scaled, key, value))
+        added = None if mask is None else mask.to(wider)
+        most = _mild(query.dtype) if judged else 0.0
+        out: Tensor = _Fused.apply(*given, added, most)[0]  # type: ignore[no-untyped-call]
+        return out.to(query.dtype)
     if query.dtype == torch.float32 and not recorded and key.shape[-2] >= _LANES:
         return fused(query, key, value, mask)
-    wider = torch.promote_types(query.dtype, torch.float32)  # scores may be beyond float16
     scores = (query.to(wider) * query.shape[-1] ** -0.5) @ key.to(wider).transpose(-1, -2)
     if mask is not None:
         scores = scores + mask
     return scores.softmax(-1).to(value.dtype) @ value
+
+
+def _dense_last(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _mild(dtype: torch.dtype) -> float:
+    """How large logarithms may be for the fused gradient to be as good as this type.
+
+    They are of each query's sum of weights. It takes a weight from exp(score - logarithm), so that
+    the rounding of that number, at most half of its last place, is in all weights of a query: up
+    to this bound half a unit of a short type, or two of float32.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    return max(torch.finfo(dtype).eps / torch.finfo(wide).eps, _MILD)
+
+
+class _Fused(torch.autograd.Function):
+    """A CPU's fused attention of scores q k^T + M; its gradient is fused where they are mild.
+
+    Arguments are queries, keys and values [batch, heads, tokens, d], M [batch, 1, 1, keys] or None,
+    and the largest logarithm of a sum of weights that is mild. Scores are moved by a number that
+    is in the middle of most, which changes no weight. Returns the logarithms of the moved as well,
+    which are not differentiable, and whether all are mild: only what is returned may be kept.
+    """
+
+    @staticmethod
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, most: float
+    ) -> tuple[Tensor, Tensor, bool]:
+        out, sums = _FUSED(query, key, value, attn_mask=_moved_mask(key, mask), scale=1.0)
+        mild = most > 0 and sums.numel() > 0 and bool(sums.abs().max() <= most)
+        return out, sums, mild
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs) -> None:
+        *results, ctx.mild = outputs
+        ctx.mark_non_differentiable(results[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:-1], *results)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, *_):
+        if grad is None:
+            return None, None, None, None, None
+        query, key, value, mask, *results = ctx.saved_tensors
+        if ctx.mild and not torch.is_grad_enabled():  # else it must be differentiable itself
+            options = {"attn_mask": _moved_mask(key, mask), "scale": 1.0}
+            found = _FUSED_BACKWARD(grad, query, key, value, *results, 0.0, False, **options)
+        else:
+            with keep_types(grad):
+                found = _differentiate_on_cpu(grad, query, key, value, mask)
+        return *found, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        """One more batch axis, folded into the first; the fused gradient takes none."""
+
+        def folded(tensor: Tensor | None, axis: int | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            if axis is None:
+                tensor, axis = tensor.expand(info.batch_size, *tensor.shape), 0
+            return tensor.movedim(axis, 0).flatten(0, 1)
+
+        given = [folded(t, axis) for t, axis in zip(inputs[:-1], in_dims[:-1], strict=True)]
+        *outs, mild = _Fused.apply(*given, 0.0)  # type: ignore[no-untyped-call]
+        return (*(t.unflatten(0, (info.batch_size, -1)) for t in outs), mild), (0, 0, None)
+
+
+def _moved_mask(key: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return key.new_full((1, 1, 1, 1), -_MILD).expand(1, 1, 1, key.shape[2])
+    return mask - _MILD
+
+
+def _differentiate_on_cpu(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, as `_Fused` takes them, whatever the scores are.
+
+    Weights are computed again, some queries at a time, with their own maximum and sum: as plain
+    PyTorch computes them, but in memory that does not grow with the square of the tokens.
+    """
+    batch, heads, tokens, d = query.shape
+    keys, given = key.shape[2], (grad, query, key, value)
+    of_query, of_key, of_value = (  # in memory as the inputs are: heads side by side
+        make_room(given, (batch, t.shape[2], heads, d)).transpose(1, 2) for t in (query, key, value)
+    )
+    some, lines = max(_KEPT // (tokens * keys), 1), max(_KEPT // keys, _LINES)
+    nothing = query.new_zeros((1, 1, 1))
+    for head, start in itertools.product(range(heads), range(0, batch, some)):
+        part = slice(start, start + some)
+        k, v = key[part, head], value[part, head]
+        for first in range(0, tokens, lines):
+            line = slice(first, first + lines)
+            q, g = query[part, head, line], grad[part, head, line]
+            added = nothing if mask is None else mask[part, 0]
+            weights = torch.baddbmm(added, q, k.mT).softmax(2)
+            slopes = torch.bmm(g, v.mT)
+            push = torch._softmax_backward_data(slopes, weights, 2, q.dtype)  # noqa: SLF001  one pass
+            of_query[part, head, line].copy_(torch.bmm(push, k))
+            if first == 0:
+                of_k, of_v = torch.bmm(push.mT, q), torch.bmm(weights.mT, g)
+            else:
+                of_k.baddbmm_(push.mT, q)
+                of_v.baddbmm_(weights.mT, g)
+        of_key[part, head].copy_(of_k)
+        of_value[part, head].copy_(of_v)
+    return of_query, of_key, of_value
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:
@@ -1157,10 +1290,10 @@ def _check(inputs: Inputs) -> None:
             f"{where}: key and value must have one shape, got {list(key.shape)} and "
             f"{list(value.shape)}"
         )
-    if 0 in query.shape or 0 in key.shape:
+    if not frames or not width or not key.shape[2]:
         raise ShapeError(
-            f"{where}: query and key must have elements, got {list(query.shape)} and "
-            f"{list(key.shape)}"
+            f"{where}: query and key must have at least one frame, key and channel, got "
+            f"{list(query.shape)} and {list(key.shape)}"
         )
     check_rows(where, "query_row", query_row, rows)
     check_blend(where, "query_blend", query_blend, (rows, frames, tokens))
@@ -1277,7 +1410,7 @@ def _compile_case(
         _launch_empty, (3, frames, tokens, heads * d), heads, keys, blend, further, backward
     )
     padded = sum(split_head_dim(d)) / d
-    return CompileCase("query_attention", shape, not backward, launch, padded)
+    return CompileCase("query_attention", shape, not backward, launch, padded, padded)
 
 
 def _launch_empty(

@@ -38,7 +38,7 @@ import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
-from kinetiq.kernels._autograd import differentiate, keep_types
+from kinetiq.kernels._autograd import differentiate, keep_types, make_room
 from kinetiq.kernels._compile import NVIDIA, CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import LAUNCH_FILE, architecture, pretend, read_table, settings
@@ -170,7 +170,10 @@ def wins(
     `launch.json` says under "temporal_block_wins", for an architecture and a key such as
     "frames16_heads8_d40_fp16", from how many POSITIONS (rows times tokens) on it does; 0: never.
     What was not measured on this very architecture is False: nothing is taken from a relative.
+    On any other device it is False too.
     """
+    if device.type != "cuda":
+        return False
     measured = _MEASURED.get(_architecture_of(device))
     if measured is None or dtype not in _NAMES:
         return False
@@ -180,7 +183,8 @@ def wins(
 
 @torch.compiler.assume_constant_result  # a graph is compiled for the GPU that is there
 def _architecture_of(device: torch.device) -> str:
-    with torch.cuda.device(device.index if device.type == "cuda" else -1):  # -1: no change
+    index: int | None = device.index
+    with torch.cuda.device(-1 if index is None else index):  # -1: no change
         return architecture()
 
 
@@ -305,7 +309,7 @@ def _by_positions(*inputs: Any) -> Tensor:
     rows, frames, tokens, width = x.shape
     moved = [] if slots is None else slots.tolist()
     shares = [1.0] * rows if scales is None else scales.tolist()
-    y = x.new_empty(x.shape)
+    y = make_room((x, norm_weight, norm_bias, *weights, out_weight, out_bias), x.shape)
     if y.numel() == 0:
         return y
     few = max(CACHED // (rows * frames * width), 1)
@@ -696,15 +700,18 @@ def _case(shape: str) -> CompileCase:
         inputs += [empty(4, frames, tokens, width), heads, 1e-5, empty(x.shape)]
         _launch(*inputs)
 
-    return CompileCase("temporal_block", shape, True, launch, _padded_work(*_SHAPES[shape]))
+    d = _SHAPES[shape][4]
+    head = sum(split_head_dim(d)) / d
+    return CompileCase("temporal_block", shape, True, launch, _padded_work(*_SHAPES[shape]), head)
 
 
 def _padded_work(rows: int, frames: int, tokens: int, heads: int, d: int) -> float:
     """Multiplications done for each one asked for, with the settings under which that is most.
 
-    Head dims are padded to at most 48/40, as everywhere. Frames are padded to a power of two, and
-    a program multiplies the queries of all its positions with the keys of all of them, of which
-    each position wants its own: at 16 frames and head dim 40 that makes 1.24 of all products.
+    Head dims are padded to at most 48/40, as everywhere, but for the last projection, whose width
+    is that of all heads. Frames are padded to a power of two, and a program multiplies the queries
+    of all its positions with the keys of all of them, of which each position wants its own: at 16
+    frames and head dim 40 that makes 1.24 of all products.
     """
     width = heads * d
     wanted = frames * tokens * width * (4 * width + 2 * frames)

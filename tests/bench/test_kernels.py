@@ -25,6 +25,16 @@ BUILDERS = {
     "query backward": functools.partial(bench.query_case, TINY, INPUTS, backward=True),
     "query injected": functools.partial(bench.query_case, TINY, INPUTS, injected=True),
     "query prompt": functools.partial(bench.query_case, TINY, INPUTS, keys=5),
+    **{
+        "query " + " ".join(kind): functools.partial(bench.query_case, TINY, INPUTS, **kind)
+        for kind in bench._QUERY_KINDS
+    },
+    **{
+        "frame " + " ".join(map(str, kind.values())): functools.partial(
+            bench.frame_case, TINY, INPUTS, **kind
+        )
+        for kind in bench._FRAME_KINDS
+    },
     "frame": functools.partial(bench.frame_case, TINY, INPUTS),
     "frame backward": functools.partial(bench.frame_case, TINY, INPUTS, backward=True),
     "block": functools.partial(bench.block_case, TINY, INPUTS),
@@ -221,7 +231,7 @@ def test_every_model_and_bound_is_measured(names_on_a_gpu):
                 model,
             )
     assert any("_backward." in name and "query_attention" in name for name in names)
-    figures = {"kernels.frame_attention.cpu_speedup", "kernels.failed"}
+    figures = {"kernels.frame_attention.cpu_speedup", "kernels.cpu_worst_ratio", "kernels.failed"}
     for name in names:
         check_name(name, "test")
         figures |= {
@@ -263,6 +273,10 @@ def test_measures_writes_and_tells(tmp_path, monkeypatch, capsys):
     assert figures["kernels.roof.copy"].value == 10.0
     same = "kernels.frame_attention.16_frames_1024_positions.fp32.ratio_to_usual"
     assert figures["kernels.frame_attention.cpu_speedup"] == figures[same]
+    ratios = [f for name, f in figures.items() if name.endswith(".ratio_to_usual")]
+    worst = min(ratios, key=lambda figure: figure.high)  # as good as each may be
+    assert figures["kernels.cpu_worst_ratio"] == worst
+    assert worst.high < max(figure.high for figure in ratios)
     assert "skipped: no / time" in capsys.readouterr().out
     rows = json.loads((tmp_path / "new" / "kernels.json").read_text())
     assert [row["operator"] for row in rows].count("guided_step") == 3

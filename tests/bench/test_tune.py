@@ -2,8 +2,9 @@
 
 import functools
 import importlib
+import itertools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
@@ -17,8 +18,17 @@ from kinetiq.bench.tune import GRIDS, Workload, candidates, search
 from kinetiq.errors import InputError, MissingDependencyError, RequestError, WorkError
 from kinetiq.kernels import _launch
 
-guided = importlib.import_module("kinetiq.kernels.guided_step")  # not the function
-block = importlib.import_module("kinetiq.kernels.temporal_block")
+operators = (
+    "guided_step",
+    "temporal_block",
+    "query_attention",
+    "frame_attention",
+    "motion_feature",
+)
+guided, block, query_operator, frame_operator, feature_operator = (
+    importlib.import_module(f"kinetiq.kernels.{name}")
+    for name in operators  # not the functions
+)
 ENTRY = ("query_attention_return_gradient", "*")  # whose grid is BLOCK and num_warps
 PRESENT = {"BLOCK": 1024, "num_warps": 4}
 
@@ -76,6 +86,115 @@ def test_every_grid_fits_the_launch_file():
     kernels = {o for o in table if "num_warps" in next(iter(table[o]["default"].values()))}
     kernels = {operator for operator in kernels if not operator.endswith("_fp32")}
     assert kernels == {operator for operator in tried if tried[operator]}
+
+
+class Launch(torch.autograd.Function):
+    """What a public function launches on a GPU, forward and, when it is asked for, backward."""
+
+    @staticmethod
+    def forward(ctx, forward, backward, *tensors):
+        ctx.backward, ctx.count = backward, len(tensors)
+        return forward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None, *ctx.backward(grad)
+
+
+@pytest.fixture
+def launches_alone(monkeypatch):
+    """Operators launch as on a GPU, on tensors without memory, and no kernel runs."""
+
+    def query_attention(query, key, value, *, heads, **controls):
+        names = ("query_row", "query_blend", "key_rows")
+        others = (*(controls.get(name) for name in names), None, heads)
+        statistics = query_operator._empty_statistics(query, heads)
+
+        def forward(*tensors):
+            out = torch.empty_like(query)
+            query_operator._launch_forward(
+                query_operator.Inputs(*tensors, *others), out, statistics
+            )
+            return out
+
+        def backward(grad):
+            inputs = query_operator.Inputs(query, key, value, *others)
+            found = query_operator._differentiate(grad, grad, statistics, inputs, True, False)
+            return found[:3]
+
+        return Launch.apply(forward, backward, query, key, value)
+
+    def attend_over_frames(*tensors, heads, projection=None, **controls):
+        ordered = tuple(controls.get(name) for name in frame_operator.CONTROLS)
+        motion = None if projection is None else tensors[0] @ projection
+
+        def forward(*tensors):
+            out = torch.empty_like(tensors[0])
+            frame_operator._launch_forward(*tensors, ordered, heads, out, projection, motion)
+            return out
+
+        def backward(grad):
+            grads = tuple(torch.empty_like(grad) for _ in range(3))
+            frame_operator._launch_backward(grad, *tensors, ordered, heads, grads)
+            return grads
+
+        out = Launch.apply(forward, backward, *tensors)
+        return out if motion is None else (out, motion)
+
+    def motion_feature(x, channels=None, projection=None, region=None):
+        weights = None if region is None else region[None]
+
+        def forward(x):
+            y = feature_operator._empty_result(x, channels, projection, weights)
+            feature_operator._launch_forward(x, channels, projection, weights, y)
+            return y
+
+        def backward(grad):
+            feature_operator._launch_backward(grad, channels, projection, weights, dx := x * 0)
+            return (dx,)
+
+        return Launch.apply(forward, backward, x)
+
+    def guided_step(*inputs):
+        *tensors, scale, numbers = inputs
+        results = (tensors[0] * 0, tensors[0] * 0)
+        guided._launch_forward(tuple(tensors), scale, numbers, results)
+        return results
+
+    def temporal_block(x, *, heads, **given):
+        others = (given.get(name) for name in (*block._TENSORS[1:], *block._OPTIONAL))
+        block._launch(x, *others, heads, 1e-5, y := torch.empty_like(x))
+        return y
+
+    stand_ins = (query_attention, motion_feature, guided_step, temporal_block)
+    for function in stand_ins:
+        monkeypatch.setattr(kernels, function.__name__, function)
+    for name in ("frame_attention", "frame_attention_with_motion"):
+        monkeypatch.setattr(kernels, name, attend_over_frames)
+    for module in (query_operator, frame_operator, feature_operator, guided, block):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            if name.startswith("_") and not name.startswith("_check"):
+                silent = defaultdict(lambda: lambda *_, **__: None)
+                monkeypatch.setattr(module, name, silent)
+    start = lambda inputs: (
+        lambda *shape, dtype=kernels.TYPES[inputs.element]: torch.empty(
+            shape, dtype=dtype, device="meta"
+        )
+    )
+    monkeypatch.setattr(Inputs, "start", start)
+
+
+def test_every_grid_is_asked_for_by_a_workload(launches_alone):
+    """Settings that no workload asks for would stay as they are, however long one tunes."""
+    asked = set()
+    for models in kernels.builders(Inputs("meta", "bf16"), everywhere=True).values():
+        for build in itertools.chain.from_iterable(models.values()):
+            asked |= set(tune.asked_by(build().ways[kernels.OURS]))
+    named = {entry for entry in GRIDS if entry[1] != "*"}
+    met = {entry if entry in named else (entry[0], "*") for entry in asked}
+    assert set(GRIDS) <= met
+    keys = {key for operator, key in asked if operator == "frame_attention_backward_controlled"}
+    assert keys >= {"frames16_d48", "frames16_d80", "frames32_d64"}  # at every site
 
 
 def test_the_quickest_right_candidate_wins():

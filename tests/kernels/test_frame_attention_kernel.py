@@ -32,7 +32,7 @@ SHAPES = [  # rows, frames, tokens, heads, d
     pytest.param((1, 128, 1, 1, 8), id="most frames"),
     pytest.param((1, 2, 1, 1, 256), id="widest head"),
 ]
-KINDS = ["none", "query", "deviation", "deviation per token", "motion", "all"]
+KINDS = ["none", "query", "per row", "deviation", "deviation per token", "motion", "all"]
 
 
 def sample(shape, dtype, device, rng):
@@ -49,6 +49,14 @@ def controls(kind, shape, dtype, device, rng):
     chosen = dict.fromkeys(NAMES)
     if kind in ("query", "all"):
         chosen |= {"query_row": row, "query_blend": make(rows, frames, tokens)}
+    if kind == "per row":  # no two of them alike
+        blends = torch.arange(1, 2 * rows + 1, device=device).to(dtype) / (2 * rows + 1)
+        chosen |= {
+            "query_row": row,
+            "query_blend": blends[:rows],
+            "deviation_row": row.flip(0),
+            "deviation_blend": blends[rows:],
+        }
     if kind == "deviation":
         chosen |= {"deviation_row": row}
     if kind in ("deviation per token", "all"):
@@ -59,8 +67,8 @@ def controls(kind, shape, dtype, device, rng):
         }
     if kind in ("motion", "all"):
         chosen |= {
-            "motion_slot": torch.arange(1, rows + 1, device=device) % 3,
-            "motion_scale": make(rows),
+            "motion_slot": torch.arange(2, rows + 2, device=device) % 3,
+            "motion_scale": torch.arange(1, rows + 1, device=device).to(dtype) / rows,
             "query_bank": make(3, frames, heads * d),
             "key_bank": make(3, frames, heads * d) if kind == "all" else None,
             "value_bank": make(3, frames, tokens, heads * d),
@@ -139,6 +147,43 @@ def test_kernel_mixes_rows_as_the_definition_does(kind, kernel_device, kernel_rn
 
 def test_kernel_mixes_tails_too(kernel_device, kernel_rng):
     check((2, 16, 1, 1, 40), torch.float16, "all", kernel_device, kernel_rng)
+
+
+# Each is one wrong line: the function that it is in, what the line says, and what it says instead.
+MUTANTS = [
+    ("_share", "tl.load(blend_ptr + row)", "tl.load(blend_ptr)"),
+    ("_biased", "tl.load(motion[0] + row)", "tl.load(motion[0])"),
+    ("_biased", "tl.load(motion[1] + row, mask", "tl.load(motion[1], mask"),
+    ("_operands", "tokens * width, width, 1)", "width, width, 1)"),
+    ("_moved", "_biased(operand, source, place", "_biased(operand, row, place"),
+    ("_moved", "_share(deviation[1], row, place", "_share(deviation[1], source, place"),
+    ("_moved", "own_mean[:, None, :] - own", "0.0"),
+    ("_chosen", "tl.load(choice[0] + row)", "row"),
+    ("_chosen", "_share(choice[1], row, place", "_share(choice[1], reader, place"),
+    ("_known_scores", "SCALE * 1.4426950408889634", "1.4426950408889634"),
+    ("_known_scores", "(frame < frames)", "(frame >= 0)"),
+    ("_attend_kernel_part", "1.0 / total[:, :, None]", "1.0"),
+    ("_frame_attention_backward_kernel", "(grad_weights - common)", "grad_weights"),
+]
+
+
+@pytest.mark.parametrize(("function", "line", "instead"), [(None, "", ""), *MUTANTS])
+def test_a_wrong_line_is_found(function, line, instead, kernel_device, kernel_rng, mutate):
+    """The comparison holds for the kernels as they are, and for none that differs by a line."""
+    if kernel_device == "cuda":
+        pytest.skip("a compiled kernel keeps the functions that it was compiled from")
+    shape = (3, 3, 2, 1, 8)
+
+    def compare():
+        for kind in ("per row", "motion"):
+            check(shape, torch.float32, kind, kernel_device, kernel_rng)
+
+    if function is None:
+        compare()
+        return
+    mutate(operator, function, line, instead)
+    with pytest.raises(AssertionError):
+        compare()
 
 
 SMALL = {"TILE": 1, "WHOLE": 1, "ONE_TILE": 1, "ONE_WARPS": 4, "num_warps": 4, "num_stages": 1}
@@ -737,7 +782,7 @@ def test_compiles_for_gpus_that_are_not_here():
         assert account.spill_bytes == 0
         assert account.dots > 0 and not account.misses_matrix_units
         assert account.shared_bytes <= _compile.SHARED_LIMITS[account.request.target]
-        assert account.padded_work <= 48 / 40
+        assert account.padded_work == account.padded_head_dim == 48 / 40
         assert len(account.grid) == 1  # the other axes end at 65,535
 
 
@@ -857,8 +902,13 @@ def test_more_elements_than_32_bits_count():
     query = torch.randn(1, 128, 2**15 + 1, 512, device="cuda", dtype=torch.float16)
     assert query.numel() > 2**31
     out = frame_attention(query, query, query, heads=8)
-    last = query[:, :, -1:]
+    last = query[:, :, -1:].contiguous()
     torch.testing.assert_close(out[:, :, -1:], frame_attention(last, last, last, heads=8))
+    none = (None,) * len(NAMES)
+    backward = torch.ops.kinetiq.frame_attention_backward
+    wanted = backward(last, last, last, last, *none, 8)
+    for got, alone in zip(backward(query, query, query, query, *none, 8), wanted, strict=True):
+        torch.testing.assert_close(got[:, :, -1:], alone)
 
 
 @pytest.mark.gpu

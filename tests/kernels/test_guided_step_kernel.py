@@ -107,6 +107,49 @@ def test_gradients_agree_with_float64(shape, dtype, kernel_device, kernel_rng):
             assert_as_good_as(*three, slack=3.0, name=f"gradient of {name}")
 
 
+# Each is one wrong line: the function that it is in, what the line says, and what it says instead.
+MUTANTS = [
+    ("_numbers", "scale_ptr + clip", "scale_ptr"),
+    ("_numbers", "coefficients_ptr + clip * 6", "coefficients_ptr"),
+    ("_guided", "other + scale * way", "other"),
+    ("_guided", "wanted - (1.0 - scale) * way", "wanted"),
+    ("_guided_step_kernel", "c * former", "b * former"),
+    ("_guided_step_kernel", "p * x + q * output", "q * x + p * output"),
+    ("_guided_step_kernel", "place = clip * elements + element", "place = element"),
+    ("_guided_step_backward_kernel", "output - scale * output", "output"),
+    ("_guided_step_backward_kernel", "q * clean", "p * clean"),
+    ("_guided_step_backward_kernel", "output * (wanted - other)", "output * wanted"),
+    ("_guided_step_backward_kernel", "sums_ptr + program * 7", "sums_ptr"),
+]
+
+
+@pytest.mark.parametrize(("function", "line", "instead"), [(None, "", ""), *MUTANTS])
+def test_a_wrong_line_is_found(function, line, instead, kernel_device, kernel_rng, mutate):
+    """The comparison holds for the kernels as they are, and for none that differs by a line."""
+    if kernel_device == "cuda":
+        pytest.skip("a compiled kernel keeps the functions that it was compiled from")
+    tensors, _, numbers = sample((3, 40), kernel_device, kernel_rng)
+    scale = torch.tensor([0.25, 3.0, 0.75], device=kernel_device)  # in either half of its formula
+    inputs = (*tensors, scale, numbers)
+    make = lambda: torch.randn(3, 40, generator=kernel_rng, device=kernel_device)
+    grads = (make(), make())
+
+    def compare():
+        naive, exact = formula(*inputs), formula(*double(inputs))
+        for three in zip(run_kernel(*inputs), naive, exact, strict=True):
+            assert_as_good_as(*three)
+        naive, exact = gradients(inputs, grads), gradients(double(inputs), double(grads))
+        for three in zip(run_backward_kernel(inputs, grads), naive, exact, strict=True):
+            assert_as_good_as(*three, slack=3.0)
+
+    if function is None:
+        compare()
+        return
+    mutate(operator, function, line, instead)
+    with pytest.raises(AssertionError):
+        compare()
+
+
 @pytest.mark.parametrize("place", range(7), ids=NAMES)
 def test_only_what_is_needed_is_computed(place, kernel_device, kernel_rng):
     """Alone a gradient has the bits that it has among all, by kernel, operator and autograd."""

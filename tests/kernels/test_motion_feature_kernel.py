@@ -136,6 +136,51 @@ def test_gradient_kernel_agrees_with_float64(shape, kind, dtype, kernel_device, 
     assert_as_good_as(through, naive, exact, slack=3.0, name="gradient of x by the operator")
 
 
+# Each is one wrong line: the function that it is in, what the line says, and what it says instead.
+MUTANTS = [
+    ("_centre_kernel", "x - (tl.sum(x, axis=0) / frames)[None, :]", "x"),
+    ("_centre_kernel", "element % chosen", "element // chosen"),
+    ("_project_kernel", "x -= (tl.sum(x, axis=0) / frames)[None, :, :]", "x -= 0.0"),
+    ("_project_kernel", "+ token * x_token", ""),
+    ("_region_kernel", "x * weight[None, :, None]", "x"),
+    ("_region_kernel", "weights_ptr + row * w_row", "weights_ptr"),
+    ("_scatter_kernel", "used = use < uses", "used = uses > 2 * use"),
+    ("_scatter_kernel", "(tl.sum(dx, axis=0) / frames)[None, :, :]", "0.0"),
+    (
+        "_project_backward_kernel",
+        "grad -= (tl.sum(grad, axis=0) / frames)[None, :, :]",
+        "grad -= 0",
+    ),
+    ("_spread_kernel", "image // frames * w_row", "image % frames * w_row"),
+]
+
+
+@pytest.mark.parametrize(("function", "line", "instead"), [(None, "", ""), *MUTANTS])
+def test_a_wrong_line_is_found(function, line, instead, kernel_device, kernel_rng, mutate):
+    """The comparison holds for the kernels as they are, and for none that differs by a line."""
+    if kernel_device == "cuda":
+        pytest.skip("a compiled kernel keeps the functions that it was compiled from")
+
+    def compare():
+        for kind in ("all", "channels", "projection", "region"):
+            inputs = x, *rest = sample(
+                (3, 3, 5, 33), kind, torch.float32, kernel_device, kernel_rng
+            )
+            check(run_kernel, inputs)
+            size = plain(*inputs).shape
+            grad = torch.randn(size, generator=kernel_rng, device=kernel_device)
+            got = run_backward_kernel(grad, *rest, x.shape)
+            exact = gradient(*double(x, grad, *rest))
+            assert_as_good_as(got, gradient(x, grad, *rest), exact, slack=3.0)
+
+    if function is None:
+        compare()
+        return
+    mutate(operator, function, line, instead)
+    with pytest.raises(AssertionError):
+        compare()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_read_any_strides(kind, kernel_device, kernel_rng):
     x, channels, projection, weights = sample(

@@ -22,11 +22,9 @@ SHAPES = [  # rows, frames, frames of the keys, tokens, keys, heads, d
     pytest.param((2, 1, 1, 129, 131, 2, 40), id="one past the fused kernel's threshold"),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# PyTorch's fused kernel for CPUs errs more in float32 than plain products do: its exp is a
-# polynomial, with which a weight was seen to err by a third more, and its gradients take weights
-# from one number that holds the maximum and the logarithm of a sum, whose rounding is in each. That
-# is 1e-6, where 1e-4 is promised. Our own kernels, on a GPU, have to do without.
-FUSED_SLACK = 4.0
+# The exp of PyTorch's fused kernel for CPUs is a polynomial, with which a weight of float32 was seen
+# to err by a third more than with its ordinary one. Our own kernels, on a GPU, have to do without.
+FUSED_SLACK = 2.0 * 4 / 3
 
 
 def sample(shape, dtype, device, rng):
@@ -193,9 +191,120 @@ def test_gradient_in_every_type(dtype, tokens, device, rng):
     got = gradients(lambda q, k, v: query_attention(q, k, v, heads=1), inputs)
     naive = gradients(formula, inputs)
     exact = gradients(formula, [t.double() for t in inputs])
-    fused = device == "cpu" and dtype == torch.float32 and tokens >= operator._SMALL
     for name, *three in zip("qkv", got, naive, exact, strict=True):
-        assert_as_good_as(*three, slack=FUSED_SLACK if fused else 3.0, name=name)
+        assert_as_good_as(*three, slack=3.0, name=name)
+
+
+@pytest.mark.parametrize("tokens", [20, 200])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        *((torch.float32, size) for size in (1.0, 1.3, 7.0, 70.0, 7e2, 4e4)),
+        *((torch.bfloat16, size) for size in (7.0, 90.0, 300.0, 4e4)),
+        (torch.float16, 40.0),
+    ],
+    ids=str,
+)
+def test_gradients_bear_large_equal_scores(dtype, size, tokens, device, rng):
+    """Scores up to 8e9; half of the keys are equal and share all the weight.
+
+    A gradient that takes weights from the logarithm of their sum has the rounding of that number in
+    all of them: two percent of a weight at a score of 2e5, and no number at 8e9.
+    """
+    near = lambda n: size * (1 + torch.randn(1, 1, n, 8, generator=rng, device=device).abs() / 4)
+    few = lambda n: torch.randn(1, 1, n, 8, generator=rng, device=device).to(dtype) / 16
+    query, one = near(tokens).to(dtype), near(1).expand(1, 1, tokens // 2, 8).to(dtype)
+    given, grad = (query, torch.cat([one, -one], 2), few(tokens)), few(tokens)
+
+    def gradients(function, kind):
+        leaves = [t.detach().to(kind).requires_grad_() for t in given]
+        return torch.autograd.grad(function(*leaves), leaves, grad.to(kind))
+
+    formula = lambda q, k, v: (q @ k.mT / 8**0.5).softmax(-1) @ v
+    exact, naive = gradients(formula, torch.float64), gradients(formula, dtype)
+    _, *got = gradients(lambda *t: query_attention(*t, heads=1), dtype)  # a query's is rounding
+    for name, *three in zip("kv", got, naive[1:], exact[1:], strict=True):
+        assert_as_good_as(*three, slack=3.0, name=f"gradient of {name}")
+
+
+def test_a_gradient_is_the_same_whether_scores_are_mild_or_not(cpu_rng, monkeypatch):
+    """By the fused kernel and by our own, of some lines and sequences at a time, with a mask."""
+    query, key, value = sample((3, 2, 2, 130, 140, 2, 8), torch.float32, "cpu", cpu_rng)
+    mask = torch.randn(3, 2, 140, generator=cpu_rng)
+    mask[:, :, ::3] = -math.inf
+    further = {"key_rows": torch.tensor([[1], [2], [2]]), "key_log_mask": mask}
+    leaves = [t.requires_grad_() for t in (query / 4, key / 4, value)]
+    grad = torch.randn(query.shape, generator=cpu_rng)
+    own = operator._differentiate_on_cpu
+    used = []
+    monkeypatch.setattr(operator, "_differentiate_on_cpu", lambda *t: used.append(t) or own(*t))
+    results = []
+    for mild in (1e9, 0.0):
+        monkeypatch.setattr(operator, "_mild", lambda _, most=mild: most)
+        monkeypatch.setattr(operator, "_KEPT", 2 * 130 * 280)
+        out = query_attention(*leaves, heads=2, **further)
+        results.append(torch.autograd.grad(out, leaves, grad, retain_graph=True))
+        assert bool(used) == (mild == 0)
+    monkeypatch.setattr(operator, "_KEPT", 1)
+    results.append(torch.autograd.grad(out, leaves, grad))
+    for got, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, got, rtol=1e-4, atol=1e-5)
+
+
+def test_many_tokens_can_be_differentiated_twice_and_in_batches(cpu_rng):
+    inputs = sample((1, 1, 1, 128, 130, 2, 2), torch.float64, "cpu", cpu_rng)
+    leaves = [t.requires_grad_() for t in inputs]
+    run = lambda *t: query_attention(*t, heads=2)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+    one = torch.func.grad(lambda q, k: run(q, k, inputs[2]).square().sum(), argnums=(0, 1))
+    queries = torch.stack([inputs[0].detach(), 2 * inputs[0].detach()])
+    batched = torch.func.vmap(one, in_dims=(0, None))(queries, inputs[1])
+    for got, *wanted in zip(batched, *(one(q, inputs[1]) for q in queries), strict=True):
+        torch.testing.assert_close(got, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("size", [1, 30], ids=["mild", "large"])
+def test_autocast_does_not_change_a_gradient(size, cpu_rng):
+    """That is our own: PyTorch's would be of the type of autocast, where it runs there as well."""
+    inputs = sample((1, 1, 1, 130, 130, 2, 8), torch.float32, "cpu", cpu_rng)
+    leaves = [(size * t).requires_grad_() for t in inputs]
+
+    def gradients():
+        return torch.autograd.grad(query_attention(*leaves, heads=2).square().sum(), leaves)
+
+    wanted = gradients()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = gradients()
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("keys", [5, 130])
+@pytest.mark.parametrize("size", [(0, 2, 130), (2, 2, 0)], ids=["no rows", "no tokens"])
+def test_nothing_to_attend_for_is_nothing(size, keys, device):
+    """As in the other operators; the gradient of keys that nobody looks at is zero."""
+    query = torch.zeros(*size, 8, device=device, requires_grad=True)
+    key = torch.ones(size[0], 2, keys, 8, device=device, requires_grad=True)
+    row = torch.zeros(size[0], dtype=torch.int64, device=device)
+    options = {"query_row": row, "query_blend": row.to(query.dtype), "key_rows": row[:, None]}
+    with torch.no_grad():
+        assert query_attention(query, key, key, heads=2).shape == query.shape
+    registered = lambda: torch.ops.kinetiq.query_attention(query, key, key, *[None] * 4, 2)
+    for run in (registered, lambda: query_attention(query, key, key, heads=2, **options)):
+        out = run()
+        of_query, of_key = torch.autograd.grad(out.sum(), (query, key))
+        assert out.shape == of_query.shape == query.shape
+        assert of_key.shape == key.shape and not of_key.any()
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 130])
+def test_heads_of_one_channel_are_contiguous_too(tokens, device, rng):
+    inputs = sample((2, 1, 1, tokens, tokens, 3, 1), torch.float32, device, rng)
+    for recorded in (False, True):
+        out = query_attention(inputs[0].requires_grad_(recorded), *inputs[1:], heads=3)
+        assert out.is_contiguous()
+    assert torch.ops.kinetiq.query_attention(*inputs, *[None] * 4, 3).is_contiguous()
 
 
 @settings(max_examples=20, deadline=None)

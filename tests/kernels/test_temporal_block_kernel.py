@@ -16,6 +16,7 @@ operator = importlib.import_module("kinetiq.kernels.temporal_block")  # not the 
 SHAPES = [  # rows, frames, tokens, heads, d
     pytest.param((1, 1, 1, 1, 8), id="smallest"),
     pytest.param((2, 5, 3, 3, 8), id="odd"),
+    pytest.param((3, 3, 1, 1, 8), id="three rows"),
     pytest.param((2, 16, 5, 2, 40), id="head dim 40"),
     pytest.param((1, 3, 6, 1, 16), id="several positions a program"),
     pytest.param((1, 24, 2, 2, 64), id="frames of ZeroScope"),
@@ -37,8 +38,10 @@ def sample(shape, device, rng, dtype=torch.float32, *, controlled=True):
     inputs = [3 + make(rows, frames, tokens, width), *vectors, *matrices, 0.1 * make(width)]
     if not controlled:
         return [*inputs, *[None] * 6]
-    slot = torch.arange(rows, device=device).roll(1)
-    scale = torch.rand(rows, generator=rng, device=device)
+    slot = (
+        torch.arange(2, rows + 2, device=device) % 3
+    )  # 2, 0, 1: of slots and scales, no two alike
+    scale = torch.arange(1, rows + 1, device=device) / rows
     banks = [make(3, frames, width), make(3, frames, width), make(3, frames, tokens, width)]
     for bank in banks:
         bank[0] = float("nan")  # slot 0 is none, whatever lies there
@@ -105,6 +108,38 @@ def test_operator_agrees_with_float64(shape, controlled, dtype, device, rng):
 def test_kernel_agrees_with_float64(shape, controlled, dtype, kernel_device, kernel_rng):
     inputs = sample(shape, kernel_device, kernel_rng, dtype, controlled=controlled)
     check(run_kernel, inputs, shape[3])
+
+
+# Each is one wrong line of the kernel's functions: which, what it says, and what it says instead.
+MUTANTS = [
+    ("_temporal_block_kernel", "tl.load(scale_ptr + row, mask", "tl.load(scale_ptr, mask"),
+    ("_temporal_block_kernel", "tl.load(slot_ptr + row)", "tl.load(slot_ptr)"),
+    ("_temporal_block_kernel", "scores * (D**-0.5)", "scores"),
+    ("_temporal_block_kernel", "== line[None, :] // FRAMES) & (frame < frames)[None, :]",
+     "== line[None, :] // FRAMES)"),
+    ("_temporal_block_kernel", "(line[:, None] // FRAMES == line[None, :] // FRAMES) &", ""),
+    ("_temporal_block_kernel", "tl.rsqrt(total / width + EPS)", "tl.rsqrt(total + EPS)"),
+    ("_temporal_block_kernel", "of_token[:, None] + out[None, :], there", "of_frame[:, None] + out[None, :], there"),
+    ("_temporal_block_kernel", "y += tl.load(out_bias_ptr", "y -= tl.load(out_bias_ptr"),
+    ("_normed", "bias[None, :]", "0.0"),
+    ("_normed", "frame[:, None] * width + channel", "channel"),
+    ("_bias", "scale * tl.load", "tl.load"),
+    ("_weights", "out[None, :] * width + channel[:, None]", "out[None, :] + channel[:, None] * width"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "line", "instead"), [(None, "", ""), *MUTANTS])
+def test_a_wrong_line_is_found(function, line, instead, kernel_device, kernel_rng, mutate):
+    """The comparison holds for the kernel as it is, and for none that differs by a line."""
+    if kernel_device == "cuda":
+        pytest.skip("a compiled kernel keeps the functions that it was compiled from")
+    inputs = sample((3, 3, 2, 1, 8), kernel_device, kernel_rng)
+    if function is None:
+        check(run_kernel, inputs, 1)
+        return
+    mutate(operator, function, line, instead)
+    with pytest.raises(AssertionError):
+        check(run_kernel, inputs, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -179,6 +214,24 @@ def test_positions_and_rows_keep_to_themselves(kernel_device, kernel_rng):
     keep = torch.tensor([0, 1, 2, 4, 5], device=kernel_device)
     assert torch.equal(got[0][:, keep], y[0][:, keep])
     assert not torch.isclose(got[0][:, 3], y[0][:, 3]).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # by the interpreter
+def test_a_value_that_is_not_finite_never_reaches_another_row(kernel_device, kernel_rng):
+    """Nor, where a program does not hold it as well, another position; a CPU keeps all apart."""
+    inputs = sample((2, 3, 40, 1, 16), kernel_device, kernel_rng)
+    wanted = run_kernel(inputs, 1)
+    spoilt = [inputs[0].clone(), *inputs[1:]]
+    spoilt[0][0, 1, 2, 5] = float("inf")
+    got = run_kernel(spoilt, 1)
+    assert torch.equal(got[1], wanted[1])
+    assert not got[0, :, 2].isfinite().any()
+    together = operator._sizes(3, 16, torch.float32)["TOKENS"]
+    assert together < 40
+    assert torch.equal(got[0, :, together:], wanted[0, :, together:])
+    if kernel_device == "cpu":
+        finite = run_operator(spoilt, 1)[0].isfinite().all(-1).all(0)
+        assert finite.sum() == 39 and not finite[2]
 
 
 def run_registered(inputs, heads):
@@ -261,7 +314,7 @@ def test_only_what_needs_a_gradient_has_one(run, cpu_rng):
     assert [name for name, t in zip(NAMES, inputs, strict=True) if t.grad is not None] == [
         "key_bank"
     ]
-    assert not inputs[12].grad[0].any() and inputs[12].grad[1].abs().max() > 0
+    assert not inputs[12].grad[:2].any() and inputs[12].grad[2].abs().max() > 0  # slots 2 and 0
 
 
 @pytest.mark.parametrize("controlled", [False, True], ids=["plain", "motion"])
@@ -295,7 +348,7 @@ def test_what_a_program_cannot_hold_goes_to_the_separate_operators(
 
 
 def test_wins_only_where_that_was_measured(monkeypatch):
-    here = torch.device("cpu")
+    here = torch.device("cuda")
     shape = (2, 16, 4096, 8, 40, torch.float16, here)
     for name in ("default", *_compile.SHARED_LIMITS):
         with _launch.pretend(name):
@@ -338,7 +391,28 @@ def test_wins_on_the_gpu_of_the_tensor_and_not_on_the_current_one(monkeypatch):
     table = {"sm_90": {"frames16_heads8_d40_fp16": {"POSITIONS": 1}}}
     monkeypatch.setattr(operator, "_MEASURED", table)
     wins = lambda place: operator.wins(2, 16, 64, 8, 40, torch.float16, torch.device(place))
-    assert wins("cuda:1") and not wins("cuda:0") and not wins("cpu")
+    assert wins("cuda:1") and not wins("cuda:0")
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_wins_nowhere_but_on_a_gpu(place, monkeypatch):
+    """Whatever the GPU beside it is good at."""
+    table = {"sm_90": {"frames16_heads8_d40_fp16": {"POSITIONS": 1}}}
+    monkeypatch.setattr(operator, "_MEASURED", table)
+    wins = lambda name: operator.wins(2, 16, 64, 8, 40, torch.float16, torch.device(name))
+    with _launch.pretend("sm_90"):
+        assert wins("cuda")
+        assert not wins(place)
+
+
+@pytest.mark.parametrize("name", ["x", *operator._TENSORS[1:]])
+def test_a_cpu_takes_a_batch_of_any_one_tensor(name, cpu_rng):
+    """Beside others that are no batches, as when several weights are compared on one input."""
+    inputs = dict(zip(NAMES, sample((2, 3, 2, 2, 8), "cpu", cpu_rng), strict=True))
+    run = lambda tensor: temporal_block(**inputs | {name: tensor}, heads=2)
+    batch = torch.stack([inputs[name], 2 * inputs[name]])
+    got = torch.func.vmap(run)(batch)
+    torch.testing.assert_close(got, torch.stack([run(tensor) for tensor in batch]))
 
 
 def test_settings_are_those_of_the_gpu_of_the_input(cpu_rng, monkeypatch):
@@ -525,6 +599,8 @@ def test_says_what_a_gpu_cannot_hold(x):
 def test_padded_work_counts_all_that_is_multiplied():
     """The matrices of the weights of a position, and then its scores and what they weigh."""
     work = {case.shape: case.padded_work for case in operator.COMPILED}
+    heads = {case.shape: case.padded_head_dim for case in operator.COMPILED}
+    assert (heads["animatediff_64x64"], heads["zeroscope_36x20"]) == (48 / 40, 1.0)
     # 64 lines are four positions of 16 frames, each against all. 40 columns of a head are 48, and
     # that alone is what no kernel may exceed; all together it is more.
     done = 3 * 320 * 8 * 48 + 2 * 64 * 8 * 48 + 320 * 320

@@ -1,0 +1,26 @@
+"""What the tests of several kernels share."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture
+def mutate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[ModuleType, str, str, str], None]:
+    """Puts `instead` for the one `line` of an operator's interpreted kernel function."""
+
+    def put(operator: ModuleType, function: str, line: str, instead: str) -> None:
+        source = inspect.getsource(getattr(operator, function).fn)
+        assert source.count(line) == 1
+        path = tmp_path / "mutant.py"  # where the interpreter reads it
+        path.write_text(source.replace(line, instead))
+        scope = dict(vars(operator))
+        exec(compile(path.read_text(), path, "exec"), scope)  # noqa: S102
+        monkeypatch.setattr(operator, function, scope[function])
+
+    return put
