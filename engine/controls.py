@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
+from torch import Tensor
 
 from kinetiq.errors import RequestError
 from kinetiq.families import Site
-from kinetiq.inversion import ResolvedNoise
+from kinetiq.injection import Injection
+from kinetiq.inversion import ResolvedNoise, resolve_noise
 from kinetiq.moft_guidance import MoftGuidance, ResolvedMoftGuidance
 from kinetiq.motion_embedding import MotionEmbedding, ResolvedMotionEmbedding
 from kinetiq.motion_injection import (
@@ -71,6 +73,7 @@ def resolve_controls(
     sites: tuple[Site, ...],
     learned: Callable[[LearnedMotion], Learned] | None = None,
     guidance: Callable[[MoftGuidance], ResolvedMoftGuidance] | None = None,
+    inverted: Callable[[Source], Tensor] | None = None,
 ) -> ResolvedControls:
     """Resolve the controls of one request.
 
@@ -82,6 +85,7 @@ def resolve_controls(
         learned: makes data of a learned motion, for the request's clip; None: there is no model
             to do it by.
         guidance: likewise of a guidance.
+        inverted: likewise the noise [channels, frames, h, w] of a source.
 
     Raises:
         RequestError: something is not a control, two of a kind were asked for, or two bring noise.
@@ -97,6 +101,7 @@ def resolve_controls(
             )
         if name in resolved:
             raise RequestError(_two_of_a_kind(control))
+        noise: ResolvedNoise | None = None
         if isinstance(control, QueryInjection):
             resolved[name] = resolve_query_injection(control, encode(control.source), steps, sites)
         elif isinstance(control, MotionInjection):
@@ -109,13 +114,18 @@ def resolve_controls(
             raise RequestError("control: a learned motion needs the model of an Engine, got none")
         else:
             resolved[name], noise = learned(control)
-            if noise is not None and "noise" in resolved:
-                raise RequestError(
-                    "noise_prior: one control alone may bring its noise, since a clip starts from "
-                    "one, got two; set noise_prior=0 on one of them"
-                )
-            if noise is not None:
-                resolved["noise"] = noise
+        if isinstance(control, Injection) and control.noise_prior > 0.0:
+            if inverted is None:
+                raise RequestError("noise_prior: must be 0 without the model of an Engine")
+            found = inverted(control.source)
+            noise = resolve_noise(found, control.noise_prior, found.shape[1:])
+        if noise is not None and "noise" in resolved:
+            raise RequestError(
+                "noise_prior: one control alone may bring its noise, since a clip starts from "
+                "one, got two; set noise_prior=0 on one of them"
+            )
+        if noise is not None:
+            resolved["noise"] = noise
     return ResolvedControls(**resolved)
 
 

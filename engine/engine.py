@@ -26,6 +26,7 @@ from kinetiq.errors import (
 )
 from kinetiq.families import FAMILIES, Family
 from kinetiq.generation import Progress, denoise, in_order, is_out_of_memory, no_progress
+from kinetiq.inversion import invert
 from kinetiq.moft import MotionChannels, load_channels, reference_feature
 from kinetiq.moft_guidance import MoftGuidance, ResolvedMoftGuidance, resolve_moft_guidance
 from kinetiq.motion_embedding import (
@@ -82,12 +83,14 @@ class Makers:
         lora: the matrices of a LoRA.
         channels: the motion channels of a tap.
         features: of a clip at a number of frames, a height, a width and a tap.
+        inverted: the noise of a clip at a number of frames, a height and a width.
     """
 
     embedding: MakeBanks
     lora: MakeLoraBanks
     channels: Callable[[str], MotionChannels]
     features: Callable[[Clip, int, int, int, str], Tensor]
+    inverted: Callable[[Clip, int, int, int], Tensor]
 
 
 class Engine:
@@ -319,6 +322,7 @@ class Engine:
             self.denoiser.sites,
             lambda control: self._learned(control, shape, table.steps, make),
             lambda control: self._guidance(control, shape, table.steps, make),
+            lambda source: make.inverted(source.reference, frames, height, width),
         )
         return ResolvedRequest(
             prompt=request.prompt,
@@ -418,7 +422,13 @@ class Engine:
             with span("motion"), _room_for("motion: the features of a reference"):
                 return reference_feature(self.checkpoint, self.denoiser, latents, tap)
 
-        return Makers(of_embedding, of_lora, channels, features)
+        @functools.lru_cache(maxsize=_KEPT_SOURCES)
+        def inverted(clip: Clip, frames: int, height: int, width: int) -> Tensor:
+            latents = encode(Source(clip), frames, height, width).latents
+            with span("motion"), _room_for("motion: the inversion of a reference"):
+                return invert(self.checkpoint, self.denoiser, latents)
+
+        return Makers(of_embedding, of_lora, channels, features, inverted)
 
     @functools.cached_property
     def _skips(self) -> tuple[Skip, ...]:

@@ -107,6 +107,10 @@ class Injection:
         source_from: share of the steps, 0 to 1; until then the source row is no noisier than it
             will be there. At 0 it is as noisy as its readers, and in the first steps, where the
             motion is decided, shows hardly any of its own.
+        noise_prior: share of the reference's inverted noise (DDIM, `kinetiq.inversion`) in the
+            clip's initial noise, 0 to 1. That noise has the reference's motion in it before
+            anything is injected; finding it costs as much as a guided clip of 25 steps, once for
+            a reference and a size. It is the reference's own, whatever `source_seed` says.
     """
 
     reference: Clip = attrs.field(kw_only=False, validator=check_reference)
@@ -122,6 +126,7 @@ class Injection:
     source_noise: str = attrs.field(default="shared", validator=one_of("shared", "fresh"))
     source_seed: int | None = attrs.field(default=None, validator=_check_seed)
     source_from: float = attrs.field(default=0.0, validator=check_share)
+    noise_prior: float = attrs.field(default=0.0, validator=check_share)
 
     @property
     def source(self) -> Source:

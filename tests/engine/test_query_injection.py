@@ -8,6 +8,7 @@ import torch
 from stock import load_stock, predict_stock, record_projections, replaced_projections
 
 import kinetiq as kq
+from kinetiq import inversion
 from kinetiq.control_tensors import ControlTensors, QueryControl, no_injection
 from kinetiq.families import SiteKind
 from kinetiq.text import encode_prompts
@@ -234,6 +235,26 @@ def test_the_source_may_be_seen_as_what_its_reader_shows(engine, reference):
     assert not torch.equal(own, silent)
 
 
+def test_the_reference_may_give_the_initial_noise(engine, reference):
+    control = kq.QueryInjection(reference, until=0.0, noise_prior=0.5)
+    request = kq.Request("a red circle", control, frames=4, steps=4)
+    resolved = engine.resolve(request).controls.noise
+    clean = engine.encode(reference)
+    noise = inversion.invert(engine.checkpoint, engine.denoiser, clean)
+    torch.testing.assert_close(resolved.noise, noise / noise.std(correction=0))
+    assert resolved.share == 0.5
+    assert not torch.equal(latents_of(engine, control), latents_of(engine))
+
+
+def test_two_noises_are_refused(engine, reference):
+    both = [
+        kq.QueryInjection(reference, noise_prior=0.5),
+        kq.MotionInjection(reference, noise_prior=0.5),
+    ]
+    with pytest.raises(kq.RequestError, match="noise_prior: one control alone may bring its noise"):
+        latents_of(engine, both)
+
+
 def test_a_control_leaves_the_network_as_it_was(tiny_folder, family, reference):
     engine = kq.Engine.load(tiny_folder(family))
     network = engine.checkpoint.unet
@@ -261,6 +282,8 @@ def test_a_control_leaves_the_network_as_it_was(tiny_folder, family, reference):
     [
         ({"until": 1.5}, "until: must be a number from 0 to 1, got 1.5"),
         ({"until": float("nan")}, "until: must be a number from 0 to 1, got nan"),
+        ({"noise_prior": 2}, "noise_prior: must be a number from 0 to 1, got 2"),
+        ({"source_from": -0.1}, "source_from: must be a number from 0 to 1, got -0.1"),
         ({"alpha": -1}, "alpha: must be a number from 0 to 1, got -1"),
         ({"halves": "uncond"}, "halves: must be 'both' or 'cond', got 'uncond'"),
         ({"source_noise": "new"}, "source_noise: must be 'shared' or 'fresh', got 'new'"),
