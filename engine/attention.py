@@ -49,9 +49,9 @@ class Signal:
     """What the forward pass that is under way was given; written by the denoiser alone."""
 
     frames: int = 1
-    capture: KeyValueCapture | None = None
     controls: ControlTensors = ControlTensors()  # noqa: RUF009  frozen, so safe to share
     before_temporal: dict[str, Tensor] = field(default_factory=dict)  # by temporal transformer
+    capture: KeyValueCapture | None = None
 
 
 _PROJECTIONS = ("to_q", "to_k", "to_v")

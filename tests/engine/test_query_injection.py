@@ -119,9 +119,9 @@ def test_the_attention_sees_the_queries_of_the_source(engine, reference, monkeyp
     seen = []
     attend = operator._attend
 
-    def spy(query, key, *others):
+    def spy(query, key, *others, **options):
         seen.append((query, key))
-        return attend(query, key, *others)
+        return attend(query, key, *others, **options)
 
     monkeypatch.setattr(operator, "_attend", spy)
     latents_of(engine, kq.QueryInjection(reference, until=1.0), steps=1)
@@ -144,7 +144,9 @@ def queries_at_the_first_site(engine, monkeypatch, control):
     seen = []
     attend = operator._attend
     monkeypatch.setattr(
-        operator, "_attend", lambda q, *others: (seen.append(q), attend(q, *others))[1]
+        operator,
+        "_attend",
+        lambda q, *others, **options: (seen.append(q), attend(q, *others, **options))[1],
     )
     rows = 2 if control is None else 3
     latents_of(engine, control, steps=1)
@@ -194,7 +196,9 @@ def test_the_leak_reduced_queries_keep_the_clips_own_mean(engine, reference, mon
     seen = []
     attend = operator._attend
     monkeypatch.setattr(
-        operator, "_attend", lambda q, *others: (seen.append(q), attend(q, *others))[1]
+        operator,
+        "_attend",
+        lambda q, *others, **options: (seen.append(q), attend(q, *others, **options))[1],
     )
     latents_of(engine, steps=1)
     plain = next(q for q in seen if q.shape[0] == 2 * 4)
