@@ -5,11 +5,12 @@ when the README differs from the records; 2 for bad input.
 """
 
 import difflib
+import functools
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from kinetiq.bench.harness import (
     run_bench,
     unmet_needs,
 )
+from kinetiq.bench.parts import measure_parts, merge_folders
 from kinetiq.bench.records import Record, append_record, read_folder, read_records
 from kinetiq.bench.report import align, compare, render_comparison, render_readme, render_result
 from kinetiq.command_line import PlainGroup, say_error
@@ -106,12 +108,15 @@ def _measuring_options(function: _Function) -> _Function:
 
 
 def _bench_command(registry: Registry, name: str) -> click.Command:
+    parts: tuple[str, ...] = ()
     try:
-        summary = registry.load(name).summary
+        bench = registry.load(name)
+        summary, parts = bench.summary, bench.parts
     except WorkError as error:  # a bench that cannot be loaded must not take the others' help away
         summary = f"cannot run here: {error}"
 
     @click.command(name, help=summary, short_help=summary)
+    @_part_options(parts)
     @_measuring_options
     def run(
         as_json: bool,
@@ -121,12 +126,22 @@ def _bench_command(registry: Registry, name: str) -> click.Command:
         record: bool | None,
         results: Path | None,
         out: Path | None,
+        part: tuple[str, ...] = (),
+        merge: tuple[Path, ...] = (),
     ) -> None:
         bench = registry.load(name)
+        if part and merge:
+            raise RequestError(f"bench {name}: --merge must come without --part, got both")
         options = BenchOptions(quick, seed, choose_device(device), out)
         folder = _results_folder(results, record=record)
         targets = load_targets()
-        measured = _measure(bench, options, targets, device)
+        if merge:
+            measured = merge_folders(name, merge)
+        elif parts:
+            of_part = functools.partial(_measure_part, bench, options, targets, device)
+            measured = measure_parts(name, part or parts, of_part, out, say_error)
+        else:
+            measured = _measure(bench, options, targets, device)
         if as_json:
             click.echo(_json(measured.result))
         else:
@@ -135,6 +150,40 @@ def _bench_command(registry: Registry, name: str) -> click.Command:
         _keep(measured, folder)
 
     return run
+
+
+def _part_options(parts: tuple[str, ...]) -> Callable[[_Function], _Function]:
+    """The options of a bench that has parts; none for others."""
+
+    def add(function: _Function) -> _Function:
+        if not parts:
+            return function
+        part = click.option(
+            "--part",
+            type=click.Choice(parts),
+            multiple=True,
+            help="Measure this part alone; can be repeated. With --out, parts are recorded "
+            "together.",
+        )
+        merge = click.option(
+            "--merge",
+            type=_FOLDER,
+            multiple=True,
+            help="Measure nothing: join the records of parts in this folder; can be repeated.",
+        )
+        return part(merge(function))
+
+    return add
+
+
+def _measure_part(
+    bench: Bench,
+    options: BenchOptions,
+    targets: Mapping[str, Target],
+    asked_device: str | None,
+    part: str,
+) -> Record:
+    return _measure(bench, replace(options, part=part), targets, asked_device)
 
 
 def _all_command(registry: Registry) -> click.Command:
@@ -294,6 +343,8 @@ def _measure(
 def _command_line(name: str, options: BenchOptions, asked_device: str | None) -> str:
     """What makes the figures again: only options that have a say in them."""
     words = ["kinetiq", "bench", name]
+    if options.part is not None:
+        words += ["--part", options.part]
     if options.quick:
         words.append("--quick")
     if options.seed:

@@ -45,12 +45,14 @@ class BenchOptions:
         seed: where the bench's random choices start; same seed, same choices.
         device: "cpu", "cuda" or "cuda:N".
         out: folder for clips and plots that a bench makes on the way; None keeps none.
+        part: one of the bench's parts; None: all of it.
     """
 
     quick: bool = False
     seed: int = 0
     device: str = "cpu"
     out: Path | None = None
+    part: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,14 @@ class Bench:
         summary: one line for lists.
         run: measures; figures by their dotted names.
         needs: what the machine must have: "gpu", or packages by the name they are imported by.
+        parts: names of the parts that can be run for themselves; none if it is one whole.
     """
 
     name: str
     summary: str
     run: Callable[[BenchOptions, Progress], Mapping[str, float | Figure]]
     needs: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ BENCHES = Registry(
         "moft_cost": "kinetiq.bench.moft_cost",
         "kernels": "kinetiq.bench.kernels",
         "compile": "kinetiq.bench.compile",
+        "gpu": "kinetiq.bench.gpu",
     }
 )
 

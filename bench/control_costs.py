@@ -1,0 +1,257 @@
+"""What each control costs on the GPU at hand, and whether the engine is right there.
+
+Cost is the time of clips under a control over that of as many plain clips, sampled in turn, the
+VAE and what happens once a motion left out. MOFT guidance has the 25 steps that its window is laid
+out for, the others 5, of which 0.4 is exactly two.
+
+Right is what the CPU says: the embedded model's latents under every control, float32 within 1e-4
+of the largest value, bfloat16 with at most twice the error that the CPU makes in that type.
+A control that changes nothing cannot be right.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinetiq.bench.figures import Figure
+from kinetiq.bench.harness import BenchOptions, Progress
+from kinetiq.bench.measure import time_ratio
+from kinetiq.bench.steps import Budget, Outcome, Stage, Step, run_stages
+from kinetiq.bench.subjects import (
+    ANIMATEDIFF,
+    Subject,
+    embedded_subject,
+    full_size_subject,
+    random_embedding,
+    random_lora,
+)
+from kinetiq.moft_guidance import MoftGuidance
+from kinetiq.motion_injection import MotionInjection
+from kinetiq.query_injection import QueryInjection
+from kinetiq.sprites.cases import transfer_pairs
+
+STEPS, MOFT_STEPS = 5, 25
+MOTIONS = 8
+_BUILD = 45.0
+_CLOSE = {torch.float32: 1e-4}  # of the largest value
+_SLACK = 2.0  # times the CPU's error in a half type
+_SMALL = 0.005  # step of guidance: random features are far from any motion
+_WORDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+Controls = Callable[[Subject], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A control whose cost is measured.
+
+    Args:
+        name: of its figure, behind the subject's stem.
+        controls: for a subject: one for all clips, or a list of one each.
+        clips: how many.
+        steps: of the sampler.
+        seconds: that the measurement may take.
+    """
+
+    name: str
+    controls: Controls
+    clips: int = 1
+    steps: int = STEPS
+    seconds: float = 15.0
+
+
+def _query(subject: Subject) -> QueryInjection:
+    return QueryInjection(subject.reference, until=0.4)
+
+
+def _motion(subject: Subject) -> MotionInjection:
+    return MotionInjection(subject.reference)
+
+
+def _embedding(subject: Subject) -> Any:
+    return random_embedding(subject, 0)
+
+
+def _lora(subject: Subject) -> Any:
+    return random_lora(subject, 0)
+
+
+def _lora_with_highway(subject: Subject) -> Any:
+    return random_lora(subject, 0, highway="all")
+
+
+def _different_motions(subject: Subject) -> list[Any]:
+    return [random_embedding(subject, seed) for seed in range(MOTIONS)]
+
+
+def _moft(subject: Subject, **switches: Any) -> MoftGuidance:
+    return MoftGuidance(direction="left", step_size=_SMALL, **switches)
+
+
+CASES = (
+    Case("query_cost.one_target", _query),
+    Case("query_cost.four_targets", _query, 4, seconds=45.0),
+    Case("injection_cost.one_target", _motion),
+    Case("injection_cost.four_targets", _motion, 4, seconds=45.0),
+    Case("embedding_cost", _embedding),
+    Case("lora_cost", _lora),
+    Case("lora_cost_with_highway", _lora_with_highway),
+    Case("different_motions_cost", _different_motions, MOTIONS, seconds=75.0),
+    Case("moft_cost", _moft, steps=MOFT_STEPS, seconds=60.0),
+)
+COMPARED: dict[str, Case] = {
+    "plain": Case("plain", lambda _: None),
+    "query": Case("query", _query),
+    "query_leak_reduced": Case(
+        "query_leak_reduced", lambda s: QueryInjection(s.reference, reduce_leak=True)
+    ),
+    "motion": Case("motion", _motion, 2),
+    "embedding": Case("embedding", _embedding),
+    "lora": Case("lora", _lora),
+    "lora_with_highway": Case("lora_with_highway", _lora_with_highway),
+    "different_motions": Case("different_motions", _different_motions, MOTIONS),
+    "moft": Case("moft", _moft),
+    "moft_own_keys": Case("moft_own_keys", functools.partial(_moft, shared_keys_values=False)),
+}
+
+
+def measure_controls(options: BenchOptions, budget: Budget, progress: Progress) -> Outcome:
+    """Measure both models, and compare the GPU with the CPU."""
+    return run_stages(stages(options), options.device, budget, progress, "controls")
+
+
+def stages(options: BenchOptions) -> list[Stage]:
+    """What there is to measure, the most wanted first."""
+    device = options.device
+    kind = "gpu" if device.startswith("cuda") else "cpu"
+    repeats = 2 if options.quick else 5
+    reference = transfer_pairs(1)[0].reference
+    embedded = CASES[:3:2] if options.quick else CASES
+
+    def costs(stem: str, cases: Sequence[Case]) -> list[Step]:
+        return [
+            Step(
+                f"{stem}.{case.name}",
+                case.seconds,
+                functools.partial(cost, case=case, stem=stem, repeats=repeats),
+            )
+            for case in cases
+        ]
+
+    return [
+        Stage(
+            "animatediff",
+            _BUILD,
+            functools.partial(full_size_subject, ANIMATEDIFF, device, torch.float16),
+            costs("gpu", CASES),
+        ),
+        Stage(
+            "agreement",
+            15.0,
+            lambda: build_agreement(device, "cpu"),
+            [
+                Step(f"gpu.agreement.{name}", 15.0, functools.partial(agree, name=name))
+                for name in COMPARED
+            ],
+        ),
+        Stage(
+            "embedded",
+            10.0,
+            lambda: embedded_subject(device, reference()),
+            costs(f"{kind}.embedded", embedded),
+            gpu=False,
+        ),
+    ]
+
+
+def cost(subject: Subject, *, case: Case, stem: str, repeats: int) -> dict[str, Figure]:
+    """The time of clips under a control over that of plain ones."""
+    controls = case.controls(subject)
+    controlled = subject.resolve(subject.requests(case.clips, controls, steps=case.steps))
+    plain = subject.resolve(subject.requests(case.clips, steps=case.steps))
+    ratio = time_ratio(
+        lambda: subject.sample(controlled),
+        lambda: subject.sample(plain),
+        repeats=max(2, repeats // 2) if case.clips > 1 or case.steps > STEPS else repeats,
+        device=str(subject.device),
+    )
+    return {f"{stem}.{case.name}": ratio.figure}
+
+
+@dataclass(eq=False)
+class Agreement:
+    """The embedded model on two devices, in two types, and what disagreed so far.
+
+    Args:
+        tested: by type, where it is tried.
+        trusted: by type, where it is believed.
+        plain: latents without any control, by number of clips, where it is believed.
+        disagreeing: names of the controls that were wrong.
+        compared: names of those that were compared.
+    """
+
+    tested: dict[torch.dtype, Subject]
+    trusted: dict[torch.dtype, Subject]
+    plain: dict[int, Tensor] = field(default_factory=dict)
+    disagreeing: list[str] = field(default_factory=list)
+    compared: list[str] = field(default_factory=list)
+
+
+def build_agreement(tested: str, trusted: str) -> Agreement:
+    """The embedded model on both devices."""
+    reference = transfer_pairs(1)[0].reference()
+    one, other = (
+        {dtype: embedded_subject(device, reference, dtype) for dtype in _WORDS}
+        for device in (tested, trusted)
+    )
+    return Agreement(one, other)
+
+
+def agree(state: Agreement, *, name: str) -> dict[str, Figure]:
+    """How far the tested device is from the trusted one under a control, as shares of the largest.
+
+    Errors are those over all clips of the case, from the trusted device's float32.
+    """
+    case = COMPARED[name]
+    exact = _latents(state.trusted[torch.float32], case)
+    largest = float(exact.abs().max())
+    figures: dict[str, Figure] = {}
+    right = True
+    for dtype, word in _WORDS.items():
+        error = _apart(_latents(state.tested[dtype], case), exact) / largest
+        if dtype in _CLOSE:
+            allowed = _CLOSE[dtype]
+        else:
+            theirs = _apart(_latents(state.trusted[dtype], case), exact) / largest
+            allowed = _SLACK * theirs + torch.finfo(dtype).eps
+        figures[f"gpu.agreement.{name}.{word}"] = Figure(error, n=case.clips)
+        right = right and error <= allowed
+    if name != "plain":
+        if case.clips not in state.plain:
+            without = Case("plain", lambda _: None, case.clips)
+            state.plain[case.clips] = _latents(state.trusted[torch.float32], without)
+        changed = _apart(state.plain[case.clips], exact) / largest
+        right = right and changed > 10 * _CLOSE[torch.float32]
+    state.compared.append(name)
+    if not right:
+        state.disagreeing.append(name)
+        print(f"bench gpu: {name} disagrees: {figures}")  # noqa: T201  goes to standard error
+    count = Figure(len(state.disagreeing), n=len(state.compared))
+    return figures | {"gpu.agreement.disagreeing": count}
+
+
+def _latents(subject: Subject, case: Case) -> Tensor:
+    """[clips, channels, frames, h, w] on the CPU; convolutions do without TensorFloat-32."""
+    requests = subject.requests(case.clips, case.controls(subject), steps=case.steps)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return torch.stack(subject.sample(subject.resolve(requests))).cpu()
+
+
+def _apart(got: Tensor, wanted: Tensor) -> float:
+    error = float((got.double() - wanted.double()).abs().max())
+    return error if math.isfinite(error) else math.inf

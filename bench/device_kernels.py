@@ -1,0 +1,172 @@
+"""The table of kernels on the GPU at hand within a time budget, and which launch settings it had.
+
+What is measured is what `kinetiq.bench.kernels` measures, most telling cases first: of each
+operator the first case of AnimateDiff with all contestants, then every other site in bf16, then
+the other models' first cases, then fp16. Contestants that are compiled first take part while there
+is time for them and for all that follows.
+
+A launch setting is tuned where the launch file has an entry for this very architecture and key,
+taken over where it has one for an older architecture of the generation, else the rule's, which
+every GPU can run.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from kinetiq.bench import kernels
+from kinetiq.bench.figures import Figure
+from kinetiq.bench.harness import BenchOptions, Progress
+from kinetiq.bench.kernels import Line, Machine, Plan, Roof
+from kinetiq.bench.steps import NO_GPU, Budget, Outcome, in_short
+from kinetiq.kernels._launch import DEFAULT, Table, architecture, choosing, read_table
+from kinetiq.kernels._launch import LAUNCH_FILE as TABLE
+from kinetiq.kernels._launch import _nearest as nearest
+
+LAUNCH = "kernels: launch settings"
+_CASE, _COMPILED = 4.0, 40.0  # seconds that a case may take, and one with what is compiled first
+_TIMED = 1.0  # seconds of its rounds
+_NO_TIME = "no time was left to compile"
+_MAIN = "animatediff"
+_OPERATORS = {
+    "query_case": "query_attention",
+    "frame_case": "frame_attention",
+    "block_case": "temporal_block",
+    "feature_case": "motion_feature",
+    "step_case": "guided_step",
+}
+
+Asked = tuple[str, str]  # operator and key of the launch file
+
+
+def measure_kernels(options: BenchOptions, budget: Budget, progress: Progress) -> Outcome:
+    """Measure as many cases as there is time for; a case that failed is named and counted."""
+    outcome = Outcome()
+    if not options.device.startswith("cuda"):
+        plans = kernels.plan("cuda", quick=options.quick, seed=options.seed)
+        names = [LAUNCH, *(describe(plan) for plan in plans)]
+        outcome.leave_out(names, f"{NO_GPU} (the device is {options.device})")
+        return outcome
+    plans = kernels.plan(options.device, quick=options.quick, seed=options.seed)
+    with torch.cuda.device(options.device):
+        machine = Machine(options.device)
+        roof = machine.roof(sorted({plan.element for plan in plans}))
+        run_plans(plans, machine, roof, options, budget, outcome, progress)
+    return outcome
+
+
+def run_plans(
+    plans: Sequence[Plan],
+    machine: Machine,
+    roof: Roof,
+    options: BenchOptions,
+    budget: Budget,
+    outcome: Outcome,
+    progress: Progress,
+) -> None:
+    """Run the cases in their order while time lasts, and look at the settings they ask for."""
+    asked: dict[Asked, None] = {}
+    lines: list[Line] = []
+    failed: list[Line] = []
+    outcome.figures["kernels.roof.copy"] = Figure(roof.bytes_per_second / 1e9, unit="GB/s")
+    for element, rate in roof.flops_per_second.items():
+        outcome.figures[f"kernels.roof.{element}"] = Figure(rate / 1e12, unit="TFLOP/s")
+
+    def note(operator: str, key: str, found: dict[str, int]) -> dict[str, int]:
+        asked[operator, key] = None
+        return found
+
+    affordable = within(in_order(plans), budget, outcome)
+    shown = progress.track(affordable, "kernels", len(plans))
+    with choosing(note):
+        cases = kernels._run_all(shown, machine, roof, _TIMED)  # noqa: SLF001  one bench, two ways
+        for found in kernels._follow(cases, options.out):  # noqa: SLF001
+            lines += found
+            failed += [line for line in found if line.failed]
+            outcome.figures |= kernels.figures_of(found)
+    for line in failed:
+        name = f"kernels: {line.operator} {line.shape} {line.element}"
+        outcome.fail([name], f"{line.contestant}: {line.failed}")
+    if lines:
+        outcome.figures["kernels.failed"] = Figure(
+            len({(line.operator, line.shape, line.element) for line in failed}), n=len(plans)
+        )
+    if options.out is not None:
+        kernels._write(options.out, lines)  # noqa: SLF001
+    print(kernels.render(lines))  # noqa: T201  goes to standard error
+    try:
+        settings = sort_settings(list(asked), read_table(TABLE), architecture())
+    except (OSError, ValueError) as error:
+        outcome.fail([LAUNCH], in_short(error))
+        return
+    outcome.details["launch"] = settings
+    for word, names in settings.items():
+        outcome.figures[f"gpu.launch.{word}"] = Figure(len(names), n=max(1, len(asked)))
+
+
+def in_order(plans: Sequence[Plan]) -> list[Plan]:
+    """The most telling cases first; those alike stay in the order of the operators."""
+
+    def rank(plan: Plan) -> int:
+        if plan.element == "fp16":
+            return 3
+        if plan.uncompiled:
+            return 1
+        return 0 if _site(plan).startswith(_MAIN) else 2
+
+    return sorted(plans, key=rank)
+
+
+def within(plans: Sequence[Plan], budget: Budget, outcome: Outcome) -> Iterator[Plan]:
+    """Those that there is time for when their turn comes, compiled ones where time allows it."""
+    for place, plan in enumerate(plans):
+        if why := budget.refusal(_CASE):
+            outcome.leave_out([describe(plan)], why)
+            continue
+        rest = _CASE * (len(plans) - place - 1)
+        if not plan.uncompiled and budget.refusal(rest + _COMPILED):
+            outcome.leave_out([f"{describe(plan)}, compiled contestants"], _NO_TIME)
+            yield replace(plan, uncompiled=_NO_TIME)
+        else:
+            yield plan
+
+
+def describe(plan: Plan) -> str:
+    """A case in words before it is built."""
+    build = _partial(plan)
+    words = [value for value in build.args[1:] if isinstance(value, str)]
+    for name, value in build.keywords.items():
+        if value:
+            words.append(name if value is True else f"{name}={value}")
+    operator = _OPERATORS[build.func.__name__]
+    return " ".join(["kernels:", operator, _site(plan), *words, plan.element])
+
+
+def _site(plan: Plan) -> str:
+    site = _partial(plan).args[0]
+    return str(getattr(site, "name", site))
+
+
+def _partial(plan: Plan) -> functools.partial[object]:
+    assert isinstance(plan.build, functools.partial)
+    return plan.build
+
+
+def sort_settings(asked: Sequence[Asked], table: Table, name: str) -> dict[str, list[str]]:
+    """Which entries are tuned for this architecture, which are another's, which are the rule's.
+
+    Args:
+        asked: operators and keys that launches asked for.
+        table: the launch file.
+        name: of the architecture.
+    """
+    found: dict[str, list[str]] = {"tuned": [], "taken_over": [], "by_rule": []}
+    for operator, key in sorted(asked):
+        entries = table.get(operator, {})
+        place = nearest(name, entries)
+        has = place != DEFAULT and {key, "*"} & set(entries.get(place, {}))
+        word = "by_rule" if not has else "tuned" if place == name else "taken_over"
+        found[word].append(f"{operator} {key}")
+    return found

@@ -1,0 +1,170 @@
+"""Measurements that share a time budget: each runs if it can, and what does not run is named.
+
+A step says how long it may take, and begins only while that much time is left, so that a run ends
+when it was promised to. One that breaks is named with its error, and the next one goes on.
+"""
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kinetiq.bench.figures import Figure
+from kinetiq.bench.harness import Progress
+
+NO_GPU = "needs an NVIDIA GPU"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Seconds that a run may take, counted from now.
+
+    Args:
+        seconds: how many.
+        clock: seconds, monotonic.
+    """
+
+    seconds: float
+    clock: Callable[[], float] = time.perf_counter
+    began: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "began", self.clock())
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.began + self.seconds - self.clock()
+
+    def refusal(self, seconds: float) -> str:
+        """Why nothing of so many seconds is begun; empty if there is time for it."""
+        if seconds <= self.left:
+            return ""
+        return f"no time: may take {seconds:.0f} s, {max(self.left, 0.0):.0f} s were left"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One measurement.
+
+    Args:
+        name: what is unmeasured without it.
+        seconds: that it may take on a GPU of the H200's class.
+        run: measures, given what its stage has built.
+    """
+
+    name: str
+    seconds: float
+    run: Callable[[Any], Mapping[str, Figure]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Measurements of one thing, which is in memory while they run.
+
+    Args:
+        name: of the thing.
+        seconds: that building it may take.
+        build: makes it.
+        steps: measure it, in this order.
+        gpu: whether it needs a GPU.
+    """
+
+    name: str
+    seconds: float
+    build: Callable[[], Any]
+    steps: Sequence[Step]
+    gpu: bool = True
+
+
+@dataclass
+class Outcome:
+    """What a part of a bench found.
+
+    Args:
+        figures: by name.
+        unmeasured: name → why, of everything that was left out or broke.
+        failed: names of those that broke.
+        details: further findings for its file, ready for JSON.
+    """
+
+    figures: dict[str, Figure] = field(default_factory=dict)
+    unmeasured: dict[str, str] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def leave_out(self, names: Sequence[str], why: str) -> None:
+        """Name what was not begun."""
+        self.unmeasured |= dict.fromkeys(names, why)
+
+    def fail(self, names: Sequence[str], why: str) -> None:
+        """Name what broke."""
+        self.leave_out(names, why)
+        self.failed += names
+
+
+def run_stages(
+    stages: Sequence[Stage], device: str, budget: Budget, progress: Progress, label: str
+) -> Outcome:
+    """Build each stage in turn, run its steps, and let go of it.
+
+    Args:
+        stages: what to measure.
+        device: where.
+        budget: shared by all of them.
+        progress: shows how far it is.
+        label: of the progress.
+    """
+    outcome = Outcome()
+    for stage in progress.track(stages, label):
+        names = [step.name for step in stage.steps]
+        if stage.gpu and not device.startswith("cuda"):
+            outcome.leave_out(names, f"{NO_GPU} (the device is {device})")
+            continue
+        least = stage.seconds + min(step.seconds for step in stage.steps)
+        if why := budget.refusal(least):
+            outcome.leave_out(names, why)
+            continue
+        _run_stage(stage, budget, outcome)
+        free_memory(device)
+    return outcome
+
+
+def _run_stage(stage: Stage, budget: Budget, outcome: Outcome) -> None:
+    built: list[Any] = []
+    with _failing(outcome, [step.name for step in stage.steps]):
+        built.append(stage.build())
+    if not built:
+        return
+    for step in stage.steps:
+        if why := budget.refusal(step.seconds):
+            outcome.leave_out([step.name], why)
+            continue
+        with _failing(outcome, [step.name]):
+            outcome.figures |= step.run(built[0])
+        gc.collect()
+
+
+@contextlib.contextmanager
+def _failing(outcome: Outcome, names: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # one that breaks must not take the others' time away
+        outcome.fail(names, in_short(error))
+
+
+def in_short(error: BaseException) -> str:
+    """The class and the first line of an error."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def free_memory(device: str) -> None:
+    """Give back what nobody holds."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()

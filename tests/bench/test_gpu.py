@@ -1,0 +1,670 @@
+"""The bench of a GPU: what it measures is right on a CPU, and what it does not measure is named."""
+
+import functools
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+
+from kinetiq.bench import clips, command, control_costs, device_kernels, device_tests, gpu, kernels
+from kinetiq.bench import parts as joining
+from kinetiq.bench import subjects as models
+from kinetiq.bench.command import make_group
+from kinetiq.bench.figures import Figure, load_targets
+from kinetiq.bench.harness import Bench, BenchOptions, Progress, Registry
+from kinetiq.bench.records import read_records
+from kinetiq.bench.steps import Budget, Outcome, Stage, Step, run_stages
+from kinetiq.denoiser import EagerDenoiser
+from kinetiq.errors import InputError, MissingDependencyError, WorkError
+from kinetiq.request import Request
+
+SILENT = Progress()
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def full_size(family):
+    """The tiny network of a family as if it were a published one."""
+    config = tiny._ANIMATEDIFF if family == "animatediff" else tiny._UNET3D
+    text = (5, tiny.CROSS_WIDTH)
+    return models.FullSize("tiny", family, config, text, 3, 16, 16, vae=tiny._VAE)
+
+
+@functools.cache
+def subject_of(family="animatediff", dtype=torch.float32):
+    return models.full_size_subject(full_size(family), "cpu", dtype)
+
+
+def apart(got, wanted):
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+# Steps and their budget.
+
+
+def test_what_cannot_run_is_named_and_the_rest_goes_on():
+    clock = Clock()
+    seen = []
+
+    def spend(name, seconds, built):
+        seen.append((name, built))
+        clock.now += seconds
+        return {f"a.{name}": Figure(seconds)}
+
+    def broken(_):
+        raise ValueError("no luck\nat all")
+
+    def step(name, seconds, takes):
+        return Step(name, seconds, functools.partial(spend, name, takes))
+
+    stages = [
+        Stage("needy", 1.0, lambda: pytest.fail("built"), [step("needy", 1.0, 1)], gpu=True),
+        Stage(
+            "good",
+            1.0,
+            lambda: "good",
+            [step("one", 5.0, 4), Step("two", 5.0, broken), step("long", 99.0, 1)],
+            gpu=False,
+        ),
+        Stage("bad", 1.0, lambda: broken(None), [step("of_bad", 1.0, 1)], gpu=False),
+        Stage("brief", 1.0, lambda: "brief", [step("brief", 5.0, 5)], gpu=False),
+        Stage("late", 1.0, lambda: pytest.fail("built"), [step("late", 2.0, 1)], gpu=False),
+    ]
+    outcome = run_stages(stages, "cpu", Budget(11.0, clock), SILENT, "fake")
+    assert seen == [("one", "good"), ("brief", "brief")]
+    assert list(outcome.figures) == ["a.one", "a.brief"]
+    assert outcome.unmeasured == {
+        "needy": "needs an NVIDIA GPU (the device is cpu)",
+        "two": "ValueError: no luck",
+        "long": "no time: may take 99 s, 7 s were left",
+        "of_bad": "ValueError: no luck",
+        "late": "no time: may take 3 s, 2 s were left",
+    }
+    assert outcome.failed == ["two", "of_bad"]
+
+
+# The test suite in a process of its own.
+
+SUITE = """
+import os, time, pytest
+
+@pytest.mark.gpu
+def test_good(): pass
+
+@pytest.mark.gpu
+def test_bad(): assert 1 == 2
+
+@pytest.mark.gpu
+def test_skipped(): pytest.skip("no tool")
+
+@pytest.fixture
+def broken():
+    yield
+    raise RuntimeError("torn down")
+
+@pytest.mark.gpu
+def test_torn(broken): pass
+
+def test_unmarked(): raise SystemExit("it ran")
+
+@pytest.mark.gpu
+def test_last(): {last}
+
+@pytest.mark.gpu
+def test_after(): pass
+"""
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """Runs the marked tests of a checkout whose last but one does something."""
+
+    def run(last, seconds=60.0, files=None):
+        root = tmp_path / "checkout"
+        (root / "tests").mkdir(parents=True)
+        (root / "pyproject.toml").write_text(
+            '[tool.pytest.ini_options]\naddopts = "--no-such-plugin-here"\nmarkers = ["gpu: x", "slow: y"]\n'
+        )
+        for name, text in (files or {"test_it.py": SUITE.format(last=last)}).items():
+            (root / "tests" / name).write_text(text)
+        outcome = Outcome()
+        device_tests.run_selections(
+            root, tmp_path, "cuda", Budget(seconds), outcome, SILENT, device_tests.SELECTIONS[:1]
+        )
+        return outcome
+
+    return run
+
+
+def test_every_verdict_is_counted(suite, tmp_path):
+    outcome = suite(
+        "pass", files={"test_it.py": SUITE.format(last="pass"), "test_no.py": "import no_such"}
+    )
+    values = {name: figure.value for name, figure in outcome.figures.items()}
+    assert values == {
+        "gpu.tests.passed": 3,
+        "gpu.tests.failed": 3,
+        "gpu.tests.skipped": 1,
+        "gpu.tests.not_run": 0,
+    }
+    failed = {v["test"]: v["why"] for v in outcome.details["gpu"]["failed"]}
+    assert set(failed) == {
+        "tests/test_it.py::test_bad",
+        "tests/test_it.py::test_torn",
+        "tests/test_no.py",
+    }
+    assert failed["tests/test_it.py::test_bad"] == "assert 1 == 2"
+    assert failed["tests/test_it.py::test_torn"] == "RuntimeError: torn down"
+    assert "no_such" in failed["tests/test_no.py"]
+    (skipped,) = outcome.details["gpu"]["skipped"]
+    assert skipped["why"] == "no tool" and outcome.unmeasured == {}
+    assert "1 == 2" in (tmp_path / device_tests.LOG).read_text()
+
+
+def test_a_run_that_dies_or_takes_too_long_names_what_is_left(suite, tmp_path):
+    outcome = suite("os._exit(7)")
+    last, after = "tests/test_it.py::test_last", "tests/test_it.py::test_after"
+    failed = {v["test"]: v["why"] for v in outcome.details["gpu"]["failed"]}
+    assert failed[last] == "the process died here, exit status 7"
+    assert outcome.unmeasured == {after: "the process died before this test"}
+    assert outcome.figures["gpu.tests.not_run"].value == 1
+    assert outcome.figures["gpu.tests.failed"].value == 3
+
+
+def test_time_ends_a_run_and_all_that_it_started(tmp_path):
+    started = tmp_path / "started"
+    child = f"import pathlib, time; time.sleep(2); pathlib.Path({str(started)!r}).touch()"
+    words = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    with (tmp_path / "log").open("wb") as log:
+        status = device_tests.run_in_time([sys.executable, "-c", words], tmp_path, {}, log, 1.0)
+    assert status is None
+    torch.tensor(0)
+    import time
+
+    time.sleep(2.5)
+    assert not started.exists()
+
+
+def test_what_was_killed_within_a_line_keeps_its_other_lines(tmp_path):
+    path = tmp_path / "verdicts"
+    path.write_text(
+        '{"collected": ["a", "b", "c"]}\n{"test": "a", "outcome": "passed", "why": ""}\n'
+        '{"test": "a", "outcome": "failed", "why": "x"}\n{"test": "b", "outc'
+    )
+    collected, verdicts = device_tests.read_verdicts(path)
+    assert verdicts == [device_tests.Verdict("a", "failed", "x")]
+    assert device_tests.not_run(collected, verdicts) == ["b", "c"]
+
+
+def test_no_tests_are_no_measurement(suite):
+    outcome = suite("", files={"test_it.py": "def test_it(): pass\n"})
+    assert outcome.figures == {} and outcome.failed == ["tests: gpu"]
+    assert "pytest must find tests in tests, exit status 5" in outcome.unmeasured["tests: gpu"]
+
+
+def test_tests_see_the_gpu_that_was_asked_for(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "CUDA_VISIBLE_DEVICES" not in device_tests._environment("cuda")
+    assert device_tests._environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert device_tests._environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "5"
+
+
+# Kernels.
+
+
+def test_the_most_telling_cases_come_first_and_compile_while_there_is_time():
+    plans = device_kernels.in_order(kernels.plan("cuda", quick=False))
+    names = [device_kernels.describe(plan) for plan in plans]
+    assert len(set(names)) == len(names)
+    first = [name for name, plan in zip(names, plans, strict=True) if not plan.uncompiled][:5]
+    assert names[:5] == first and all("animatediff" in name for name in first)
+    assert names[0] == "kernels: query_attention animatediff_64x64 bf16"
+    assert names[-1].endswith("fp16")
+    assert "kernels: motion_feature animatediff region backward bf16" in names
+    clock, outcome = Clock(), Outcome()
+    some = [*plans[:3], plans[-1]]
+    seen = []
+    for plan in device_kernels.within(some, Budget(57.0, clock), outcome):
+        seen.append(plan)
+        clock.now += 40.0 if not plan.uncompiled else 9.0
+    # 57 s: the first compiles and leaves 16 s for the others, of which the last comes too late.
+    assert seen == [
+        some[0],
+        *(replace(plan, uncompiled=device_kernels._NO_TIME) for plan in some[1:3]),
+    ]
+    assert outcome.unmeasured == {
+        f"{names[1]}, compiled contestants": "no time was left to compile",
+        f"{names[2]}, compiled contestants": "no time was left to compile",
+        names[-1]: "no time: may take 4 s, 0 s were left",
+    }
+
+
+def test_a_case_gives_figures_and_its_settings_are_sorted(monkeypatch, tmp_path):
+    monkeypatch.setattr(device_kernels, "_TIMED", 0.01)
+    (plan,) = [p for p in kernels.plan("cpu", quick=True) if p.build.func is kernels.step_case]
+    roof = kernels.Roof(1e10, {"fp32": 1e11})
+    outcome = Outcome()
+    options = BenchOptions(out=tmp_path)
+
+    def run(plans):
+        device_kernels.run_plans(
+            plans, kernels.Machine("cpu"), roof, options, Budget(60.0), outcome, SILENT
+        )
+
+    run([plan])
+    assert outcome.figures["kernels.failed"].value == 0
+    assert outcome.figures["kernels.guided_step.embedded.fp32.ratio_to_usual"].value > 0
+    assert outcome.figures["kernels.roof.copy"].value == 10.0
+    assert (tmp_path / "kernels.ndjson").read_text().count("\n") >= 2
+    assert outcome.unmeasured == {} and set(outcome.details["launch"]) == {
+        "tuned",
+        "taken_over",
+        "by_rule",
+    }
+
+    def wrong(*given, **named):
+        case = kernels.step_case("embedded", *plan.build.args[1:])
+        return replace(
+            case, ways={**case.ways, kernels.OURS: case.ways[kernels.USUAL], kernels.USUAL: fail}
+        )
+
+    def fail():
+        raise RuntimeError("too slow")
+
+    run([replace(plan, build=functools.partial(wrong, *plan.build.args))])
+    assert outcome.figures["kernels.failed"].value == 1
+    assert outcome.failed == ["kernels: guided_step embedded fp32"]
+
+
+def test_settings_are_tuned_taken_over_or_the_rules():
+    one = {"BLOCK": 1}
+    table = {
+        "first": {"default": {"*": one}, "sm_90": {"d40": one}},
+        "second": {"default": {"*": one}, "sm_80": {"*": one}, "sm_86": {"d40": one}},
+        "third": {"default": {"*": one}},
+    }
+    asked = [("first", "d40"), ("first", "d80"), ("second", "d40"), ("third", "x")]
+    assert device_kernels.sort_settings(asked, table, "sm_90") == {
+        "tuned": ["first d40"],
+        "taken_over": [],
+        "by_rule": ["first d80", "second d40", "third x"],
+    }
+    assert device_kernels.sort_settings(asked, table, "sm_89") == {
+        "tuned": [],
+        "taken_over": ["second d40"],
+        "by_rule": ["first d40", "first d80", "third x"],
+    }
+
+
+# Full-size models, here tiny ones.
+
+
+@pytest.mark.parametrize("family", ["animatediff", "unet3d"])
+def test_ours_and_stock_sample_the_same_clips(family):
+    subject = subject_of(family)
+    stock = models.Stock(subject)
+    wanted = stock.clips(2, steps=3, latent=True)
+    got = torch.stack(subject.sample(subject.resolve(subject.requests(2, steps=3))))
+    assert apart(got, wanted) <= 1e-4
+    assert apart(got[0], wanted[1]) > 0.1
+    assert stock.clips(1, steps=1).shape[1:] == (3, 3, 16, 16)
+    assert subject.engine.denoiser.attached
+    assert subject.flops > 0
+
+
+def test_no_layer_is_without_a_say():
+    fresh = type(tiny.tiny_unet3d())(**tiny._UNET3D)  # its temporal convolutions end in zeros
+    assert [n for n, p in fresh.named_parameters() if p.ndim > 1 and not p.any()]
+    models.wake(fresh)
+    assert not [n for n, p in fresh.named_parameters() if p.ndim > 1 and not p.any()]
+
+
+def test_a_network_that_is_wrong_is_not_timed(monkeypatch):
+    exact = torch.linspace(-1, 1, 9)
+    usual = (exact + 1e-3).half()
+    models.require_as_good("x", (exact - 2e-3).half(), usual, exact)
+    with pytest.raises(
+        WorkError, match=r"x: our network must err at most 0\.00\d+ in torch.float16"
+    ):
+        models.require_as_good("x", (exact + 5e-3).half(), usual, exact)
+    with pytest.raises(WorkError, match="errs nan"):
+        models.require_as_good("x", torch.full_like(usual, torch.nan), usual, exact)
+    predict = EagerDenoiser.predict
+    monkeypatch.setattr(EagerDenoiser, "predict", lambda *given: 1.01 * predict(*given))
+    with pytest.raises(WorkError, match="tiny: our network must err"):
+        models.full_size_subject(full_size("animatediff"), "cpu", torch.float32)
+
+
+def test_clips_that_do_not_fit_together_are_not_timed_in_parts(monkeypatch):
+    subject = subject_of()
+    counts = iter([0, 1])
+    monkeypatch.setattr(models.Subject, "_exhausted", lambda _: next(counts))
+    with pytest.raises(WorkError, match="2 clips must fit into memory together"):
+        subject.sample(subject.resolve(subject.requests(2, steps=1)))
+
+
+def test_a_clip_against_stock_and_its_stages(monkeypatch):
+    monkeypatch.setattr(
+        clips.Machine, "roof", lambda *_: SimpleNamespace(flops_per_second={"fp32": 1e11})
+    )
+    bench = clips.Bench(subject_of(), "gpu.tiny", steps=2)
+    bench.ratios["stock_cudnn"] = Figure(0.001)
+    found = clips.against_usual(bench)
+    ours, theirs = (found[f"gpu.tiny.{w}seconds_per_clip"].value for w in ("", "stock."))
+    assert found["gpu.tiny.ratio_to_stock"].value == pytest.approx(theirs / ours)
+    assert found["gpu.tiny.ratio_to_stock_best"].value == 0.001
+    a_step = found["gpu.tiny.milliseconds_per_step"].value / 1e3
+    assert found["gpu.tiny.useful_tflops"].value == pytest.approx(
+        bench.subject.flops / a_step / 1e12
+    )
+    assert found["gpu.tiny.share_of_roof"].value == pytest.approx(
+        bench.subject.flops / a_step / 1e11
+    )
+    assert found["gpu.tiny.decode_seconds"].value > 0
+    assert "gpu.tiny.peak_memory" not in found  # that of a GPU is asked for
+
+
+def test_same_bits_are_told_from_others(monkeypatch):
+    bench = clips.Bench(subject_of(), "gpu.tiny", steps=2)
+    assert clips.determinism(bench)["gpu.tiny.same_bits"].value == 1
+    results = iter([[torch.zeros(2)], [torch.tensor([0.0, 1e-30])]])
+    monkeypatch.setattr(models.Subject, "sample", lambda *_: next(results))
+    assert clips.determinism(bench)["gpu.tiny.same_bits"].value == 0
+
+
+@pytest.mark.parametrize(("room", "wanted"), [(0, 1), (5, 4), (1000, clips.MOST)])
+def test_the_largest_batch_is_the_last_that_runs(monkeypatch, room, wanted):
+    clock = Clock()
+    monkeypatch.setattr(clips.time, "perf_counter", clock)
+
+    def run(count, steps):
+        clock.now += 0.5 * count + 2.0 * count * steps  # the VAE, and the steps
+        if count > max(room, 1):
+            raise torch.OutOfMemoryError("full")
+
+    bench = clips.Bench(subject_of(), "gpu.tiny", steps=25)
+    found = clips.largest(bench, "batch", run)
+    assert found["gpu.tiny.batch.clips"].value == wanted
+    assert found["gpu.tiny.batch.seconds_per_clip"].value == pytest.approx(0.5 + 2.0 * 25)
+
+
+def test_the_stages_are_those_of_the_issue_and_a_cpu_has_the_embedded_one_alone(monkeypatch):
+    stages = clips.stages(BenchOptions())
+    names = [step.name for stage in stages for step in stage.steps]
+    assert len(set(names)) == len(names)
+    assert [stage.name for stage in stages if not stage.gpu] == ["embedded"]
+    # A stage that begins within the budget, one after the other, and what compiles comes last.
+    assert stages[-1].steps[0].seconds >= 200
+    monkeypatch.setattr(
+        clips, "build_embedded", lambda _: clips.Bench(subject_of(), "cpu.embedded", 1)
+    )
+    outcome = clips.measure_clips(BenchOptions(), Budget(60.0), SILENT)
+    assert set(outcome.unmeasured) == set(names[3:]) and outcome.failed == []
+    assert set(outcome.figures) == {
+        "cpu.embedded.seconds_per_clip",
+        "cpu.embedded.same_bits",
+        "cpu.embedded.batch_8.seconds_per_clip",
+    }
+
+
+# Controls.
+
+
+@pytest.mark.parametrize("case", control_costs.CASES, ids=lambda case: case.name)
+def test_every_control_runs_beside_plain_clips(case, monkeypatch):
+    subject = subject_of()
+    rows = []
+    predict = EagerDenoiser.predict
+
+    def spy(denoiser, latents, *rest):
+        rows.append(len(latents))
+        return predict(denoiser, latents, *rest)
+
+    monkeypatch.setattr(EagerDenoiser, "predict", spy)
+    monkeypatch.setattr(control_costs, "time_ratio", lambda ours, plain, **_: (ours(), plain()))
+    seen = {}
+
+    def timed(ours, plain, **_):
+        for name, call in {"ours": ours, "plain": plain}.items():
+            rows.clear()
+            call()
+            seen[name] = list(rows)
+        return SimpleNamespace(figure=Figure(1.0))
+
+    monkeypatch.setattr(control_costs, "time_ratio", timed)
+    case = replace(case, steps=min(case.steps, 5))
+    found = control_costs.cost(subject, case=case, stem="gpu", repeats=2)
+    assert found == {f"gpu.{case.name}": Figure(1.0)}
+    assert seen["plain"] == [2 * case.clips] * 5
+    extra = {"query_cost": [1, 1, 0, 0, 0], "injection_cost": [1] * 5}.get(
+        case.name.partition(".")[0]
+    )
+    if extra:
+        assert seen["ours"] == [2 * case.clips + more for more in extra]
+
+
+def make_agreement(tested):
+    trusted = {dtype: subject_of(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return control_costs.Agreement(tested or trusted, trusted)
+
+
+@pytest.mark.parametrize("name", ["plain", "query", "motion", "embedding", "lora", "moft"])
+def test_a_device_that_agrees_does(name, monkeypatch):
+    monkeypatch.setattr(control_costs, "_SMALL", 0.5)
+    found = control_costs.agree(make_agreement(None), name=name)
+    assert found["gpu.agreement.disagreeing"].value == 0
+    assert found[f"gpu.agreement.{name}.fp32"].value == 0
+    assert found[f"gpu.agreement.{name}.bf16"].value > 0
+
+
+def test_a_device_that_does_not_agree_is_counted(monkeypatch):
+    wrong = replace(subject_of(), name="wrong")
+    sample = models.Subject.sample
+
+    def off(subject, requests):
+        scale = 1.001 if subject.name == "wrong" else 1.0
+        return [scale * latents for latents in sample(subject, requests)]
+
+    monkeypatch.setattr(models.Subject, "sample", off)
+    state = make_agreement({torch.float32: wrong, torch.bfloat16: subject_of(dtype=torch.bfloat16)})
+    found = control_costs.agree(state, name="plain")
+    assert found["gpu.agreement.plain.fp32"].value == pytest.approx(1e-3, rel=1e-2)
+    assert found["gpu.agreement.disagreeing"] == Figure(1, n=1)
+
+
+def test_a_control_that_does_nothing_is_not_right(monkeypatch):
+    idle = replace(control_costs.COMPARED["query"], controls=lambda _: None)
+    monkeypatch.setitem(control_costs.COMPARED, "query", idle)
+    state = make_agreement(None)
+    assert control_costs.agree(state, name="query")["gpu.agreement.disagreeing"].value == 1
+    assert state.disagreeing == ["query"]
+
+
+def test_random_motions_differ_and_have_a_say():
+    subject = subject_of()
+    (plain,) = subject.sample(subject.resolve(subject.requests(1, steps=2)))
+    makers = (models.random_embedding, models.random_lora)
+    for make in makers:
+        found = subject.sample(
+            subject.resolve(subject.requests(2, [make(subject, 0), make(subject, 1)], steps=2))
+        )
+        assert apart(found[0], plain) > 1e-4
+        (other,) = subject.sample(
+            subject.resolve([Request(**REQUEST, control=make(subject, 1), seed=0)])
+        )
+        assert apart(found[0], other) > 1e-4
+
+
+REQUEST = {
+    "prompt": "a red circle",
+    "steps": 2,
+    "guidance_scale": 7.5,
+    "frames": 3,
+    "height": 16,
+    "width": 16,
+    "sampler": "ddim",
+}
+
+
+# Parts of the bench.
+
+
+def measure_part(options, progress):
+    if options.part == "broken":
+        raise WorkError("bench fake: no luck")
+    return {
+        f"fake.{options.part}": Figure(options.seed + 1.0, 0.5, 9.0, n=2, unit="s"),
+        "query.identity_leak": 0.5,
+    }
+
+
+@pytest.fixture
+def invoke(monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "find_checkout", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    bench = Bench("fake", "has parts", measure_part, parts=("one", "two", "broken"))
+    monkeypatch.setitem(sys.modules, "fake_bench", SimpleNamespace(BENCH=bench))
+    group = make_group(Registry({"fake": "fake_bench"}))
+
+    def run(*words):
+        result = CliRunner().invoke(group, ["fake", "--device", "cpu", *words])
+        if result.exception is not None:
+            assert isinstance(result.exception, SystemExit), result.exception
+        return result
+
+    return run
+
+
+def test_records_of_parts_are_joined(invoke, tmp_path):
+    first = invoke("--part", "one", "--out", "d")
+    assert first.exit_code == 0 and "fake.two" not in first.stdout
+    second = invoke("--part", "two", "--seed", "4", "--out", "d", "--results", "r", "--json")
+    whole = json.loads(second.stdout)
+    assert whole["figures"] == {"fake.one": 1.0, "query.identity_leak": 0.5, "fake.two": 5.0}
+    assert whole["intervals"] == {"fake.one": [0.5, 9.0, 2], "fake.two": [0.5, 9.0, 2]}
+    assert whole["missed"] == ["query.identity_leak"]
+    assert whole["command"] == (
+        "kinetiq bench fake --part one --device cpu && kinetiq bench fake --part two --seed 4 --device cpu"
+    )
+    (record,) = read_records(tmp_path / "r" / "fake.jsonl")
+    assert record.figures == whole["figures"] and record.units == {"fake.one": "s", "fake.two": "s"}
+    (alone,) = read_records(tmp_path / "d" / "fake.two.jsonl")
+    assert "fake.one" not in alone.figures
+
+
+def test_merging_measures_nothing_and_a_newer_part_wins(invoke, tmp_path):
+    invoke("--part", "one", "--part", "two", "--out", "d")
+    invoke("--part", "one", "--seed", "7", "--out", "e")
+    for name, year in {"d/fake.one.jsonl": "2001", "e/fake.one.jsonl": "2002"}.items():
+        record = read_records(tmp_path / name)[0]
+        (tmp_path / name).write_text(
+            replace(record, date=f"{year}-01-01T00:00:00+00:00").line + "\n"
+        )
+    merged = json.loads(invoke("--merge", "e", "--merge", "d", "--json").stdout)
+    assert merged["figures"]["fake.one"] == 8.0 and merged["figures"]["fake.two"] == 1.0
+    assert invoke("--merge", "nothing").exit_code == 2
+    refused = invoke("--merge", "d", "--part", "one")
+    assert refused.exit_code == 2 and "--merge must come without --part" in refused.stderr
+
+
+def test_a_part_that_breaks_does_not_take_the_others_along(invoke):
+    result = invoke("--out", "d")
+    assert result.exit_code == 0 and "fake.two" in result.stdout
+    assert "bench fake: no luck" in result.stderr
+    assert invoke("--part", "broken").exit_code == 1
+    assert invoke("--part", "three").exit_code == 2
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(invoke, tmp_path):
+    (tmp_path / "file").touch()
+    result = invoke("--part", "broken", "--out", "file/x")
+    assert result.exit_code == 2 and "file/x: must be a folder, got:" in result.stderr
+
+
+def test_records_made_otherwise_are_not_joined(invoke, tmp_path):
+    invoke("--part", "one", "--part", "two", "--out", "d")
+    path = tmp_path / "d" / "fake.one.jsonl"
+    record = read_records(path)[0]
+    environment = {
+        **record.environment,
+        "machine": {**record.environment["machine"], "gpu": "NVIDIA H100"},
+    }
+    other = replace(record, environment=environment)
+    assert list(joining.differences(record, other)) == ["GPU"]
+    path.write_text(other.line + "\n")
+    with pytest.raises(InputError, match=r"must be made alike to be joined, GPU must be .*H100"):
+        joining.merge_folders("fake", [tmp_path / "d"])
+    result = invoke("--part", "two", "--out", "d", "--json")
+    assert "fake.one" not in json.loads(result.stdout)["figures"]
+    assert "one in d is left out: GPU must be None, got NVIDIA H100" in result.stderr
+
+
+# The bench itself.
+
+
+def test_what_measured_nothing_says_what_it_lacks(tmp_path, capsys):
+    for part in ("tests", "kernels"):
+        options = BenchOptions(quick=True, out=tmp_path, part=part)
+        with pytest.raises(
+            MissingDependencyError, match=f"bench gpu --part {part}: must measure something, .*GPU"
+        ):
+            gpu.measure(options, SILENT)
+        kept = json.loads((tmp_path / f"gpu_{part}.json").read_text())
+        assert kept["figures"] == {} and set(kept["unmeasured"].values()) == {
+            "needs an NVIDIA GPU (the device is cpu)"
+        }
+    assert "unmeasured tests: kernels: needs an NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_parts_that_measured_something_count_what_they_did_not(monkeypatch, capsys):
+    outcome = Outcome({"gpu.a": Figure(1.0)}, {f"x{n}": "no time" for n in range(50)}, ["x3"])
+    fakes = {"tests": lambda *_: Outcome(unmeasured={"y": "no"}), "clips": lambda *_: outcome}
+    monkeypatch.setattr(gpu, "PARTS", fakes)
+    figures = gpu.measure(BenchOptions(), SILENT)
+    assert {name: figure.value for name, figure in figures.items()} == {
+        "gpu.a": 1.0,
+        "gpu.clips.unmeasured": 50,
+        "gpu.clips.failed": 1,
+    }
+    assert "and 10 more, all of them in gpu_clips.json" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "PARTS", {"tests": lambda *_: Outcome()})
+    with pytest.raises(WorkError, match="must measure something, 0 unmeasured: there was nothing"):
+        gpu.measure(BenchOptions(device="cuda"), SILENT)
+
+
+def test_targets_are_of_figures_that_parts_have():
+    names = {name for name in load_targets() if name.startswith("gpu.")}
+    known = {f"gpu.{part}.failed" for part in ("kernels", "clips", "controls")}
+    known |= {f"{selection.stem}.failed" for selection in device_tests.SELECTIONS}
+    known |= {f"gpu.{case.name}" for case in control_costs.CASES} | {"gpu.agreement.disagreeing"}
+    for model in (models.ANIMATEDIFF, models.ZEROSCOPE):
+        for dtype in (torch.float16, torch.bfloat16):
+            stem = clips.stem_of(model, dtype)
+            known |= {
+                f"{stem}.{w}" for w in ("seconds_per_clip", "ratio_to_stock_best", "same_bits")
+            }
+    known.add("gpu.embedded.same_bits")
+    assert names <= known
+
+
+@pytest.mark.gpu
+def test_a_full_size_clip_on_a_gpu():
+    bench = clips.build_full_size(models.ANIMATEDIFF, "cuda", torch.float16)
+    short = replace(bench, steps=2)
+    found = clips.against_usual(short)
+    assert found["gpu.animatediff.fp16.peak_memory"].value > 2
+    assert clips.determinism(short)["gpu.animatediff.fp16.same_bits"].value == 1
