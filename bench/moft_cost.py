@@ -45,7 +45,7 @@ from kinetiq.denoiser import NO_CONTROLS
 from kinetiq.errors import WorkError
 from kinetiq.families import SiteKind
 from kinetiq.generation import denoise
-from kinetiq.moft import AXES, DIRECTIONS, Knots, MotionChannels
+from kinetiq.moft import AXES, DIRECTIONS, Knots, MotionChannels, middle
 from kinetiq.moft_guidance import (
     GuidedClip,
     MoftGuidance,
@@ -223,9 +223,10 @@ def released_gradient(
 
 
 def plain_loss(features: Tensor, guidance: ResolvedMoftGuidance) -> Tensor:
-    """Of features [frames, channels, h, w]: mean square from the wanted curve, over the frame."""
+    """Of features [frames, channels, h, w]: mean square from the wanted curve, in the middle."""
     (target,) = guidance.targets
-    curve = (features - features.mean(0))[:, target.channels].mean((2, 3))
+    moved = (features - features.mean(0))[:, target.channels].movedim(1, -1)
+    curve = middle(moved).mean((1, 2))
     return guidance.weight * (curve - target.wanted[:, 0]).square().mean()
 
 

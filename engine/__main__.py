@@ -49,12 +49,13 @@ sys.path[:] = [entry for entry in sys.path if Path(entry, "kernels").resolve() !
 CONTROLS = ("motion", "query", "both", "none")
 _SHARED = ("until", "halves", "region")
 _LEARNED = ("until", "halves", "motion_scale", "noise_prior")
+_GUIDING = ("moft_weight", "moft_step_size", "moft_window", "moft_tap")
 _SWITCHES = {  # of each kind of control: the options that it takes
     "motion": (*_SHARED, "parts"),
     "query": (*_SHARED, "sites", "reduce_leak"),
     "embedding": (*_LEARNED, "value_scale", "debias"),
     "lora": (*_LEARNED, "highway", "beta"),
-    "guidance": ("region", "speed"),
+    "guidance": ("region", "speed", *_GUIDING),
 }
 _SITE_WORDS = ("spatial", "temporal", "both")
 _DIRECTIONS = ("left", "right", "up", "down")
@@ -194,7 +195,7 @@ def demo(
 @click.option(
     "--speed",
     type=float,
-    help="Factor on the motion of a direction or a drag; 1 by default, 0 for stillness.",
+    help="Factor on the motion of a direction; 1 by default, 0 for stillness.",
 )
 @click.option(
     "--drag",
@@ -211,7 +212,20 @@ def demo(
     metavar="MASK[:MOTION]",
     help="Image, or for a --reference clip of as many frames, white where the motion is wanted. "
     "With a motion of its own, a direction or a clip (mask.png:right), gradients move that "
-    "region; as often as wanted.",
+    "region; as often as wanted. For gradients a mask should hug the shape and the path that it "
+    "is to take.",
+)
+@click.option("--moft-weight", type=float, help="How hard gradients pull; 10 by default.")
+@click.option("--moft-step-size", type=float, help="Of gradients; 0.5 by default.")
+@click.option(
+    "--moft-window",
+    metavar="A,B[,C]",
+    help="Shares of the steps between which gradients act, such as 0.12,0.48 (default). Of a "
+    "--drag three shares of the steps that remain: motion acts down to B, and that points look "
+    "the same from A to C; 0.76,0.72,0.2 by default.",
+)
+@click.option(
+    "--moft-tap", metavar="BLOCK", help="Whose output gradients compare; up_blocks.1 by default."
 )
 @fit_option("How clips to move like are brought to the clip's size; crop by default.")
 @motions_option(
@@ -272,6 +286,10 @@ def generate(
     speed: float | None,
     drags: tuple[str, ...],
     regions: tuple[str, ...],
+    moft_weight: float | None,
+    moft_step_size: float | None,
+    moft_window: str | None,
+    moft_tap: str | None,
     fit: str | None,
     motions: tuple[str, ...],
     motion_scale: float | None,
@@ -297,7 +315,7 @@ def generate(
     dtype: str | None,
     backend: str,
 ) -> None:
-    """Generate one clip, moving like a reference, as was learned, or where it is told to."""
+    """Generate one clip that moves as it is told to."""
     from kinetiq.clip import Clip, check_write, peek
     from kinetiq.engine import Engine
     from kinetiq.progress import progress_bars
@@ -333,6 +351,10 @@ def generate(
         "halves": halves,
         "region": region,
         "speed": speed,
+        "moft_weight": moft_weight,
+        "moft_step_size": moft_step_size,
+        "moft_window": None if moft_window is None else _parse_window(moft_window, bool(drags)),
+        "moft_tap": moft_tap,
         "motion_scale": motion_scale,
         "value_scale": value_scale,
         "debias": debias,
@@ -785,8 +807,8 @@ def analyze_temporal(
     "regions",
     type=PATH,
     multiple=True,
-    help="Image, or clip of as many frames, white where curves are wanted; several times for "
-    "several regions, the whole frame without.",
+    help="Image, or clip of as many frames, white where curves are wanted: it should hug what "
+    "moves and its path; several times for several regions, the middle of the frame without.",
 )
 @click.option("--tap", help="Block whose output is read, such as up_blocks.1 (default).")
 @click.option("--share", type=float, help="Of the channels that are kept; 0.04 by default.")
@@ -892,11 +914,12 @@ def analyze_moft(
         words = moft_analysis.describe_channels(channels, moft.SHARE)
     else:
         said, words = moft_analysis.as_json(found), moft_analysis.describe(found)
+    text = json.dumps(said, indent=2, allow_nan=False)
     if found is not None and out is not None:
-        write_text(out / moft_analysis.REPORT, json.dumps(said, indent=2) + "\n", "analyze")
+        write_text(out / moft_analysis.REPORT, text + "\n", "analyze")
         moft_analysis.draw(found, out / moft_analysis.PICTURE)
         words += f"\nmoft.png and moft.json are in {click.format_filename(out)}"
-    click.echo(json.dumps(said, indent=2) if as_json else words)
+    click.echo(text if as_json else words)
 
 
 @main.command()
@@ -1040,7 +1063,13 @@ def _build_controls(
         noise_is_brought |= motion.noise is not None
         controls.append(attrs.evolve(motion, **taken))
     if guiding:
-        taken = {name: value for name, value in values.items() if name in _SWITCHES["guidance"]}
+        taken = {
+            name.removeprefix("moft_"): value
+            for name, value in values.items()
+            if name in _SWITCHES["guidance"]
+        }
+        if guided["points"] and "window" in taken:
+            taken["drag_window"] = taken.pop("window")
         if guided["regions"] and controls:
             taken.pop("region", None)  # it is theirs: each region of a guidance has its own
         controls.append(_build_guidance(guided, taken))
@@ -1100,9 +1129,10 @@ def _require_takers(given: Mapping[str, Any], chosen: str, kinds: tuple[str, ...
             continue
         option = f"generate: --{name.replace('_', '-')} acts with"
         if takers == ["guidance"]:
-            raise RequestError(
-                f"{option} --direction, --drag or --region MASK:DIRECTION, got none of them"
-            )
+            guides = "--moft, --direction, --drag or --region MASK:MOTION"
+            if name == "speed":
+                guides = "--direction or --region MASK:DIRECTION"
+            raise RequestError(f"{option} {guides}, got none of them")
         steered = [kind for kind in takers if kind in CONTROLS]
         if steered:
             raise RequestError(
@@ -1187,6 +1217,15 @@ def _parse_drag(words: str) -> tuple[tuple[float, float], tuple[float, float]]:
         raise RequestError(f"generate: --drag must be X,Y:X,Y such as 20,30:40,30, got {words!r}")
     x0, y0, x1, y1 = map(float, found.groups())
     return (x0, y0), (x1, y1)
+
+
+def _parse_window(words: str, drags: bool) -> tuple[float, ...]:
+    count, form = (3, "A,B,C such as 0.76,0.72,0.2") if drags else (2, "A,B such as 0.12,0.48")
+    shares = words.split(",")
+    if len(shares) != count or not all(re.fullmatch(_NUMBER, share) for share in shares):
+        of = "with --drag" if drags else "without --drag"
+        raise RequestError(f"generate: --moft-window must be {form} {of}, got {words!r}")
+    return tuple(map(float, shares))
 
 
 def _read_region(path: Path, where: str = "generate") -> "np.ndarray":

@@ -56,6 +56,7 @@ MAX_CLIPS = 8
 _DECODED_FRAMES = 16  # frames the VAE decodes at a time, as diffusers does
 _KEPT_SOURCES = 16  # encoded references, prompts and learned motions that one call keeps
 _KEPT_PROMPTS = 256
+_KEPT_FEATURES = 4  # of references: each may be as large as a network's activations
 _KEPT_MOTIONS = 16
 
 
@@ -214,7 +215,8 @@ class Engine:
             on_error: "raise" what goes wrong when its turn comes, or "return" it in the clip's
                 place and go on.
             max_clips: clips in a batch.
-            progress: told of ("denoising" or "decoding", done, total).
+            progress: told of ("denoising" or "decoding", done, total), and where a guidance needs
+                it, before, of ("calibrating" or "inverting", done, total).
         """
         if on_error not in ("raise", "return"):
             raise RequestError(f"on_error: must be 'raise' or 'return', got {on_error!r}")
@@ -256,7 +258,7 @@ class Engine:
                 return encode_prompts(self.checkpoint, [prompt])[0]
 
         encode_reference = self._reference_encoder()
-        make = self._makers(encode_reference)
+        make = self._makers(encode_reference, progress)
 
         def resolve_all() -> Iterator[tuple[int, ResolvedRequest | KinetiqError]]:
             for index, request in enumerate(requests):
@@ -397,7 +399,7 @@ class Engine:
 
         return encode
 
-    def _makers(self, encode: Encode) -> Makers:
+    def _makers(self, encode: Encode, progress: Progress = no_progress) -> Makers:
         """Bring motions to the network, each once: embeddings and references a size."""
         network, family, sites = self.checkpoint.unet, self.family, self.denoiser.sites
 
@@ -413,14 +415,20 @@ class Engine:
 
         @functools.cache
         def channels(tap: str) -> MotionChannels:
-            with span("motion"), _room_for("motion: the pans that show a tap's channels"):
-                return load_channels(self.checkpoint, self.denoiser, tap)
+            pans = (
+                "motion: the pans that show a tap's channels, one by one at the model's own size,"
+            )
+            with span("motion"), _room_for(pans, "try bfloat16 or float16, or another device"):
+                return load_channels(self.checkpoint, self.denoiser, tap, progress=progress)
 
-        @functools.lru_cache(maxsize=_KEPT_SOURCES)
+        @functools.lru_cache(maxsize=_KEPT_FEATURES)
         def features(clip: Clip, frames: int, height: int, width: int, tap: str) -> Tensor:
             latents = encode(Source(clip), frames, height, width).latents
-            with span("motion"), _room_for("motion: the features of a reference"):
-                return reference_feature(self.checkpoint, self.denoiser, latents, tap)
+            advice = "ask for fewer frames or a smaller size"
+            with span("motion"), _room_for("motion: the features of a reference", advice):
+                return reference_feature(
+                    self.checkpoint, self.denoiser, latents, tap, progress=progress
+                )
 
         @functools.lru_cache(maxsize=_KEPT_SOURCES)
         def inverted(clip: Clip, frames: int, height: int, width: int) -> Tensor:
@@ -486,14 +494,14 @@ class Engine:
 
 
 @contextmanager
-def _room_for(what: str) -> Iterator[None]:
+def _room_for(what: str, advice: str = "ask for a smaller size") -> Iterator[None]:
     """Say it in words when memory runs out in the block."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise WorkError(f"{what} must fit in memory, and do not; ask for a smaller size") from error
+        raise WorkError(f"{what} must fit in memory, and do not; {advice}") from error
 
 
 def read_defaults(checkpoint: Checkpoint, family: Family, vae_scale: int) -> Defaults:

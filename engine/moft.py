@@ -194,7 +194,8 @@ class MotionChannels:
     def slopes(self, curve: Tensor) -> dict[str, float]:
         """How a curve over all channels, [frames, channels], grows along each axis, in pans.
 
-        1 is a pan along the second direction of `AXES`, -1 one along the first.
+        Of a mean over the middle, as pans were read, 1 is a pan along the second direction of
+        `AXES`, -1 one along the first.
         """
         grown = {}
         for axis, (back, forth) in AXES.items():
@@ -264,6 +265,13 @@ def middle(features: Tensor) -> Tensor:
     return features
 
 
+def middle_area(height: int, width: int) -> Tensor:
+    """Weights of a mean over what `middle` keeps: [h, w] on the CPU, 1 there and 0 elsewhere."""
+    area = torch.zeros(height, width)
+    middle(area[..., None]).fill_(1.0)
+    return area
+
+
 def middle_curve(features: Tensor, channels: Tensor | None = None) -> Tensor:
     """The motion feature as a mean over the middle of the map.
 
@@ -299,7 +307,8 @@ def reference_features(
     """What the tap makes of clips at little noise.
 
     DDIM of `STEPS` steps is taken back from the clean latents to the step whose timestep is nearest
-    to `depth`, and no further; there the network is run to the tap.
+    to `depth`, and no further; there the network is run to the tap. Where memory runs out, fewer
+    clips are read at a time.
 
     Args:
         checkpoint: the model.
@@ -326,6 +335,23 @@ def reference_features(
     found = find_tap(checkpoint.unet, tap)
     rows = _rows_back(checkpoint, depth)
     text = encode_prompts(checkpoint, [""]).to(latents.device, checkpoint.dtype)
+
+    def read(part: Tensor) -> Tensor:
+        return _read_features(checkpoint, denoiser, part, text, rows, found, progress)
+
+    return _in_parts(latents, read)
+
+
+def _read_features(
+    checkpoint: Checkpoint,
+    denoiser: Denoiser,
+    latents: Tensor,
+    text: Tensor,
+    rows: Sequence[SamplerRow],
+    tap: Tap,
+    progress: Callable[[str, int, int], None],
+) -> Tensor:
+    """Take `rows` back from clean latents, and run the network to the tap."""
     text = text.expand(len(latents), -1, -1)
     sample = latents.float()
     for done, row in enumerate(rows, start=1):
@@ -335,9 +361,34 @@ def reference_features(
         _require_finite(sample, f"step {done} of {len(rows)} of the inversion")
         progress("inverting", done, len(rows))
     given = sample.to(checkpoint.dtype)
-    features = denoiser.features(given, timestep, text, NO_CONTROLS, found.name).float()
-    _require_finite(features, f"the output of {found.name}")
+    features = denoiser.features(given, timestep, text, NO_CONTROLS, tap.name).float()
+    _require_finite(features, f"the output of {tap.name}")
     return features
+
+
+def _in_parts(latents: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `read` makes of all clips, in smaller parts where memory runs out.
+
+    A clip that does not fit alone raises what the allocation raised.
+    """
+    from kinetiq.generation import is_out_of_memory  # not above: it loads guidance, which loads us
+
+    made, left, size = [], latents, len(latents)
+    while len(left):
+        part = left[:size]
+        try:
+            made.append(read(part))
+        except RuntimeError as error:
+            if len(part) == 1 or not is_out_of_memory(error):
+                raise
+        else:
+            left = left[len(part) :]
+            continue
+        # Behind the handler, which would hold on to what did not fit.
+        size = (len(part) + 1) // 2
+        if latents.is_cuda:
+            torch.cuda.empty_cache()
+    return torch.cat(made) if len(made) > 1 else made[0]
 
 
 def reference_feature(

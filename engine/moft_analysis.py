@@ -6,17 +6,17 @@ the curves of the motion channels over the frames, as means over regions.
 
 A component along an axis grows over the frames in pans along the second direction of that axis, so
 its slope says where a region goes. Slopes are given in pans: at 1 the component changes as in a pan
-by `kinetiq.moft.TRAVEL` of the frame, at -1 as in one the other way.
+by `kinetiq.moft.TRAVEL` of the frame, at -1 as in one the other way. Pans are read in the middle
+half of the frame, and so is a clip where no region is asked for.
 
-How far the feature can be trusted on a network is measured by three more: how well a feature's
-nearest neighbours share its motion, whether channels of other pans are the same, and how much is
-left in a clip that stands still.
+Whether the channels can be trusted is told by how alike those are that were found on other pans;
+`kinetiq bench moft` measures what else the feature knows.
 
 Source: Xiao et al., "Video Diffusion Models are Training-free Motion Interpreter and Controller",
 arXiv:2405.14864, sec. 3.2.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,20 +28,19 @@ from torch import Tensor
 
 from kinetiq.clip import Clip
 from kinetiq.engine import Engine
-from kinetiq.errors import ClipError, MissingDependencyError, OutputError, RequestError, ShapeError
+from kinetiq.errors import ClipError, MissingDependencyError, OutputError, RequestError
 from kinetiq.files import check_target, replacing
 from kinetiq.generation import Progress, no_progress
 from kinetiq.injection import resolve_region
 from kinetiq.moft import (
     AXES,
     DEPTH,
-    DIRECTIONS,
     SHARE,
     TRAVEL,
     MotionChannels,
+    align,
     load_channels,
-    middle,
-    middle_curve,
+    middle_area,
     moft,
     principal_components,
     reference_feature,
@@ -51,8 +50,7 @@ from kinetiq.request import Request
 
 PICTURE = "moft.png"
 REPORT = "moft.json"
-WHOLE = "whole"
-STILL = "still"
+MIDDLE = "middle"
 COUNTED_FROM = 16
 """Channels of a set from which on its agreement with another is their overlap."""
 
@@ -91,7 +89,7 @@ class MoftAnalysis:
         colours: [frames, h, w, 3], the first principal components, each over its own range, 0 to 1.
         explained: share of the variance that each of these has.
         maps: for each axis, [frames, h, w], the component along it.
-        regions: the whole, or those that were asked for.
+        regions: the middle, or those that were asked for.
     """
 
     channels: MotionChannels
@@ -128,7 +126,10 @@ def analyze_moft(
         engine: with the model.
         reference: is brought to the size.
         regions: masks by name, [height, width] or [frames, height, width] of any size, 1 where the
-            region is; a mask that is None, or no regions: the whole frame.
+            region is, with something of it in every frame; a mask that is None, or no regions:
+            the middle half of the frame, where the pans are read that slopes are counted in. A mask
+            should hug what moves and its path: the more it holds of what stands still, the smaller
+            its slopes.
         tap: a block; `kinetiq.taps.DEFAULT_TAP` if None.
         share: of the channels that are kept, for each axis.
         depth: share of the timesteps at which features are read.
@@ -156,8 +157,8 @@ def analyze_moft(
     size = (asked.latent_height * engine.vae_scale, asked.latent_width * engine.vae_scale)
     clip = reference.resample(asked.frames).resize(*size)
     masks = {
-        name: _read_mask(mask, (asked.frames, *size))
-        for name, mask in (regions or {WHOLE: None}).items()
+        name: _read_mask(name, mask, (asked.frames, *size))
+        for name, mask in (regions or {MIDDLE: None}).items()
     }
     channels = load_channels(engine.checkpoint, engine.denoiser, tap, progress=progress)
     selected = channels.select(share=share)
@@ -200,16 +201,29 @@ def content_free_colours(moved: Tensor) -> tuple[Tensor, tuple[float, ...]]:
     return (0.5 + 0.5 * values / largest).float(), tuple(shares.tolist())
 
 
-def _read_mask(mask: Any, shape: tuple[int, int, int]) -> Tensor:
+def _read_mask(name: str, mask: Any, shape: tuple[int, int, int]) -> Tensor | None:
     region = resolve_region(mask, shape)
-    return torch.ones(shape) if region is None else region
+    if region is None:
+        return None
+    empty = [frame for frame, there in enumerate(region.flatten(1).any(1).tolist()) if not there]
+    if empty:
+        raise RequestError(
+            f"region: {name} must hold at least one place in every frame, got none in frame "
+            f"{empty[0]}, counted from 0"
+        )
+    return region
 
 
 def _region_motion(
-    name: str, mask: Tensor, moved: Tensor, channels: MotionChannels, selected: Tensor
+    name: str, mask: Tensor | None, moved: Tensor, channels: MotionChannels, selected: Tensor
 ) -> RegionMotion:
     """Means of a motion feature [frames, h, w, channels] over a mask [frames, h', w']."""
-    here = F.interpolate(mask[:, None].float(), moved.shape[1:3], mode="area")[:, 0, ..., None]
+    frames, height, width = moved.shape[:3]
+    if mask is None:
+        here = middle_area(height, width).expand(frames, 1, -1, -1)
+    else:
+        here = F.interpolate(mask[:, None].float(), (height, width), mode="area")
+    here = here[:, 0, ..., None]
     mean = (moved * here).sum((1, 2)) / here.sum((1, 2))
     return RegionMotion(
         name=name,
@@ -223,31 +237,6 @@ def _region_motion(
 def strength(moved: Tensor) -> float:
     """Root mean square of a motion feature of any shape: 0 for one of a clip that stands still."""
     return float(moved.double().square().mean().sqrt())
-
-
-def neighbour_agreement(features: Sequence[Tensor], classes: Sequence[Hashable]) -> float:
-    """Share of clips whose nearest neighbour among the others is of their class.
-
-    The distance is Euclidean, over all that a feature holds.
-
-    Args:
-        features: one a clip, all of one shape.
-        classes: the true motion of each.
-
-    Raises:
-        ShapeError: there are less than two, or not as many classes.
-    """
-    if len(features) < 2 or len(features) != len(classes):
-        raise ShapeError(
-            "neighbour_agreement: must be given at least 2 features and a class of each, got "
-            f"{len(features)} and {len(classes)}"
-        )
-    points = torch.stack([feature.flatten().double() for feature in features])
-    distance = torch.cdist(points, points)
-    distance.fill_diagonal_(torch.inf)
-    nearest: list[int] = distance.argmin(1).tolist()
-    hits = [classes[one] == classes[other] for one, other in enumerate(nearest)]
-    return sum(hits) / len(hits)
 
 
 @dataclass(frozen=True)
@@ -275,75 +264,6 @@ def channel_agreement(
         [channels.loadings[axis].argsort().argsort().double() for channels in (one, other)]
     )
     return Agreement("rank", float(torch.corrcoef(ranks)[0, 1]))
-
-
-@dataclass(frozen=True)
-class FeatureJudgement:
-    """How well motion can be read off the features of clips whose motion is known.
-
-    All are read as means over the middle of the map.
-
-    Args:
-        still: strength of the motion feature of clips that stand still, over that of the others; 0
-            if it is nothing, None without clips of both kinds.
-        signs: share of the others whose larger slope is along the axis, and has the sign, of their
-            direction.
-        neighbours: `neighbour_agreement` of the others by the motion feature.
-        raw_neighbours: likewise by the feature as it is, with content and all channels.
-    """
-
-    still: float | None
-    signs: float
-    neighbours: float
-    raw_neighbours: float
-
-
-def judge_features(
-    features: Tensor, motions: Sequence[str], channels: MotionChannels, share: float = SHARE
-) -> FeatureJudgement:
-    """Compare what features say of the motion of clips with what it is.
-
-    Args:
-        features: of the clips, [clips, frames, h, w, channels]; see
-            `kinetiq.moft.reference_features`.
-        motions: of each: one of `kinetiq.moft.DIRECTIONS`, or "still".
-        channels: the motion channels of the model.
-        share: of the channels that are kept, for each axis.
-
-    Raises:
-        RequestError: a motion is another.
-        ShapeError: there are less than two that move, or not as many motions.
-    """
-    unknown = sorted(set(motions) - {*DIRECTIONS, STILL})
-    if unknown:
-        raise RequestError(
-            f"judge_features: motions must be {', '.join(DIRECTIONS)} or {STILL}, got {unknown}"
-        )
-    if len(features) != len(motions):
-        raise ShapeError(
-            f"judge_features: must be given the motion of each clip, got {len(motions)} for "
-            f"{len(features)}"
-        )
-    moving = [place for place, motion in enumerate(motions) if motion != STILL]
-    resting = [place for place, motion in enumerate(motions) if motion == STILL]
-    selected = channels.select(share=share)
-    whole = middle_curve(features.cpu())
-    raw = middle(features.cpu()).mean((-3, -2))
-    classes = [motions[place] for place in moving]
-    chosen = whole[..., selected]
-    return FeatureJudgement(
-        still=strength(chosen[resting]) / strength(chosen[moving]) if resting and moving else None,
-        neighbours=neighbour_agreement(list(chosen[moving]), classes),
-        raw_neighbours=neighbour_agreement(list(raw[moving]), classes),
-        signs=sum(_direction(channels.slopes(whole[place])) == motions[place] for place in moving)
-        / len(moving),
-    )
-
-
-def _direction(slopes: Mapping[str, float]) -> str:
-    """The direction of the larger slope."""
-    axis = max(slopes, key=lambda axis: abs(slopes[axis]))
-    return AXES[axis][slopes[axis] > 0.0]
 
 
 def as_json(analysis: MoftAnalysis) -> dict[str, Any]:
@@ -416,7 +336,10 @@ def describe_channels(channels: MotionChannels, share: float) -> str:
 
 def _slope_words() -> str:
     back, forth = (" or ".join(ways) for ways in zip(*AXES.values(), strict=True))
-    return f"a slope of 1 is that of a pan {forth} by {TRAVEL:g} of the frame, of -1 one {back}"
+    return (
+        f"a slope of 1 is that of a pan {forth} by {TRAVEL:g} of the frame in its middle, "
+        f"of -1 one {back}"
+    )
 
 
 def _table(regions: Sequence[RegionMotion]) -> list[str]:
@@ -483,9 +406,16 @@ _AXIS_COLOURS = {"horizontal": "#1f6f8b", "vertical": "#c2452d"}
 
 
 def _draw_maps(part: Any, analysis: MoftAnalysis) -> None:
-    """A row of frames each: the clip, the colours, and the component along each axis."""
-    named = [("clip", analysis.shown), ("components", analysis.colours.numpy())]
-    named += [(axis, field.numpy()) for axis, field in analysis.maps.items()]
+    """A row of frames each: the clip, the colours, and the component along each axis.
+
+    What is read at the tap's size is brought to that of the clip, to lie where the clip shows it.
+    """
+    size = analysis.shown.shape[1:3]
+    named = [("clip", analysis.shown), ("components", align(analysis.colours, *size).numpy())]
+    named += [
+        (axis, align(field[..., None], *size)[..., 0].numpy())
+        for axis, field in analysis.maps.items()
+    ]
     grid = part.subplots(len(named), len(analysis.colours), squeeze=False)
     for row, (name, pictures) in zip(grid, named, strict=True):
         shades = {}

@@ -9,6 +9,11 @@ latents follow the gradient, a few times:
     L = mean over frames and channels of (mean_R m - m_wanted)^2     R: a region of the frame
     z <- z - step_size * mask * dL/dz
 
+The size of a synthesised motion is that of pans, read in the middle half of the frame, where they
+have their shapes; without a region R is that middle, and the latents are free everywhere. Of a
+region that holds much that stands still the mean is smaller than what is wanted, so a mask should
+hug the shape and the path that it is to take.
+
 What is wanted comes from a reference clip, or is synthesised for a direction, or both in several
 regions, or is a drag of points: first the synthesised motion of the drag's vector, later that the
 features D found along the way stay those of its start, with p_f on the straight line from the start
@@ -30,6 +35,7 @@ arXiv:2405.14864, sec. 3.3 and 3.4; where paper and released code differ, the de
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -48,7 +54,7 @@ from kinetiq.errors import RequestError
 from kinetiq.families import Site, SiteKind
 from kinetiq.injection import check_reference, freeze_region, one_of
 from kinetiq.kernels import motion_feature
-from kinetiq.moft import AXES, SHARE, MotionChannels
+from kinetiq.moft import DIRECTIONS, SHARE, MotionChannels, middle_area
 from kinetiq.profiling import span
 from kinetiq.taps import Tap
 
@@ -58,7 +64,6 @@ if TYPE_CHECKING:
 
 WINDOW = (3 / 25, 12 / 25)
 DRAG_WINDOW = (19 / 25, 18 / 25, 5 / 25)
-_AXIS = {way: axis for axis, ways in AXES.items() for way in ways}
 _DRAG_REACH = 1 / 8  # of the frame's width: how far from its line a drag moves things
 # A loss of some 1e-6 an element has no digits in float16, so its gradient is carried enlarged.
 _ENLARGED = {torch.float16: 1024.0}
@@ -72,14 +77,17 @@ def _check_reference(instance: object, attribute: Any, value: object) -> None:
 
 
 def _check_direction(_: object, attribute: Any, value: object) -> None:
-    if value is not None and value not in tuple(_AXIS):
-        raise RequestError(f"{attribute.name}: must be one of {', '.join(_AXIS)}, got {value!r}")
+    if value is not None and value not in tuple(DIRECTIONS):
+        raise RequestError(
+            f"{attribute.name}: must be one of {', '.join(DIRECTIONS)}, got {value!r}"
+        )
 
 
 def _number(low: float, high: float = math.inf) -> Any:
     def check(_: object, attribute: Any, value: Any) -> None:
         number = isinstance(value, Real) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not low <= value <= high:
+        # Compared, not asked with `isfinite`, which whole numbers may be too large for.
+        if not number or not low <= value <= min(high, sys.float_info.max):
             said = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
             raise RequestError(f"{attribute.name}: must be a number {said}, got {value!r}")
 
@@ -121,6 +129,8 @@ def _freeze_points(value: Any) -> tuple[tuple[Point, Point], ...]:
         drags = tuple(
             ((float(x0), float(y0)), (float(x1), float(y1))) for (x0, y0), (x1, y1) in value
         )
+    except OverflowError as error:
+        raise RequestError("points: must be finite, got a coordinate beyond all floats") from error
     except (TypeError, ValueError) as error:
         raise RequestError(
             f"points: must be a list of ((x0, y0), (x1, y1)) in pixels, got {value!r}"
@@ -135,12 +145,14 @@ class MoftRegion:
     """One region of the frame, and the motion that is wanted there: a clip's or a direction.
 
     Args:
-        mask: bool or float [height, width] of the clip that is generated, 1 in the region.
+        mask: bool or float [height, width] of the clip that is generated, 1 in the region. It
+            should hug the shape and the path that it is to take: what is wanted is the mean motion
+            over the mask, which ground that stands still lowers.
         reference: a clip that moves as wanted.
         direction: "left", "right", "up" or "down".
         speed: factor on the synthesised motion of a direction; 0 asks for stillness.
         reference_region: where in the reference its motion is read, a mask of the same size;
-            None: everywhere.
+            None: the middle half of the frame.
 
     Raises:
         RequestError: there is not one reference or one direction, or a value is out of range.
@@ -184,12 +196,14 @@ class MoftGuidance:
         direction: "left", "right", "up" or "down": everything goes there.
         regions: several `MoftRegion`, each with a motion of its own.
         points: drags, ((x0, y0), (x1, y1)) in pixels of the clip, from where to where.
-        speed: factor on the synthesised motion of a direction or a drag; 0 asks for stillness.
+        speed: factor on the synthesised motion of a direction; 0 asks for stillness.
         region: bool or float mask [height, width] of the clip's size, 1 where the motion is wanted
-            and latents may change; None: everywhere. Without it a drag moves what is within an
-            eighth of the width of its line.
+            and latents may change; it should hug the shape and the path that it is to take. None:
+            the motion is compared in the middle half of the frame (where a reference is compared
+            by position, everywhere), or for a drag within an eighth of the width of its line, and
+            latents may change everywhere.
         reference_region: where in the reference its motion is read, a mask of the same size; None:
-            everywhere.
+            the middle half of the frame.
         window: first and last share of the steps that are guided.
         drag_window: shares of the steps that remain: a drag is guided by motion down to the second,
             by correspondence from below the first down to the third.
@@ -296,6 +310,7 @@ class MoftGuidance:
         refused = [
             ("region", "regions have masks of their own", self.regions and self.region is not None),
             ("speed", "regions have speeds of their own", self.regions and self.speed != 1.0),
+            ("speed", "points say how far they go", self.points and self.speed != 1.0),
             ("window", "points have a drag_window", self.points and self.window != WINDOW),
             (
                 "drag_window",
@@ -316,6 +331,13 @@ class MoftGuidance:
         for name, reason, given in refused:
             if given:
                 raise RequestError(f"{name}: must be left out here, since {reason}")
+        rests = any(source.direction and source.speed == 0.0 for source in sources)
+        if self.metric == "cosine" and (rests or any(start == end for start, end in self.points)):
+            raise RequestError(
+                "metric: must be 'mse' where stillness is wanted, which has no way that a cosine "
+                "could compare, got 'cosine' with "
+                + ("speed=0" if rests else "a drag to its own start")
+            )
 
 
 def _check_source(source: MoftRegion | MoftGuidance) -> None:
@@ -344,12 +366,13 @@ class MotionTarget:
     Args:
         wanted: [frames, places, channels]; one place stands for all.
         channels: int64, which channels of the features these are; None: all.
-        region: [h, w] weights at the latents' size.
+        region: [h, w] weights at the latents' size; None: the middle of the map, where the pans
+            were read that synthesised motions are made of.
     """
 
     wanted: Tensor
     channels: Tensor | None
-    region: Tensor
+    region: Tensor | None
 
 
 @attrs.frozen(eq=False)
@@ -429,12 +452,15 @@ def resolve_moft_guidance(
         raise RequestError(f"frames: must be at least 2 where a motion is given, got {frames}")
     motion_steps, drag_steps = _steps(control, steps)
     shared = _shared_sites(control, tap, sites)
-    regions = _regions(control, size)
-    at_latents = [_shrunk(region, shape[1:]).to(device) for region in regions]
-    mask = torch.stack(at_latents).amax(0) if control.regions else None
-    if mask is None and control.region is not None:
-        mask = _shrunk(_checked_mask("region", control.region, size), shape[1:]).to(device)
-    mask = torch.ones(shape, device=device) if mask is None else mask.expand(shape).clone()
+    areas = [
+        None if region is None else _shrunk(region, shape[1:]).to(device)
+        for region in _regions(control, size)
+    ]
+    mask = torch.ones(shape, device=device)
+    if control.region is not None:
+        mask *= _shrunk(_checked_mask("region", control.region, size), shape[1:]).to(device)
+    elif control.regions:
+        mask *= torch.stack([area for area in areas if area is not None]).amax(0)
     if control.guided_frames is not None:
         mask[control.guided_frames :] = 0.0
     maker = _TargetMaker(control, frames, size, channels_of, features_of)
@@ -442,7 +468,7 @@ def resolve_moft_guidance(
         tap=tap.name,
         targets=tuple(
             MotionTarget(wanted.to(device), None if channels is None else channels.to(device), area)
-            for area, (wanted, channels) in zip(at_latents, maker.targets(), strict=True)
+            for area, (wanted, channels) in zip(areas, maker.targets(), strict=True)
         ),
         paths=_paths(control, frames, size).to(device),
         motion_steps=motion_steps,
@@ -462,7 +488,8 @@ def resolve_moft_guidance(
 def _steps(control: MoftGuidance, steps: int) -> tuple[range, range]:
     """The steps that are guided by motion, and those by correspondence.
 
-    With n of N steps taken, N - n remain, so that N remain before the first.
+    With n of N steps taken, N - n remain, so that N remain before the first. Where rounding would
+    have it otherwise, a drag whose shares say so still has a step of both, and one left to itself.
     """
     if not control.points:
         first, last = (round(share * steps) for share in control.window)
@@ -473,9 +500,11 @@ def _steps(control: MoftGuidance, steps: int) -> tuple[range, range]:
             )
         return range(first, last), range(0)
     high, middle, low = (round(share * steps) for share in control.drag_window)
-    motion = range(min(steps - middle + 1, steps))
-    drag = range(min(steps - high + 1, steps), min(steps - low + 1, steps))
-    return motion, drag
+    end = max(1, steps - (control.drag_window[2] > 0.0))
+    motion = range(min(steps - middle + 1, end))
+    both = control.drag_window[0] > control.drag_window[1]
+    first = min(steps - high + 1, motion.stop - both)
+    return motion, range(first, max(first, min(steps - low + 1, end)))
 
 
 def _shared_sites(control: MoftGuidance, tap: Tap, sites: tuple[Site, ...]) -> tuple[int, ...]:
@@ -494,13 +523,18 @@ def _shared_sites(control: MoftGuidance, tap: Tap, sites: tuple[Site, ...]) -> t
     return found
 
 
-def _regions(control: MoftGuidance, size: tuple[int, int]) -> list[Tensor]:
-    """Where each target holds, [height, width] in pixels."""
+def _regions(control: MoftGuidance, size: tuple[int, int]) -> list[Tensor | None]:
+    """Where each target holds, [height, width] in pixels; None: in the middle of the map."""
     if control.regions:
-        return [_checked_mask("regions: a mask", region.mask, size) for region in control.regions]
+        return [
+            _checked_mask(f"regions: mask {number} of {len(control.regions)}", region.mask, size)
+            for number, region in enumerate(control.regions, start=1)
+        ]
     region = None if control.region is None else _checked_mask("region", control.region, size)
     if not control.points:
-        return [torch.ones(size) if region is None else region]
+        # Positions of a reference are compared one by one, so that all of them have a meaning.
+        everywhere = control.reference is not None and control.loss == "position"
+        return [torch.ones(size) if region is None and everywhere else region]
     for drag in control.points:
         for x, y in drag:
             if not (0 <= x < size[1] and 0 <= y < size[0]):
@@ -509,17 +543,23 @@ def _regions(control: MoftGuidance, size: tuple[int, int]) -> list[Tensor]:
                     f"to below {size[0]}, got ({x:g}, {y:g})"
                 )
     distances = torch.stack([_distance(drag, size) for drag in control.points])
+    near = distances <= _DRAG_REACH * size[1]
     if region is None:
-        return list((distances <= _DRAG_REACH * size[1]).float())
+        return list(near.float())
     nearest = distances.argmin(0)
     areas = [region * (nearest == number) for number in range(len(control.points))]
-    for drag, area in zip(control.points, areas, strict=True):
+    for drag, area, reached in zip(control.points, areas, near, strict=True):
         if not bool(area.any()):
             raise RequestError(
                 f"region: must hold places that are nearer to each drag than to the others, and "
                 f"holds none for {drag}"
             )
-    return areas
+        if not bool(area[reached].any()):
+            raise RequestError(
+                f"region: must hold places within an eighth of the width of each drag's line, and "
+                f"holds none for {drag}"
+            )
+    return list(areas)
 
 
 def _distance(drag: tuple[Point, Point], size: tuple[int, int]) -> Tensor:
@@ -559,6 +599,12 @@ def _shrunk(mask: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(mask[None, None], size=tuple(size), mode="area")[0, 0]
 
 
+def _area(region: Tensor | None, places: Sequence[int]) -> Tensor:
+    """Weights of a mean over the places of a map; without a region, of its middle."""
+    height, width = places
+    return middle_area(height, width) if region is None else _shrunk(region, places)
+
+
 def _paths(control: MoftGuidance, frames: int, size: tuple[int, int]) -> Tensor:
     """Where each dragged point is at each frame, in shares of width and height."""
     points = torch.tensor(control.points, dtype=torch.float64).reshape(-1, 2, 2)
@@ -587,41 +633,37 @@ class _TargetMaker:
         if source.reference is not None:
             return self._of_reference(source.reference, source.reference_region)
         direction = str(source.direction)
-        curve = self.channels_of().synthesise(direction, self.frames, float(source.speed))
-        return self._chosen(curve, (_AXIS[direction],))
+        return self._chosen(
+            self.channels_of().synthesise(direction, self.frames, float(source.speed))
+        )
 
     def _of_reference(self, reference: Clip, region: Any) -> tuple[Tensor, Tensor | None]:
         weights = None
         if region is not None:
             weights = _checked_mask("reference_region", region, self.size)
-        channels = self._channels(tuple(AXES))
+        channels = self._channels()
         features = self.features_of(reference)
-        places = features.shape[1:3]
         if self.control.loss == "position":
             return measure(features, self.control.feature, channels), channels
-        area = torch.ones(places) if weights is None else _shrunk(weights, places)
-        area = area.to(features.device)
+        area = _area(weights, features.shape[1:3]).to(features.device)
         return measure(features, self.control.feature, channels, area), channels
 
     def _of_drag(self, drag: tuple[Point, Point]) -> tuple[Tensor, Tensor | None]:
         (x0, y0), (x1, y1) = drag
-        speed = self.control.speed
-        x, y = speed * (x1 - x0) / self.size[1], speed * (y1 - y0) / self.size[0]
-        axes = tuple(axis for axis, way in (("horizontal", x), ("vertical", y)) if way != 0.0)
-        # A point that is dragged nowhere is to stay, in all directions.
-        curve = self.channels_of().synthesise_way(x, y, self.frames)
-        return self._chosen(curve, axes or tuple(AXES))
+        x, y = (x1 - x0) / self.size[1], (y1 - y0) / self.size[0]
+        return self._chosen(self.channels_of().synthesise_way(x, y, self.frames))
 
-    def _chosen(self, curve: Tensor, axes: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
-        channels = self._channels(axes)
+    def _chosen(self, curve: Tensor) -> tuple[Tensor, Tensor | None]:
+        channels = self._channels()
         if channels is not None:
             curve = curve.index_select(1, channels.to(curve.device))
         return curve[:, None], channels
 
-    def _channels(self, axes: tuple[str, ...]) -> Tensor | None:
+    def _channels(self) -> Tensor | None:
+        """Of both axes, so that what is to go along one does not drift along the other."""
         if self.control.feature != "moft":
             return None
-        return self.channels_of().select(axes, self.control.share)
+        return self.channels_of().select(share=self.control.share)
 
 
 def measure(
@@ -671,7 +713,7 @@ def guidance_loss(features: Tensor, guidance: ResolvedMoftGuidance, step: int) -
 
 
 def _motion_loss(features: Tensor, target: MotionTarget, guidance: ResolvedMoftGuidance) -> Tensor:
-    area = _shrunk(target.region, features.shape[1:3])
+    area = _area(target.region, features.shape[1:3]).to(features.device)
     if guidance.per_position:
         got = measure(features, guidance.feature, target.channels)
         weights = (area / area.sum()).flatten().to(got.dtype)

@@ -1,6 +1,7 @@
 """The bench of MOFT: what its figures mean, on features and clips that are made up."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from kinetiq.bench import moft
 from kinetiq.bench.harness import BenchOptions, Progress
 from kinetiq.clip import Clip
+from kinetiq.engine import Engine
 from kinetiq.errors import NonFiniteError, RequestError
-from kinetiq.moft import AXES, DIRECTIONS, Knots, MotionChannels
+from kinetiq.moft import AXES, DIRECTIONS, STILLS, Knots, MotionChannels
 from kinetiq.sprites import world
 from kinetiq.sprites.cases import transfer_pairs
 from kinetiq.sprites.reading import read_clips
@@ -123,6 +125,20 @@ def test_the_features_are_of_pictures_in_every_motion_and_of_other_pans(monkeypa
         ways = [moft.metrics.direction(reading.sprites[0].path) for reading in own]
         assert ways == [*DIRECTIONS, None]
         assert len({reading.sprites[0].shape for reading in own}) == 1
+
+
+@pytest.mark.slow
+def test_the_embedded_model_knows_motion():
+    """And by the same channels, whatever pans these are found on."""
+    sample = replace(SAMPLE, pictures=8, calibrations=1, stills=STILLS)
+    with Engine.load("sprites") as engine:
+        figures = moft.feature_figures(engine, sample, 0, Progress())
+    found = {name.removeprefix("moft."): figure.value for name, figure in figures.items()}
+    assert found["channel_agreement"] >= 0.8
+    assert found["sign_accuracy"] >= 0.9
+    assert found["neighbours"] >= 0.9
+    assert found["neighbours_gain"] >= 0.3
+    assert found["still_strength"] <= 0.2
 
 
 # Steering.

@@ -96,6 +96,23 @@ LEFT, RIGHT = slice(0, 16), slice(16, 32)
             {"points": [((20, 30), (25.5, 30)), ((-1, 2), (3, 4))]},
         ),
         (
+            "--moft good.gif --moft-weight 300 --moft-window .1,1 --moft-step-size 0.1",
+            {
+                "reference": moving(),
+                "weight": 300.0,
+                "window": (0.1, 1.0),
+                "step_size": 0.1,
+            },
+        ),
+        (
+            "--drag 2,3:4,5 --moft-window 1,0.5,0",
+            {"points": [((2, 3), (4, 5))], "drag_window": (1.0, 0.5, 0.0)},
+        ),
+        (
+            "--region left.png:right --moft-tap mid_block",
+            {"regions": [MoftRegion(mask(LEFT), direction="right")], "tap": "mid_block"},
+        ),
+        (
             "--region left.png:right --region right.png:slow.gif --speed 2",
             {
                 "regions": [
@@ -144,7 +161,21 @@ def test_without_the_options_there_is_no_guidance(generate):
         ("--direction sideways", "'sideways' is not one of"),
         ("--direction up --speed -1", "speed: must be a number from 0 to 100, got -1.0"),
         ("--moft good.gif --speed 2", "speed: must be left out with a reference"),
-        ("--speed 2", "--speed acts with --direction, --drag or --region MASK:DIRECTION, got none"),
+        ("--speed 2", "--speed acts with --direction or --region MASK:DIRECTION, got none of them"),
+        ("--drag 1,2:3,4 --speed 2", "speed: must be left out here, since points say how far"),
+        (
+            "--moft-weight 2",
+            "--moft-weight acts with --moft, --direction, --drag or --region MASK:MOTION, got none",
+        ),
+        ("--direction up --moft-weight nan", "weight: must be a number of at least 0, got nan"),
+        ("--direction up --moft-step-size -1", "step_size: must be a number of at least 0, got -1"),
+        ("--direction up --moft-window 0.5,0.1", "window: must be two shares of the steps"),
+        (
+            "--direction up --moft-window 0,.5,1",
+            "must be A,B such as 0.12,0.48 without --drag, got",
+        ),
+        ("--direction up --moft-window 0,x", "--moft-window must be A,B such as 0.12,0.48"),
+        ("--drag 1,2:3,4 --moft-window 0,1", "must be A,B,C such as 0.76,0.72,0.2 with --drag"),
         (
             "--region left.png:good.gif --speed 2",
             "--speed acts with a direction, and each --region has a clip",
@@ -198,7 +229,7 @@ def tiny_model(tiny_folder, monkeypatch):
             {way: Knots(times, torch.ones(2, width).cumsum(0)) for way in DIRECTIONS}
         ),
     )
-    monkeypatch.setattr(engine_module, "load_channels", lambda *_: channels)
+    monkeypatch.setattr(engine_module, "load_channels", lambda *_, **__: channels)
     return ["--model", str(tiny_folder()), "--steps", "2", "--size", "32x32", "--frames", "4"]
 
 
@@ -214,7 +245,7 @@ def test_a_clip_is_made(tiny_model, tmp_path):
         ("--drag 4,5:32,5", "points: must be inside the frame, x from 0 to below 32"),
         (
             "--size 16x16 --region left.png:up",
-            "regions: a mask: must be [height, width] = [16, 16] of the clip, got [32, 32]",
+            "regions: mask 1 of 1: must be [height, width] = [16, 16] of the clip, got [32, 32]",
         ),
         ("--direction left --steps 1", "window: (0.12, 0.48) of 1 steps must hold a step"),
         ("--direction left --frames 1", "frames: must be at least 2 where a motion is given"),

@@ -44,6 +44,9 @@ def run(monkeypatch, tmp_path, model, kept):
     Image.fromarray(mask).save("black.png")
     mask[:, :8] = 255
     Image.fromarray(mask).save("left.png")
+    frames = np.zeros((4, 16, 16, 3), np.uint8)
+    frames[1:, :, :8] = 255
+    Clip.from_array(frames).write("late.webp")
 
     def invoke(*words):
         result = CliRunner().invoke(main, ("analyze", "moft", "--model", str(model), *words))
@@ -74,7 +77,7 @@ def test_json_is_all_that_is_printed(run):
     result = run("--reference", "clip.webp", "--json")
     assert result.exit_code == 0, result.output
     said = json.loads(result.output)
-    assert [region["name"] for region in said["regions"]] == ["whole"]
+    assert [region["name"] for region in said["regions"]] == ["middle"]
     assert said["tap"] == "up_blocks.1"
 
 
@@ -105,6 +108,10 @@ def test_channels_are_found_again_on_pictures(run, monkeypatch, tmp_path):
         (("--reference", "none.mp4"), "none.mp4"),
         (("--reference", "clip.webp", "--region", "black.png"), "analyze: --region must be white"),
         (("--reference", "clip.webp", "--region", "clip.webp", "--frames", "3"), "region: must be"),
+        (
+            ("--reference", "clip.webp", "--region", "late.webp", "--json"),
+            "region: late.webp must hold at least one place in every frame, got none in frame 0",
+        ),
         (("--reference", "clip.webp", "--tap", "conv_out"), "tap: must be a block of this UNet"),
         (("--reference", "clip.webp", "--share", "2"), "channels: share must be above 0"),
         (("--reference", "clip.webp", "--frames", "1"), "frames must be at least 2"),

@@ -27,6 +27,7 @@ from kinetiq.moft import (
     draw_texture,
     load_channels,
     middle,
+    middle_area,
     middle_curve,
     moft,
     pan,
@@ -88,6 +89,13 @@ def test_the_feature_takes_strides_and_passes_a_gradient():
     (moft(x, torch.tensor([2])) * wanted).sum().backward()
     torch.testing.assert_close(x.grad[..., 2:3], wanted - wanted.mean(1, keepdim=True))
     assert not x.grad[..., [0, 1, 3, 4, 5]].any()
+
+
+def test_the_area_of_the_middle_gives_its_mean():
+    x = random(5, 7, 6, 3, dtype=torch.float64)
+    area = middle_area(7, 6)
+    torch.testing.assert_close(moft(x, region=area), middle_curve(x))
+    assert middle_area(1, 1).all()
 
 
 @pytest.mark.parametrize(
@@ -192,6 +200,39 @@ def test_a_clip_is_read_as_among_others(engine):
     assert both.shape == (2, 4, 8, 8, 32) and both.dtype == torch.float32
     assert not both.requires_grad and not both.is_inference()
     assert (alone - both[1]).abs().max() <= 1e-4 * both.abs().max()
+
+
+class Tight:
+    """A denoiser that runs out of memory where it is given more than `room` clips."""
+
+    def __init__(self, denoiser, room):
+        self.denoiser, self.room, self.seen = denoiser, room, []
+
+    def predict(self, latents, *given):
+        self.seen.append(len(latents))
+        if len(latents) > self.room:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.denoiser.predict(latents, *given)
+
+    def features(self, *given):
+        return self.denoiser.features(*given)
+
+
+def test_memory_that_runs_out_halves_the_clips(engine):
+    given = random(5, 4, 4, 8, 8)
+    wanted = reference_features(engine.checkpoint, engine.denoiser, given)
+    tight = Tight(engine.denoiser, 2)
+    got = reference_features(engine.checkpoint, tight, given)
+    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    steps = len(tight.seen[2:]) // 3
+    assert tight.seen == [5, 3, *[2] * steps, *[2] * steps, *[1] * steps]
+
+
+def test_a_clip_that_does_not_fit_alone_is_not_tried_again(engine):
+    tight = Tight(engine.denoiser, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        reference_features(engine.checkpoint, tight, random(2, 4, 4, 8, 8))
+    assert tight.seen == [2, 1]
 
 
 @pytest.mark.parametrize(

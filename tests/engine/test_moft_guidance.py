@@ -19,7 +19,7 @@ from kinetiq.control_tensors import ControlTensors, KeyValueBank, KeyValueContro
 from kinetiq.controls import ResolvedControls
 from kinetiq.denoiser import EagerDenoiser
 from kinetiq.families import SiteKind
-from kinetiq.moft import DIRECTIONS, Knots, MotionChannels
+from kinetiq.moft import DIRECTIONS, Knots, MotionChannels, reference_features, sprite_pan
 from kinetiq.moft_guidance import (
     GuidedClip,
     MotionTarget,
@@ -34,6 +34,7 @@ from kinetiq.motion_file import MotionInfo
 from kinetiq.motion_lora import MotionLora, lora_paths
 from kinetiq.recomputation import Recomputed
 from kinetiq.rows import ClipState, build_batch
+from kinetiq.sprites.world import Scene, render, sample_sprite
 from kinetiq.taps import Tap, find_tap
 from kinetiq.text import encode_prompts
 
@@ -77,7 +78,9 @@ def engine(engine, monkeypatch):
     monkeypatch.setattr(
         engine_module,
         "load_channels",
-        lambda checkpoint, _, tap: some_channels(find_tap(checkpoint.unet, tap).channels, tap),
+        lambda checkpoint, _, tap, **__: some_channels(
+            find_tap(checkpoint.unet, tap).channels, tap
+        ),
     )
     return engine
 
@@ -117,7 +120,11 @@ def seen_at(network, tap, run):
 def plain_loss(features, guidance):
     """The loss of a direction over a region, of features [frames, channels, h, w]."""
     (target,) = guidance.targets
-    area = F.interpolate(target.region[None, None], size=features.shape[2:], mode="area")[0, 0]
+    region = target.region
+    if region is None:
+        region = torch.zeros(features.shape[2:])
+        region[2:6, 2:6] = 1.0  # of 8 x 8
+    area = F.interpolate(region[None, None], size=features.shape[2:], mode="area")[0, 0]
     moved = (features - features.mean(0))[:, target.channels]
     curve = (moved * area).sum((2, 3)) / area.sum()
     return guidance.weight * ((curve - target.wanted[:, 0]) ** 2).mean()
@@ -441,7 +448,10 @@ def plain_guidance(engine, family, folder, control, shared):
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared keys", "own keys"])
 def test_equals_the_plain_two_pass_way(engine, family, tiny_folder, shared):
-    control = kq.MoftGuidance(direction="right", region=half(), shared_keys_values=shared, **STRONG)
+    switches = STRONG | {"weight": 100.0}  # pulled harder, rounding runs away with it
+    control = kq.MoftGuidance(
+        direction="right", region=half(), shared_keys_values=shared, **switches
+    )
     wanted = plain_guidance(engine, family, tiny_folder(family), control, shared)
     got = latents_of(engine, control)
     assert_equal(got, wanted)
@@ -726,14 +736,101 @@ def test_a_drag_is_guided_by_motion_then_both_then_correspondence():
     assert guidance.acts(20) and not guidance.acts(21)
 
 
-def test_a_direction_is_synthesised_in_the_channels_of_its_axis():
+@pytest.mark.parametrize("steps", range(2, 26))
+def test_a_drag_has_all_its_phases_whatever_the_rounding(steps):
+    guidance = resolve(own_keys(points=[((1, 2), (3, 4))]), steps=steps)
+    both = set(guidance.motion_steps) & set(guidance.drag_steps)
+    assert both and guidance.motion_steps.start == 0
+    assert guidance.drag_steps.stop >= guidance.motion_steps.stop
+    assert not guidance.acts(steps - 1)  # what is asked for is 5 of 25 steps that are left alone
+
+
+@pytest.mark.parametrize(
+    ("window", "motion", "drag"),
+    [
+        ((1.0, 0.0, 0.0), range(4), range(1, 4)),  # to the end where it is asked for
+        ((0.5, 0.5, 0.25), range(3), range(3, 3)),  # none of both
+        ((0.0, 0.0, 0.0), range(4), range(4, 4)),
+        ((1.0, 1.0, 1.0), range(1), range(1, 1)),
+    ],
+)
+def test_the_window_of_a_drag_is_what_is_asked_for(window, motion, drag):
+    guidance = resolve(own_keys(points=[((1, 2), (3, 4))], drag_window=window), steps=4)
+    assert (guidance.motion_steps, guidance.drag_steps) == (motion, drag)
+
+
+def test_a_direction_is_synthesised_in_the_channels_of_both_axes():
+    """So that it does not drift along the other."""
     width = 50
     guidance = resolve(own_keys(direction="up", speed=0.5), width=width)
     (target,) = guidance.targets
     channels = some_channels(width)
-    assert target.channels.tolist() == channels.select("vertical").tolist()
+    assert target.channels.tolist() == channels.select().tolist()
     wanted = 0.5 * channels.synthesise("up", FRAMES)[:, target.channels]
     torch.testing.assert_close(target.wanted[:, 0], wanted)
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"direction": "up"}, {"points": [((4, 10), (4, 3.6))]}], ids=["direction", "drag"]
+)
+def test_what_drifts_along_the_other_axis_is_not_as_wanted(wanted):
+    width = 50
+    channels = some_channels(width)
+    guidance = resolve(own_keys(**wanted), width=width)
+    drift = channels.synthesise("right", FRAMES)
+    drift[:, channels.select("vertical")] = 0.0
+    curve = channels.synthesise("up", FRAMES)
+    right, drifting = (one[:, None, None].expand(-1, 6, 8, -1) for one in (curve, curve + drift))
+    assert guidance_loss(right, guidance, 4) < 1e-9
+    assert guidance_loss(drifting, guidance, 4) > 0.1
+
+
+@pytest.mark.parametrize("loss", ["curve", "position"])
+def test_a_direction_without_a_region_is_compared_in_the_middle(loss):
+    """Where its pans were read; latents may change everywhere."""
+    guidance = resolve(own_keys(direction="up", loss=loss))
+    (target,) = guidance.targets
+    assert guidance.mask.all()
+    features = torch.zeros(FRAMES, 6, 8, 3)
+    features[:, 1:4, 2:6, target.channels] = target.wanted[:, None]
+    assert guidance_loss(features, guidance, 5) < 1e-9
+    assert guidance_loss(features.roll(1, 1), guidance, 5) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def pans_of_sprites():
+    """What the embedded model makes of pans of two pictures, and of them at rest."""
+    rng = np.random.default_rng(5)
+    with kq.Engine.load("sprites") as engine:
+        scenes = [
+            Scene((sample_sprite(rng, motion="still", room=0.25),), background_hue=hue)
+            for hue in (40.0, 250.0)
+        ]
+        clips = {way: [sprite_pan(scene, way, 8, 32) for scene in scenes] for way in DIRECTIONS}
+        clips["still"] = [kq.Clip.from_array(frames) for frames in render(scenes, 8, 32)]
+        latents = torch.stack([engine.encode(clip) for group in clips.values() for clip in group])
+        features = reference_features(engine.checkpoint, engine.denoiser, latents)
+        guidances = {
+            way: engine.resolve(kq.Request("any", kq.MoftGuidance(direction=way))).controls.guidance
+            for way in DIRECTIONS
+        }
+    return dict(zip(clips, features.split(2), strict=True)), guidances
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_pan_of_the_embedded_model_is_near_to_its_direction(pans_of_sprites, direction):
+    """And far from it is what stands still, and what goes in any other direction."""
+    features, guidances = pans_of_sprites
+    guidance = guidances[direction]
+    loss = {
+        way: sum(float(guidance_loss(clip, guidance, guidance.motion_steps[0])) for clip in clips)
+        for way, clips in features.items()
+    }
+    own = loss.pop(direction)
+    assert own < 0.6 * loss["still"]
+    assert own < 0.6 * min(loss.values())
+    back = {"left": "right", "right": "left", "up": "down", "down": "up"}[direction]
+    assert own < 0.25 * loss[back]
 
 
 def test_a_reference_is_read_in_the_channels_of_both_axes(reference):
@@ -749,19 +846,25 @@ def test_a_reference_is_read_in_the_channels_of_both_axes(reference):
     assert target.channels.tolist() == some_channels(width).select().tolist()
     moved = (features - features.mean(0))[..., target.channels]
     torch.testing.assert_close(target.wanted[:, 0], moved[:, :, :4].mean((1, 2)))
+    assert target.region is None
+    (target,) = resolve(
+        own_keys(reference=reference), width=width, features_of=lambda _: features
+    ).targets
+    torch.testing.assert_close(target.wanted[:, 0], moved[:, 1:4, 2:6].mean((1, 2)))
     (target,) = resolve(
         own_keys(reference=reference, loss="position", feature="content_removed"),
         width=width,
         features_of=lambda _: features,
     ).targets
     assert target.channels is None
+    assert target.region.all()
     torch.testing.assert_close(target.wanted, (features - features.mean(0)).flatten(1, 2))
     (target,) = resolve(
         own_keys(reference=reference, feature="raw"),
         width=width,
         features_of=lambda _: features,
     ).targets
-    torch.testing.assert_close(target.wanted[:, 0], features.mean((1, 2)))
+    torch.testing.assert_close(target.wanted[:, 0], features[:, 1:4, 2:6].mean((1, 2)))
 
 
 def test_features_that_are_as_wanted_have_no_loss(reference):
@@ -800,7 +903,7 @@ def test_a_drag_moves_what_is_near_its_line_by_its_length():
     guidance = resolve(own_keys(points=[((4, 4), (12, 4)), ((2, 14), (2, 14))]), width=width)
     dragged, held = guidance.targets
     channels = some_channels(width)
-    assert dragged.channels.tolist() == channels.select("horizontal").tolist()
+    assert dragged.channels.tolist() == channels.select().tolist()
     wanted = channels.synthesise_way(8 / SIDE, 0.0, FRAMES)[:, dragged.channels]
     torch.testing.assert_close(dragged.wanted[:, 0], wanted)
     assert held.channels.tolist() == channels.select().tolist()
@@ -834,7 +937,7 @@ def test_a_reference_is_inverted_once_for_all_that_read_it(engine, reference, mo
     seen = []
     read = engine_module.reference_feature
     monkeypatch.setattr(
-        engine_module, "reference_feature", lambda *a: seen.append(a[-1]) or read(*a)
+        engine_module, "reference_feature", lambda *a, **k: seen.append(a[-1]) or read(*a, **k)
     )
     controls = [
         kq.MoftGuidance(reference),
@@ -843,6 +946,21 @@ def test_a_reference_is_inverted_once_for_all_that_read_it(engine, reference, mo
     ]
     list(engine.generate_latents([request(control) for control in controls]))
     assert seen == ["up_blocks.1", "mid_block"]
+
+
+def test_a_first_use_says_how_far_it_is(engine, reference, monkeypatch):
+    """Of a model without channels: finding them takes longer than a clip."""
+
+    def load(checkpoint, _, tap, *, progress):
+        progress("calibrating", 3, 64)
+        return some_channels(find_tap(checkpoint.unet, tap).channels, tap)
+
+    monkeypatch.setattr(engine_module, "load_channels", load)
+    told = []
+    asked = request(kq.MoftGuidance(reference))
+    next(engine.generate_latents([asked], progress=lambda *words: told.append(words)))
+    assert told[0] == ("calibrating", 3, 64)
+    assert "inverting" in {stage for stage, _, _ in told}
 
 
 def test_equal_controls_are_equal_and_can_be_kept_in_a_set(reference):
@@ -882,6 +1000,24 @@ REFERENCE = kq.Clip.from_array(np.zeros((FRAMES, SIDE, SIDE, 3), np.uint8))
         ({"points": [((1, 1), (2, 2))], "window": (0, 1)}, "window: must be left out here"),
         ({"points": [(1, 1, 2, 2)]}, r"points: must be a list of \(\(x0, y0\), \(x1, y1\)\) in"),
         ({"points": [((1, 1), (2, math.nan))]}, "points: must be finite"),
+        ({"points": [((1, 1), (10**400, 2))]}, "points: must be finite, got a coordinate beyond"),
+        ({"direction": "left", "weight": 10**400}, "weight: must be a number of at least 0, got 1"),
+        (
+            {"direction": "left", "metric": "cosine", "speed": 0},
+            "metric: must be 'mse' where stillness is wanted, .* got 'cosine' with speed=0",
+        ),
+        (
+            {"regions": [kq.MoftRegion(half(), direction="up", speed=0.0)], "metric": "cosine"},
+            "metric: must be 'mse' where stillness is wanted, .* with speed=0",
+        ),
+        (
+            {"points": [((1, 1), (2, 2)), ((4, 4), (4, 4))], "metric": "cosine"},
+            "metric: must be 'mse' where stillness is wanted, .* with a drag to its own start",
+        ),
+        (
+            {"points": [((1, 1), (2, 2))], "speed": 2.0},
+            "speed: must be left out here, since points say how far they go",
+        ),
         ({"direction": "left", "iterations": -1}, "iterations: must be a whole number of at leas"),
         ({"direction": "left", "iterations": 1.5}, "iterations: must be a whole .* got 1.5"),
         ({"direction": "left", "step_size": math.inf}, "step_size: must be a number of at least 0"),
@@ -950,7 +1086,7 @@ EMPTY = np.zeros((SIDE, SIDE))
         (
             {"direction": None, "regions": [kq.MoftRegion(EMPTY, direction="up")]},
             {},
-            "regions: a mask: must hold at least one place",
+            "regions: mask 1 of 1: must hold at least one place",
         ),
         (
             {"direction": None, "reference": REFERENCE, "reference_region": np.ones((4, 4))},
@@ -971,6 +1107,22 @@ EMPTY = np.zeros((SIDE, SIDE))
             },
             {},
             "region: must hold places that are nearer to each drag",
+        ),
+        (
+            {"direction": None, "points": [((14, 1), (14, 9))], "region": half()},
+            {},
+            r"region: must hold places within an eighth of the width of each drag's line, .*\(14.0, 1.0\)",
+        ),
+        (
+            {
+                "direction": None,
+                "regions": [
+                    kq.MoftRegion(half(), direction="up"),
+                    kq.MoftRegion(np.ones((4, 4)), direction="up"),
+                ],
+            },
+            {},
+            r"regions: mask 2 of 2: must be \[height, width\]",
         ),
         (
             {"window": (0.0, 0.1)},
