@@ -17,7 +17,7 @@ from kinetiq.bench.figures import Figure
 from kinetiq.bench.sprites import figure
 from kinetiq.clip import Clip
 from kinetiq.engine import Engine
-from kinetiq.errors import OutputError
+from kinetiq.files import make_cache
 from kinetiq.motion_embedding import MotionEmbedding
 from kinetiq.motion_lora import MotionLora
 from kinetiq.motion_training import (
@@ -61,7 +61,7 @@ def learn(
     kind = "embedding" if isinstance(options, EmbeddingOptions) else "lora"
     said = f"{_model(engine)} {_TRAINING} {kind} {sorted(asdict(options).items())} {prompt}"
     key = hashlib.sha256(f"{said} {reference.fingerprint}".encode()).hexdigest()[:24]
-    _make(folder)
+    make_cache(folder, "bench", " to keep learned motions in")
     path = folder / f"{kind}-{key}.safetensors"
     motion: Motion
     if path.exists():
@@ -74,16 +74,6 @@ def learn(
     else:
         motion = train_lora(engine, [reference], [prompt], path, options)
     return motion, None if goes_on else time.perf_counter() - began
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"bench: {folder} must be a folder to keep learned motions in: {error.strerror}; set "
-            "XDG_CACHE_HOME to one that can be written"
-        ) from error
 
 
 def controls_by_reference(

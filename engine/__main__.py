@@ -748,6 +748,7 @@ def analyze_temporal(
     """
     from kinetiq import temporal_analysis
     from kinetiq.clip import Clip, peek
+    from kinetiq.drawing import prepare_folder
     from kinetiq.engine import Engine
     from kinetiq.files import write_text
     from kinetiq.progress import progress_bars
@@ -769,7 +770,7 @@ def analyze_temporal(
             "embedding at its sites"
         )
     if out is not None:
-        temporal_analysis.prepare_folder(out)
+        prepare_folder(out, (temporal_analysis.PICTURE, temporal_analysis.REPORT))
     with progress_bars() as progress:
         progress("loading", 0, 1)
         with Engine.load(
@@ -847,6 +848,7 @@ def analyze_moft(
     """Show what a model knows of a clip's motion, and by which channels it knows it."""
     from kinetiq import moft, moft_analysis
     from kinetiq.clip import Clip, peek
+    from kinetiq.drawing import prepare_folder
     from kinetiq.engine import Engine
     from kinetiq.files import write_text
     from kinetiq.progress import progress_bars
@@ -879,7 +881,7 @@ def analyze_moft(
     if pictures is not None:
         stills = [Clip.from_array(picture[None]) for picture in Clip.read(pictures).frames]
     if out is not None:
-        moft_analysis.prepare_folder(out)
+        prepare_folder(out, (moft_analysis.PICTURE, moft_analysis.REPORT))
     found = None
     with progress_bars() as progress:
         progress("loading", 0, 1)

@@ -64,6 +64,31 @@ def write_text(path: str | os.PathLike[str], text: str, where: str = "write") ->
         temporary.write_bytes(text.encode())
 
 
+def make_folder(folder: Path, where: str, use: str = "", advice: str = "") -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Args:
+        folder: the folder.
+        where: what the error's message begins with.
+        use: what it is for, such as " to keep motion channels in".
+        advice: what to do, such as "; set XDG_CACHE_HOME".
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{where}: {folder} must be a folder{use}: {error.strerror}{advice}"
+        ) from error
+
+
+def make_cache(folder: Path, where: str, use: str) -> None:
+    """Make a folder of the user's cache; see `make_folder`."""
+    make_folder(folder, where, use, "; set XDG_CACHE_HOME to one that can be written")
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:

@@ -50,11 +50,10 @@ from kinetiq.denoiser import NO_CONTROLS, Denoiser
 from kinetiq.errors import (
     CheckpointError,
     NonFiniteError,
-    OutputError,
     RequestError,
     ShapeError,
 )
-from kinetiq.files import check_target, replacing, write_tensors
+from kinetiq.files import check_target, make_cache, replacing, write_tensors
 from kinetiq.inversion import step_back
 from kinetiq.kernels import motion_feature
 from kinetiq.motion_losses import read_diffusion
@@ -707,7 +706,7 @@ def store_channels(
         OutputError: the file cannot be written.
     """
     path = channels_file(checkpoint, find_tap(checkpoint.unet, tap))
-    _make_folder(path.parent)
+    make_cache(path.parent, "moft", " to keep motion channels in")
     check_target(path, "moft")
     channels = calibrate(checkpoint, denoiser, tap, pictures=pictures, progress=progress)
     write_channels(path, channels)
@@ -725,16 +724,6 @@ def channels_file(checkpoint: Checkpoint, tap: Tap) -> Path:
 
 def _is_shipped(checkpoint: Checkpoint, tap: Tap) -> bool:
     return checkpoint.name == EMBEDDED and tap.name == DEFAULT_TAP
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"moft: {folder} must be a folder to keep motion channels in: {error.strerror}; set "
-            "XDG_CACHE_HOME to one that can be written"
-        ) from error
 
 
 def write_channels(path: str | os.PathLike[str], channels: MotionChannels) -> None:

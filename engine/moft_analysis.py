@@ -18,7 +18,6 @@ arXiv:2405.14864, sec. 3.2.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from torch import Tensor
 
 from kinetiq.clip import Clip
 from kinetiq.engine import Engine
-from kinetiq.errors import ClipError, MissingDependencyError, OutputError, RequestError
-from kinetiq.files import check_target, replacing
+from kinetiq.errors import ClipError, RequestError
+from kinetiq.files import replacing
 from kinetiq.generation import Progress, no_progress
 from kinetiq.injection import resolve_region
 from kinetiq.moft import (
@@ -356,25 +355,6 @@ def _headline(analysis: MoftAnalysis) -> str:
         f"Motion feature of {analysis.channels.checkpoint} at {analysis.channels.tap} over "
         f"{len(analysis.colours)} frames"
     )
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make the folder, and say what would keep `draw` from working before the work is done.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-        OutputError: the folder, or a file in it, cannot be written.
-    """
-    if find_spec("matplotlib") is None:
-        raise MissingDependencyError(
-            'analyze: --out draws with matplotlib; install it with pip install ".[plots]"'
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"analyze: {folder} must be a folder: {error}") from error
-    for name in (PICTURE, REPORT):
-        check_target(folder / name, "analyze")
 
 
 def draw(analysis: MoftAnalysis, path: Path) -> None:

@@ -29,7 +29,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,13 +42,11 @@ from kinetiq.denoiser import EagerDenoiser
 from kinetiq.engine import Engine
 from kinetiq.errors import (
     ClipError,
-    MissingDependencyError,
     NonFiniteError,
-    OutputError,
     RequestError,
 )
 from kinetiq.families import Site, SiteKind
-from kinetiq.files import check_target, replacing
+from kinetiq.files import replacing
 from kinetiq.generation import Progress, no_progress
 from kinetiq.kernels.frame_attention import add_motion
 from kinetiq.motion_embedding import MotionEmbedding
@@ -538,25 +535,6 @@ def _headline(analysis: TemporalAnalysis) -> str:
         f"Temporal attention of {analysis.model} over {analysis.frames} frames; {given} at "
         f"timesteps {', '.join(map(str, analysis.timesteps))}"
     )
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make the folder, and say what would keep `draw` from working before the work is done.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-        OutputError: the folder, or a file in it, cannot be written.
-    """
-    if find_spec("matplotlib") is None:
-        raise MissingDependencyError(
-            'analyze: --out draws with matplotlib; install it with pip install ".[plots]"'
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"analyze: {folder} must be a folder: {error}") from error
-    for name in (PICTURE, REPORT):
-        check_target(folder / name, "analyze")
 
 
 _PROPOSED, _OTHER, _LINE = "#1f6f8b", "#b8c4cc", "#c2452d"

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 import kinetiq as kq
-from kinetiq import moft_analysis
+from kinetiq import drawing, moft_analysis
 from kinetiq.checkpoint import load_checkpoint
+from kinetiq.drawing import prepare_folder
 from kinetiq.moft import (
     AXES,
     DIRECTIONS,
@@ -23,13 +24,14 @@ from kinetiq.moft import (
     sprite_pan,
 )
 from kinetiq.moft_analysis import (
+    PICTURE,
+    REPORT,
     analyze_moft,
     as_json,
     channel_agreement,
     content_free_colours,
     describe,
     draw,
-    prepare_folder,
     strength,
 )
 from kinetiq.sprites.world import Scene, sample_sprite
@@ -169,7 +171,7 @@ def test_the_report_holds_all_figures(analysis, channels):
 
 
 def test_it_is_drawn(analysis, tmp_path):
-    prepare_folder(tmp_path / "new")
+    prepare_folder(tmp_path / "new", (PICTURE, REPORT))
     draw(analysis, tmp_path / "new" / "moft.png")
     with Image.open(tmp_path / "new" / "moft.png") as picture:
         assert picture.format == "PNG" and min(picture.size) > 500
@@ -191,10 +193,10 @@ def test_what_is_drawn_of_the_tap_lies_where_the_clip_shows_it(analysis):
 def test_what_keeps_it_from_being_drawn_is_said_first(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(kq.OutputError, match=r"^analyze: .*file must be a folder"):
-        prepare_folder(tmp_path / "file")
-    monkeypatch.setattr(moft_analysis, "find_spec", lambda _: None)
+        prepare_folder(tmp_path / "file", (PICTURE, REPORT))
+    monkeypatch.setattr(drawing, "find_spec", lambda _: None)
     with pytest.raises(kq.MissingDependencyError, match=r"draws with matplotlib"):
-        prepare_folder(tmp_path / "other")
+        prepare_folder(tmp_path / "other", (PICTURE, REPORT))
     assert not (tmp_path / "other").exists()
 
 
