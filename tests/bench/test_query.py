@@ -49,7 +49,8 @@ def settings(monkeypatch):
 
     def score(controls, _):
         untils = [control.until for control in controls]
-        return scores(max(untils, default=0.0), max(untils, default=0.0) ** 2)
+        until = max(untils, default=0.0)
+        return scores(until, until**2 / 1.2)
 
     monkeypatch.setattr(query, "Engine", Engine)
     monkeypatch.setattr(query, "transfer", transfer)
@@ -57,27 +58,34 @@ def settings(monkeypatch):
     return seen
 
 
-def test_measures_every_curve_at_every_tenth(settings, tmp_path):
-    figures = query.measure(BenchOptions(out=tmp_path), Progress())
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_measures_every_curve_at_its_tenths(settings, tmp_path, device):
+    figures = query.measure(BenchOptions(out=tmp_path, device=device), Progress())
+    tenths = {"cpu": query.TENTHS_ON_CPU, "cuda": query.ALL_TENTHS}[device]
+    points = [name for name in figures if ".until_" in name and name.endswith(".motion_fidelity")]
+    assert len(points) == len(query.CURVES) * len(tenths)
     for variant in query.CURVES:
-        for tenth in range(1, 11):
+        for tenth in tenths:
             name = f"{variant.name}.until_{tenth:02d}.motion_fidelity"
             assert figures[name].value == pytest.approx(tenth / 10)
     for variant in query.PARTS:
         assert f"{variant.name}.identity_leak" in figures
-    assert {count for _, count, _, _ in settings} == {query.CURVE_PAIRS_ON_CPU, 64}
+    curve_pairs = {"cpu": query.CURVE_PAIRS_ON_CPU, "cuda": 64}[device]
+    assert {count for _, count, _, _ in settings} == {curve_pairs, 64}
     assert {steps for _, _, steps, _ in settings} == {query.STEPS}
     assert (tmp_path / "query.png").stat().st_size > 10_000
 
 
 def test_the_best_setting_is_judged_on_pairs_that_did_not_choose_it(settings):
     figures = query.measure(BenchOptions(), Progress())
-    assert figures["query.motion_fidelity"].value == 0.5  # where u - u*u is largest
-    assert figures["injection.motion_fidelity"].value == 0.5
+    assert figures["query.motion_fidelity"].value == pytest.approx(
+        0.6
+    )  # where u - u*u/1.2 is largest
+    assert figures["injection.motion_fidelity"].value == pytest.approx(0.6)
     assert figures["query.paper_fidelity"].value == pytest.approx(0.4)
     assert figures["query.plain_fidelity"].value == 0.0
-    assert figures["query.spatial.until_05.headline_fidelity"].value == 0.5
-    assert figures["injection.qkv.until_05.headline_fidelity"].value == 0.5
+    assert figures["query.spatial.until_06.headline_fidelity"].value == pytest.approx(0.6)
+    assert figures["injection.qkv.until_06.headline_fidelity"].value == pytest.approx(0.6)
     assert figures["query.plain_background_accuracy"].value == 1.0
     assert figures["injection.frame_consistency"].value == 1.0
     # Every headline is of the same pairs, so that it can be compared with plain sampling.
