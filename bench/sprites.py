@@ -14,7 +14,7 @@ from kinetiq.sprites import metrics
 from kinetiq.sprites.cases import prompt_captions
 from kinetiq.sprites.metrics import Interval
 from kinetiq.sprites.reading import ClipReading, read_clips
-from kinetiq.sprites.world import SHAPES, Caption
+from kinetiq.sprites.world import Caption
 
 ACCURACIES: dict[str, Callable[[Sequence[ClipReading], Sequence[Caption]], Interval]] = {
     "colour": metrics.colour_accuracy,
@@ -22,6 +22,7 @@ ACCURACIES: dict[str, Callable[[Sequence[ClipReading], Sequence[Caption]], Inter
     "shape": metrics.shape_accuracy,
     "texture": metrics.texture_accuracy,
     "motion": metrics.motion_accuracy,
+    "nearest_motion": metrics.nearest_motion_accuracy,
 }
 COMPARED = ("colour", "background", "shape", "motion")  # what held-out combinations may cost
 _BATCH = 8
@@ -44,7 +45,8 @@ def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
         readings, seconds = _generate(engine, captions, progress)
     figures = _accuracies("sprites", readings, captions)
     figures |= _accuracies("sprites.heldout", readings[half:], captions[half:])
-    figures |= _accuracies_by_shape(readings, captions)
+    figures |= _accuracies_by("shape", readings, captions)
+    figures |= _accuracies_by("motion", readings, captions)
     figures |= _heldout_drops(readings, captions, half)
     figures["sprites.frame_consistency"] = figure(
         metrics.mean_with_interval([metrics.frame_consistency(r) for r in readings], bounds=(0, 1))
@@ -78,19 +80,20 @@ def _accuracies(
     }
 
 
-def _accuracies_by_shape(
-    readings: Sequence[ClipReading], captions: Sequence[Caption]
+def _accuracies_by(
+    attribute: str, readings: Sequence[ClipReading], captions: Sequence[Caption]
 ) -> dict[str, Figure]:
-    """Shape accuracy of the clips that were to show each shape."""
-    figures = {}
-    for shape in SHAPES:
-        rows = [i for i, caption in enumerate(captions) if caption.mentions[0].shape == shape]
-        if rows:
-            accuracy = metrics.shape_accuracy(
-                [readings[i] for i in rows], [captions[i] for i in rows]
-            )
-            figures[f"sprites.shape_accuracy.{shape}"] = figure(accuracy)
-    return figures
+    """Accuracy of the clips that were to show each shape, or each motion."""
+    rows: dict[str, list[int]] = {}
+    for number, caption in enumerate(captions):
+        rows.setdefault(getattr(caption.mentions[0], attribute), []).append(number)
+    accuracy = ACCURACIES[attribute]
+    return {
+        f"sprites.{attribute}_accuracy.{named}": figure(
+            accuracy([readings[i] for i in chosen], [captions[i] for i in chosen])
+        )
+        for named, chosen in sorted(rows.items())
+    }
 
 
 def _heldout_drops(

@@ -287,6 +287,17 @@ def motion_accuracy(readings: Sequence[ClipReading], captions: Sequence[Caption]
     return _accuracy("motion_accuracy", "motion", readings, captions, _motion_is_right)
 
 
+def nearest_motion_accuracy(
+    readings: Sequence[ClipReading], captions: Sequence[Caption]
+) -> Interval:
+    """Like `motion_accuracy`, of the closest motion however rough the path is, 0 to 1.
+
+    The difference between the two is what paths lack in precision and not in kind. A path of noise
+    is close to something too, so by chance this is higher than `motion_accuracy` would be.
+    """
+    return _accuracy("nearest_motion_accuracy", "motion", readings, captions, _nearest_is_right)
+
+
 def direction_accuracy(readings: Sequence[ClipReading], captions: Sequence[Caption]) -> Interval:
     """Share of clips that head where asked, of the captions that name left, right, up or down.
 
@@ -491,11 +502,18 @@ def classify_motion(path: np.ndarray) -> tuple[str | None, dict[str, float]]:
         travel = along.clip(*_TRAVEL)[:, None, None]
         errors[motion] = float(np.square(around - travel * shapes).sum(2).mean(1).min())
         scores[motion] = 1.0 / (1.0 + math.sqrt(errors[motion]) / STILL_SPREAD)
-    if is_still(points):
+    closest = _nearest(points, scores)
+    if closest == "still":
         return "still", scores
-    closest = min((m for m in MOTIONS if m != "still"), key=errors.__getitem__)
     spread = float(np.square(around).sum(1).mean())
     return (closest if errors[closest] <= _LEFT_BY_MOTION * spread else None), scores
+
+
+def _nearest(points: np.ndarray, scores: dict[str, float]) -> str:
+    """The motion of the best score; still alone where the path is."""
+    if is_still(points):
+        return "still"
+    return max((motion for motion in MOTIONS if motion != "still"), key=scores.__getitem__)
 
 
 @cache
@@ -529,6 +547,12 @@ def _texture_is_right(sprite: SpriteReading, named: str) -> bool:
 
 def _motion_is_right(sprite: SpriteReading, named: str) -> bool:
     return sprite.path is not None and classify_motion(sprite.path)[0] == named
+
+
+def _nearest_is_right(sprite: SpriteReading, named: str) -> bool:
+    if sprite.path is None:
+        return False
+    return _nearest(sprite.path, classify_motion(sprite.path)[1]) == named
 
 
 def _direction_is_right(sprite: SpriteReading, named: str) -> bool:

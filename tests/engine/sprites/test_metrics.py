@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -209,6 +210,23 @@ def test_a_background_must_be_dark(readings):
     read_back = [read_clip(bright)]
     assert read_back[0].background_colour == "blue"
     assert metrics.background_accuracy(read_back, [Caption((), "blue")]).mean == 0.0
+
+
+def test_the_nearest_motion_is_told_of_paths_too_rough_for_a_name():
+    rng = np.random.default_rng(2)
+    captions, readings = [], []
+    for motion in world.MOTIONS:
+        rough = 0.0 if motion == "still" else 2 / 32
+        for _ in range(8):
+            path = world.sample_path(rng, motion).points(FRAMES)
+            path += rng.normal(0, rough / math.sqrt(2), path.shape)
+            readings.append(SimpleNamespace(sprites=(SimpleNamespace(path=path),)))
+            captions.append(Caption((Mention(motion=motion),)))
+    nearest = metrics.nearest_motion_accuracy(readings, captions).mean
+    assert nearest >= 0.9
+    assert metrics.motion_accuracy(readings, captions).mean <= 0.8
+    lost = [SimpleNamespace(sprites=(SimpleNamespace(path=None),))] * len(captions)
+    assert metrics.nearest_motion_accuracy(lost, captions).mean == 0.0
 
 
 def test_a_shape_that_vanishes_has_no_motion():
