@@ -34,6 +34,7 @@ from functools import partial
 from typing import TypedDict, Unpack
 
 import torch
+import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
@@ -381,6 +382,10 @@ def _attend_in_place(
 ) -> tuple[Tensor, list[Tensor]]:
     """Softmax attention over frames, chunk by chunk, and the weights of each if they are kept."""
     wide = torch.promote_types(query.dtype, torch.float32)
+    if query.shape[1] >= _MANY and not keep:
+        # So many scores a sequence are not worth writing, and copies to permute are little beside.
+        sequences = (_by_sequence(t.to(wide), heads) for t in (query, key, value))
+        return _by_frame(F.scaled_dot_product_attention(*sequences)).to(query.dtype), []
     out = make_room((query, key, value), query.shape)
     kept = []
     for *own, o in _chunks((query, key, value, out), heads, recorded=keep):
