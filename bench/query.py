@@ -209,33 +209,33 @@ def nearest_in_fidelity(
 
 
 def draw(scores: Mapping[str, TransferScores], tenths: Sequence[int], path: Path) -> None:
-    """Draw identity leak against motion fidelity, a line for each variant, a point each tenth."""
+    """Draw motion fidelity and identity leak over `until`, a line for each variant."""
     from matplotlib import pyplot as plt
 
-    figure_, axes = plt.subplots(figsize=(7, 5))
     plain = scores["curve.plain"]
-    for variant in CURVES:
-        points = [plain, *(scores[f"{variant.name}.until_{tenth:02d}"] for tenth in tenths)]
-        axes.plot(
-            [point.identity_leak.mean for point in points],
-            [point.motion_fidelity.mean for point in points],
-            marker="o",
-            markersize=4,
-            label=variant.title,
-        )
-    axes.plot(
-        plain.identity_leak.mean, plain.motion_fidelity.mean, "k*", markersize=12, label="plain"
-    )
-    axes.set_xlabel("identity leak (share of clips that show the reference's looks)")
-    axes.set_ylabel("motion fidelity (1: the reference's path)")
-    count = plain.motion_fidelity.n
-    untils = ", ".join(f"{tenth / 10:g}" for tenth in tenths)
-    axes.set_title(f"Motion against identity, until = 0, {untils}; n = {count} a point")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure_.tight_layout()
+    untils = [0.0, *(tenth / 10 for tenth in tenths)]
+    figure_, panels = plt.subplots(1, 2, figsize=(11, 4.6), sharex=True)
+    measures = {
+        "motion fidelity (1: the reference's path)": lambda score: score.motion_fidelity,
+        "identity leak (share of clips that show the reference's looks)": lambda score: (
+            score.identity_leak
+        ),
+    }
+    for axes, (label, read) in zip(panels, measures.items(), strict=True):
+        for variant in CURVES:
+            curve = [plain, *(scores[f"{variant.name}.until_{tenth:02d}"] for tenth in tenths)]
+            means = [read(point).mean for point in curve]
+            axes.plot(untils, means, marker="o", markersize=4, label=variant.title)
+        axes.axhline(read(plain).mean, color="black", linestyle=":", label="plain")
+        axes.set_xlabel("until (share of the steps that are steered)")
+        axes.set_title(label, fontsize=10)
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure_.legend(handles, labels, loc="lower center", ncols=3, fontsize=9, frameon=False)
+    figure_.suptitle(f"Motion and identity of a transfer, n = {plain.motion_fidelity.n} a point")
+    figure_.tight_layout(rect=(0, 0.12, 1, 1))
     with replacing(path, "bench query") as temporary:
-        figure_.savefig(temporary, dpi=120, format="png")
+        figure_.savefig(temporary, dpi=110, format="png")
     plt.close(figure_)
 
 
