@@ -3,7 +3,8 @@
 Load a model with `Engine.load`, read a reference with `Clip.read`, and pass it to
 `Engine.generate` in a control: `MotionInjection` or `QueryInjection`. Or pass a motion that was
 learned before, `MotionEmbedding.read` or `MotionLora.read`. Or move what is generated with
-gradients, towards a clip, a direction or a drag: `MoftGuidance`.
+gradients, towards a clip, a direction or a drag: `MoftGuidance`. Several clips of one subject are
+`ConsistentShots`, for `Engine.generate_shots`.
 
 Names are imported when they are first used, so that `import kinetiq` is quick.
 """
@@ -35,11 +36,13 @@ if TYPE_CHECKING:
     from kinetiq.motion_lora import MotionLora
     from kinetiq.query_injection import QueryInjection
     from kinetiq.request import Request
+    from kinetiq.shots import ConsistentShots, Shot, ShotBoard
 
 __version__ = version("kinetiq")
 
 _HOMES = {
     "Clip": "kinetiq.clip",
+    "ConsistentShots": "kinetiq.shots",
     "Engine": "kinetiq.engine",
     "MoftGuidance": "kinetiq.moft_guidance",
     "MoftRegion": "kinetiq.moft_guidance",
@@ -48,12 +51,15 @@ _HOMES = {
     "MotionLora": "kinetiq.motion_lora",
     "QueryInjection": "kinetiq.query_injection",
     "Request": "kinetiq.request",
+    "Shot": "kinetiq.shots",
+    "ShotBoard": "kinetiq.shots",
 }
 
 __all__ = [
     "CheckpointError",
     "Clip",
     "ClipError",
+    "ConsistentShots",
     "Engine",
     "InputError",
     "KinetiqError",
@@ -69,6 +75,8 @@ __all__ = [
     "Request",
     "RequestError",
     "ShapeError",
+    "Shot",
+    "ShotBoard",
     "TrainingError",
     "WorkError",
     "__version__",

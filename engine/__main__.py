@@ -1,4 +1,4 @@
-"""The command line: `kinetiq demo | generate | train | analyze | convert | doctor | bench`."""
+"""The command line: `kinetiq demo | generate | shots | train | analyze | convert | ...`."""
 
 import json
 import re
@@ -67,14 +67,18 @@ class MainGroup(PlainGroup):
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
         """The commands in the order in which a new user wants them."""
-        return [*self.commands, "bench"]
+        return [*self.commands, "export", "bench"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command; the benches are imported only when they are asked for."""
+        """The command; exports and benches are imported only when they are asked for."""
         if cmd_name == "bench":
             from kinetiq.bench.command import bench
 
             return bench
+        if cmd_name == "export":
+            from kinetiq.export.command import export
+
+            return export
         return super().get_command(ctx, cmd_name)
 
 
@@ -411,6 +415,88 @@ def generate(
         f"{click.format_filename(out)}: {count} of {said['height']}x{said['width']} "
         f"(height x width), {made.fps:g} a second"
     )
+
+
+@main.command()
+@click.argument("storyboard", type=PATH)
+@click.option("--out", required=True, type=PATH, help="Folder for the shots and sheet.png.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="In place of the storyboard's.")
+@click.option("--plain", is_flag=True, help="Write the same shots left alone too, to compare.")
+@click.option(
+    "--save-masks", is_flag=True, help="Write where the subject was found, an image a frame."
+)
+@click.option("--overwrite", is_flag=True, help="Make all of it again, not only what is missing.")
+@click.option(
+    "--scale",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Enlarge what is written by a whole number.",
+)
+@json_option("Print what was made as one JSON object.")
+@model_options
+@backend_option
+def shots(
+    storyboard: Path,
+    out: Path,
+    seed: int | None,
+    plain: bool,
+    save_masks: bool,
+    overwrite: bool,
+    scale: int,
+    as_json: bool,
+    model: str,
+    motion_adapter: str | None,
+    device: str,
+    dtype: str | None,
+    backend: str,
+) -> None:
+    """Generate the shots of one subject, each with its own motion, from a YAML file.
+
+    \b
+    subject: ring
+    shots:
+      - prompt: a ring moving left on a dark blue background
+      - prompt: a ring on a dark red background
+        reference: zigzag.mp4
+      - prompt: a ring on a dark green background
+        motion: dance.safetensors
+
+    What is there of a run that was stopped is not made again.
+    """  # noqa: D301  click's mark that lines stay as they are
+    from kinetiq.board_folder import BoardOptions, make_board
+    from kinetiq.engine import Engine
+    from kinetiq.progress import progress_bars
+    from kinetiq.storyboard import Storyboard
+
+    options = BoardOptions(
+        plain=plain, masks=save_masks, overwrite=overwrite, scale=scale, seed=seed
+    )
+    placing: dict[str, Any] = {
+        "motion_adapter": motion_adapter,
+        "device": device,
+        "dtype": dtype,
+        "backend": backend,
+    }
+    read = Storyboard.read(storyboard)
+    with progress_bars() as progress:
+
+        def load() -> Engine:
+            progress("loading", 0, 1)
+            return Engine.load(model, **placing)
+
+        made = make_board(
+            read, out, load, options, model={"model": model, **placing}, progress=progress
+        )
+    if as_json:
+        click.echo(json.dumps({"out": str(out), **made}))
+        return
+    for shot in made["shots"]:
+        click.echo(f"{click.format_filename(out / shot['file'])}: {shot['prompt']}")
+    if made["made"]:
+        click.echo(f"{click.format_filename(out / made['sheet'])} shows them")
+    else:
+        click.echo("All of it was there; --overwrite makes it again")
 
 
 @main.group()

@@ -19,14 +19,17 @@ from kinetiq.control_tensors import (
     KeyValueBank,
     LoraControl,
     MotionControl,
+    SharedKeyControl,
     at_site,
 )
 from kinetiq.errors import CheckpointError
 from kinetiq.kernels import frame_attention, query_attention, temporal_block
 from kinetiq.kernels.frame_attention import Controls, add_motion, mix
-from kinetiq.kernels.query_attention import reduce_leak
+from kinetiq.kernels.query_attention import choose_queries, reduce_leak
 from kinetiq.kernels.temporal_block import wins
 from kinetiq.profiling import span
+from kinetiq.query_flow import flow_queries
+from kinetiq.refinement import refine_outputs
 
 
 @dataclass
@@ -45,6 +48,23 @@ class KeyValueCapture:
 
 
 @dataclass
+class WordCapture:
+    """Keeps how much attention some rows' places pay to words of their prompts.
+
+    Args:
+        sites: indices of cross-attention sites.
+        rows: int64 [n], which rows of the forward pass.
+        words: [n, text tokens], weights that add up to 1 in each row.
+        kept: by site, float32 [n, frames, tokens], the mean over heads; filled by the forward pass.
+    """
+
+    sites: Collection[int]
+    rows: Tensor
+    words: Tensor
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
 class Signal:
     """What the forward pass that is under way was given; written by the denoiser alone."""
 
@@ -52,13 +72,14 @@ class Signal:
     controls: ControlTensors = ControlTensors()  # noqa: RUF009  frozen, so safe to share
     before_temporal: dict[str, Tensor] = field(default_factory=dict)  # by temporal transformer
     capture: KeyValueCapture | None = None
+    word_capture: WordCapture | None = None
 
 
 _PROJECTIONS = ("to_q", "to_k", "to_v")
 
 
 class SpatialProcessor:
-    """Self-attention of a frame to itself, with queries chosen by `QueryControl`."""
+    """Self-attention of a frame to itself, with queries, further keys and outputs as controlled."""
 
     def __init__(self, site: int, signal: Signal) -> None:
         self._site = site
@@ -82,17 +103,22 @@ class SpatialProcessor:
                 project(rows) for project in (attention.to_q, attention.to_k, attention.to_v)
             )
             key, value = _given_keys(key, value, self._site, self._signal)
+            for flow in self._signal.controls.flow:
+                query = flow_queries(query, flow)
             query, row, blend = _controlled_query(query, self._site, self._signal)
-            out = query_attention(
-                query, key, value, heads=attention.heads, query_row=row, query_blend=blend
+            out = _attend(
+                query, key, value, attention.heads, row, blend, self._signal.controls.shared_key
             )
+            for refine in self._signal.controls.refine:
+                out = refine_outputs(out, refine)
             return _project_out(attention, out.flatten(0, 1))
 
 
 class CrossProcessor:
     """Attention of all frames of a row to its prompt, whose keys are computed once a row."""
 
-    def __init__(self, signal: Signal) -> None:
+    def __init__(self, site: int, signal: Signal) -> None:
+        self._site = site
         self._signal = signal
 
     def __call__(
@@ -115,6 +141,11 @@ class CrossProcessor:
             if text.shape[0] != query.shape[0]:
                 text = text.unflatten(0, (-1, frames))[:, 0]
             key, value = attention.to_k(text)[:, None], attention.to_v(text)[:, None]
+            capture = self._signal.word_capture
+            if capture is not None and self._site in capture.sites:
+                capture.kept[self._site] = attention_to_words(
+                    query, key, attention.heads, capture.rows, capture.words
+                )
             out = query_attention(query, key, value, heads=attention.heads)
             return _project_out(attention, out.flatten(0, 1))
 
@@ -354,6 +385,57 @@ def _given_keys(key: Tensor, value: Tensor, site: int, signal: Signal) -> tuple[
         torch.where(given, bank.key.index_select(0, slot).to(key.dtype), key),
         torch.where(given, bank.value.index_select(0, slot).to(value.dtype), value),
     )
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    row: Tensor | None,
+    blend: Tensor | None,
+    shared: SharedKeyControl | None,
+) -> Tensor:
+    """Attention within frames, and of the rows that see others to those as well."""
+    if shared is None:
+        return query_attention(query, key, value, heads=heads, query_row=row, query_blend=blend)
+    if row is not None:
+        query = choose_queries(query, row, blend)
+    # Apart, since on a CPU a row pays for as many further keys as any row of its call has.
+    seeing, alone = (
+        [tensor.index_select(0, rows) for tensor in (query, key, value)]
+        for rows in (shared.readers, shared.alone)
+    )
+    mask = at_site(shared.mask, key.shape[2]).log()
+    seen = query_attention(*seeing, heads=heads, key_rows=shared.rows, key_log_mask=mask)
+    out = torch.empty_like(query).index_copy_(0, shared.readers, seen)
+    if len(shared.alone):
+        out.index_copy_(0, shared.alone, query_attention(*alone, heads=heads))
+    return out
+
+
+def attention_to_words(
+    query: Tensor, key: Tensor, heads: int, rows: Tensor, words: Tensor
+) -> Tensor:
+    """How much attention the places of some rows pay to words, as a mean over heads.
+
+    Args:
+        query: [rows, frames, tokens, heads * d].
+        key: [rows, 1, text tokens, heads * d].
+        heads: of the attention.
+        rows: int64 [n].
+        words: [n, text tokens], the weight of each text token.
+
+    Returns:
+        float32 [n, frames, tokens].
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    maps = []
+    for row, weights in zip(rows.tolist(), words.to(wide), strict=True):  # one at a time: large
+        q, k = (t[row].to(wide).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key))
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # [frames, heads, tokens, text]
+        maps.append((scores.softmax(-1) @ weights).mean(1))
+    return torch.stack(maps)
 
 
 def _controlled_query(

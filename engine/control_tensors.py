@@ -150,8 +150,80 @@ class KeyValueControl:
 
 
 @dataclass(frozen=True)
+class SharedKeyControl:
+    """Rows that see other rows' keys and values of the same frame at spatial sites.
+
+    Args:
+        readers: int64 [n], these rows.
+        alone: int64, all the other rows of the batch.
+        rows: int64 [n, others], as places in `readers`; a row's own place adds nothing.
+        mask: [n, frames, h, w], how much a reader's places count for other rows beside their own,
+            which count 1. Averaged over a key's area, its logarithm is added to the key's scores.
+    """
+
+    readers: Tensor
+    alone: Tensor
+    rows: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class FlowControl:
+    """Rows whose queries at spatial sites are moved from key frames to the frames between.
+
+    Args:
+        readers: int64 [n], these rows.
+        guides: int64 [n], the rows whose queries tell what is where in which frame; None where
+            `matches` do.
+        before: int64 [frames], the last key frame that is not after each frame.
+        after: int64 [frames], the first that is not before it; a key frame's own is itself.
+        share: [frames], of what comes from `before`; the rest comes from `after`.
+        matches: by tokens of a site, int64 [n, 2, frames, tokens]: the token of `before` and that
+            of `after` that shows what each token shows; None where `guides` tell.
+    """
+
+    readers: Tensor
+    guides: Tensor | None
+    before: Tensor
+    after: Tensor
+    share: Tensor
+    matches: Mapping[int, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class PatchMatches:
+    """What other clips show at each token of a site, and how much of it is taken over.
+
+    Args:
+        token: int64 [n, others, frames, tokens], in the same frame of the other clip.
+        share: [n, others, frames, tokens], at most 1 in all.
+    """
+
+    token: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True)
+class RefineControl:
+    """Rows that take over outputs of spatial self-attention at matching patches of other rows.
+
+    Args:
+        readers: int64 [n], these rows.
+        others: int64 [n, others], the rows that they take from.
+        matches: by tokens of a site.
+    """
+
+    readers: Tensor
+    others: Tensor
+    matches: Mapping[int, PatchMatches]
+
+
+@dataclass(frozen=True)
 class ControlTensors:
-    """The controls of one forward pass; None is a kind that no row uses."""
+    """The controls of one forward pass; None is a kind that no row uses.
+
+    Flow and refinement have one entry a board of shots, whose rows have no others in common.
+    """
 
     query: QueryControl | None = None
     deviation: DeviationControl | None = None
@@ -159,6 +231,9 @@ class ControlTensors:
     lora: LoraControl | None = None
     skip: SkipControl | None = None
     key_value: KeyValueControl | None = None
+    shared_key: SharedKeyControl | None = None
+    flow: tuple[FlowControl, ...] = ()
+    refine: tuple[RefineControl, ...] = ()
 
 
 def at_site(mask: Tensor, tokens: int) -> Tensor:

@@ -7,6 +7,7 @@ diffusers' own forward methods are never patched.
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from kinetiq.attention import (
     Signal,
     SpatialProcessor,
     TemporalTransformer,
+    WordCapture,
 )
 from kinetiq.control_tensors import ControlTensors, KeyValueBank
 from kinetiq.convolution import CentreTapConvolution, find_centre_taps
@@ -33,6 +35,25 @@ from kinetiq.skips import attach_skips, list_skips
 from kinetiq.taps import DEFAULT_TAP, find_tap, run_to_tap
 
 NO_CONTROLS = ControlTensors()
+
+
+@dataclass
+class Watched:
+    """What was seen of some rows while the network ran.
+
+    Args:
+        words: by cross-attention site, float32 [n, frames, tokens]: the attention that is paid to
+            words of the prompt.
+        features: float32 [n, frames, channels, h, w], the output of the tap; None before it ran.
+    """
+
+    words: dict[int, Tensor]
+    features: Tensor | None = None
+
+    def part(self, rows: slice) -> "Watched":
+        """The same of some of the rows."""
+        words = {site: kept[rows] for site, kept in self.words.items()}
+        return Watched(words, None if self.features is None else self.features[rows])
 
 
 class Denoiser(Protocol):
@@ -88,6 +109,19 @@ class Denoiser(Protocol):
         """
         ...
 
+    def watching(self, rows: Tensor, words: Tensor, tap: str) -> AbstractContextManager[Watched]:
+        """Keep where rows look for words of their prompts, and what they are at a tap.
+
+        Args:
+            rows: int64 [n], on the device of the network.
+            words: [n, text tokens], weights that add up to 1 in each row.
+            tap: module path of a block; see `kinetiq.taps`.
+
+        Returns:
+            A context for one `predict`, which fills what it yields.
+        """
+        ...
+
 
 class EagerDenoiser:
     """A diffusers network run by PyTorch as it is.
@@ -134,7 +168,7 @@ class EagerDenoiser:
             module.processor = (
                 SpatialProcessor(index[site.name], self.signal)
                 if site.kind is SiteKind.SPATIAL
-                else CrossProcessor(self.signal)
+                else CrossProcessor(index[site.name], self.signal)
             )
         for name in temporal_transformers(self.network, self.family):
             replaced = self.network.get_submodule(name)
@@ -218,6 +252,28 @@ class EagerDenoiser:
             yield capture.kept
         finally:
             self.signal.capture = None
+
+    @contextmanager
+    def watching(self, rows: Tensor, words: Tensor, tap: str) -> Iterator[Watched]:
+        """Watch rows while the network runs; see `Denoiser.watching`."""
+        cross = [n for n, site in enumerate(self.sites) if site.kind is SiteKind.CROSS]
+        capture = self.signal.word_capture = WordCapture(cross, rows, words)
+        watched = Watched(capture.kept)
+
+        def keep(_: object, __: object, output: Any) -> None:
+            # Down blocks return what their skip connections carry as well.
+            hidden = output[0] if isinstance(output, tuple) else output
+            by_row = hidden.unflatten(0, (-1, self.signal.frames))
+            watched.features = by_row.index_select(0, rows).float()
+
+        handle = self.network.get_submodule(find_tap(self.network, tap).name).register_forward_hook(
+            keep
+        )
+        try:
+            yield watched
+        finally:
+            handle.remove()
+            self.signal.word_capture = None
 
     @contextmanager
     def _given(self, where: str, latents: Tensor, controls: ControlTensors) -> Iterator[None]:

@@ -37,7 +37,7 @@ _PACKAGES: dict[str, tuple[str | None, str]] = {
 def examine() -> dict[str, Any]:
     """Versions, devices and back ends, as plain data."""
     from kinetiq import __version__
-    from kinetiq.engine import BACKENDS
+    from kinetiq.backends import BACKENDS
 
     packages = []
     for name, (extra, purpose) in _PACKAGES.items():

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +12,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from kinetiq.backends import EAGER, check_backend, load_exported
+from kinetiq.board_run import BoardLatents
 from kinetiq.checkpoint import Checkpoint, load_checkpoint
 from kinetiq.clip import Clip
 from kinetiq.control_tensors import LoraBank, MotionBank
@@ -24,7 +26,7 @@ from kinetiq.errors import (
     RequestError,
     WorkError,
 )
-from kinetiq.families import FAMILIES, Family
+from kinetiq.families import FAMILIES, Family, select_sites
 from kinetiq.generation import Progress, denoise, in_order, is_out_of_memory, no_progress
 from kinetiq.inversion import invert
 from kinetiq.moft import MotionChannels, load_channels, reference_feature
@@ -46,12 +48,12 @@ from kinetiq.motion_lora import (
 from kinetiq.profiling import span
 from kinetiq.request import Request, ResolvedRequest
 from kinetiq.sampler import build_sampler_table
+from kinetiq.shots import ConsistentShots, ResolvedShots, ShotBoard, resolve_shots
 from kinetiq.skips import Skip, list_skips
 from kinetiq.source import ResolvedSource, Source, resolve_source
 from kinetiq.taps import find_tap
-from kinetiq.text import encode_prompts
+from kinetiq.text import encode_prompts, find_words
 
-BACKENDS = ("eager",)
 MAX_CLIPS = 8
 _DECODED_FRAMES = 16  # frames the VAE decodes at a time, as diffusers does
 _KEPT_SOURCES = 16  # encoded references, prompts and learned motions that one call keeps
@@ -100,9 +102,10 @@ class Engine:
     Use `Engine.load`; a `with` block detaches the network at its end.
     """
 
-    def __init__(self, checkpoint: Checkpoint, denoiser: Denoiser) -> None:
+    def __init__(self, checkpoint: Checkpoint, denoiser: Denoiser, *, backend: str = EAGER) -> None:
         self.checkpoint = checkpoint
         self.denoiser = denoiser
+        self.backend = backend
         self.family: Family = FAMILIES[checkpoint.family]
         self.vae_scale = 2 ** (len(checkpoint.vae.config.block_out_channels) - 1)
         self.defaults = read_defaults(checkpoint, self.family, self.vae_scale)
@@ -115,7 +118,9 @@ class Engine:
         motion_adapter: str | Path | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | str | None = None,
-        backend: str = "eager",
+        backend: str = EAGER,
+        network: str | Path | None = None,
+        trust: str | Collection[str] = (),
         variant: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -128,7 +133,10 @@ class Engine:
                 an image model.
             device: "cpu", "cuda" or "cuda:<index>".
             dtype: "float32", "bfloat16" or "float16"; None is float32.
-            backend: what runs the denoiser; one of `BACKENDS`.
+            backend: what runs the denoiser; one of `kinetiq.backends.BACKENDS`.
+            network: an export of the model that the back end runs, or an engine of TensorRT. None:
+                the model is exported to the user's cache, once.
+            trust: SHA-256 checksums of engines that you vouch for, since an engine is code.
             variant: of the weights files, such as "fp16".
             revision: branch, tag or commit of a hub repository.
             local_files_only: use only what is downloaded already.
@@ -138,10 +146,7 @@ class Engine:
             RequestError: an option has no meaning.
             MissingDependencyError: the device is not there.
         """
-        if backend not in BACKENDS:
-            raise RequestError(
-                f"load: backend must be one of {', '.join(BACKENDS)}, got {backend!r}"
-            )
+        check_backend(backend, network, trust)
         checkpoint = load_checkpoint(
             source,
             motion_adapter=motion_adapter,
@@ -151,6 +156,9 @@ class Engine:
             revision=revision,
             local_files_only=local_files_only,
         )
+        if backend != EAGER:
+            denoiser = load_exported(backend, checkpoint, network, trust)
+            return cls(checkpoint, denoiser, backend=backend)
         return cls(checkpoint, EagerDenoiser(checkpoint.unet).attach())
 
     def close(self) -> None:
@@ -196,19 +204,30 @@ class Engine:
         progress: Progress = no_progress,
     ) -> Iterator[Clip | KinetiqError]: ...
 
+    @overload
     def generate_many(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | ConsistentShots],
         *,
         on_error: str = "raise",
         max_clips: int = MAX_CLIPS,
         progress: Progress = no_progress,
-    ) -> Iterator[Clip | KinetiqError]:
+    ) -> Iterator[Clip | ShotBoard | KinetiqError]: ...
+
+    def generate_many(
+        self,
+        requests: Iterable[Request | ConsistentShots],
+        *,
+        on_error: str = "raise",
+        max_clips: int = MAX_CLIPS,
+        progress: Progress = no_progress,
+    ) -> Iterator[Clip | ShotBoard | KinetiqError]:
         """Generate clips in batches and yield them in the order of the requests.
 
         Prompts, seeds, step counts, samplers, guidance and controls may all differ within a
         batch; clips of another shape wait until those before them are done. Requests are drawn
-        as room allows, so `requests` may be endless.
+        as room allows, so `requests` may be endless. Boards of shots may be among them; each
+        becomes a `ShotBoard` in its place.
 
         Args:
             requests: what to generate.
@@ -218,18 +237,84 @@ class Engine:
             progress: told of ("denoising" or "decoding", done, total), and where a guidance needs
                 it, before, of ("calibrating" or "inverting", done, total).
         """
+        return self._generate(requests, on_error, max_clips, progress)
+
+    def _generate(
+        self,
+        requests: Iterable[Request | ConsistentShots],
+        on_error: str,
+        max_clips: int,
+        progress: Progress,
+    ) -> Iterator[Clip | ShotBoard | KinetiqError]:
         if on_error not in ("raise", "return"):
             raise RequestError(f"on_error: must be 'raise' or 'return', got {on_error!r}")
-        for latents, request in in_order(self._sample(requests, max_clips, progress)):
-            result = latents
-            if not isinstance(latents, KinetiqError):
+        for sampled, request in in_order(self._sample(requests, max_clips, progress)):
+            result = sampled
+            if not isinstance(sampled, KinetiqError):
                 try:
-                    result = self.decode(latents, request.fps, progress)
+                    result = self._decode_result(sampled, request, progress)
                 except KinetiqError as error:
                     result = error
             if on_error == "raise" and isinstance(result, KinetiqError):
                 raise result
             yield result
+
+    def _decode_result(
+        self,
+        sampled: Tensor | BoardLatents,
+        request: Any,  # what it was sampled from
+        progress: Progress,
+    ) -> Clip | ShotBoard:
+        if isinstance(sampled, Tensor):
+            return self.decode(sampled, request.fps, progress)
+        clips = tuple(
+            self.decode(latents, shot.fps, progress)
+            for latents, shot in zip(sampled.latents, request.requests, strict=True)
+        )
+        return ShotBoard(clips, None if sampled.masks is None else sampled.masks.numpy())
+
+    def generate_shots(
+        self, shots: ConsistentShots, *, progress: Progress = no_progress
+    ) -> list[Clip]:
+        """Generate the shots of one board; see `ConsistentShots`."""
+        return list(next(self.generate_storyboards([shots], progress=progress)).clips)
+
+    @overload
+    def generate_storyboards(
+        self,
+        boards: Iterable[ConsistentShots],
+        *,
+        on_error: Literal["raise"] = "raise",
+        max_clips: int = MAX_CLIPS,
+        progress: Progress = no_progress,
+    ) -> Iterator[ShotBoard]: ...
+
+    @overload
+    def generate_storyboards(
+        self,
+        boards: Iterable[ConsistentShots],
+        *,
+        on_error: Literal["return"],
+        max_clips: int = MAX_CLIPS,
+        progress: Progress = no_progress,
+    ) -> Iterator[ShotBoard | KinetiqError]: ...
+
+    def generate_storyboards(
+        self,
+        boards: Iterable[ConsistentShots],
+        *,
+        on_error: str = "raise",
+        max_clips: int = MAX_CLIPS,
+        progress: Progress = no_progress,
+    ) -> Iterator[ShotBoard | KinetiqError]:
+        """Generate boards of shots in batches and yield them in their order.
+
+        The arguments but the first are those of `generate_many`, which takes boards among its
+        requests too. The clips that a board has at a time, its shots left alone among them, are
+        never in different batches, whatever `max_clips` says.
+        """
+        results = self._generate(boards, on_error, max_clips, progress)
+        yield from results  # type: ignore[misc]  # boards in, boards out
 
     def generate_latents(
         self,
@@ -245,12 +330,12 @@ class Engine:
             yield latents
 
     def _sample(
-        self, requests: Iterable[Request], max_clips: int, progress: Progress
-    ) -> Iterator[tuple[int, tuple[Tensor | KinetiqError, Any]]]:
+        self, requests: Iterable[Request | ConsistentShots], max_clips: int, progress: Progress
+    ) -> Iterator[tuple[int, tuple[Tensor | BoardLatents | KinetiqError, Any]]]:
         """(index, (latents or error, resolved request or None)), each as it is done."""
         if max_clips < 1:
             raise RequestError(f"max_clips: must be at least 1, got {max_clips}")
-        resolved: dict[int, ResolvedRequest] = {}
+        resolved: dict[int, ResolvedRequest | ResolvedShots] = {}
 
         @functools.lru_cache(maxsize=_KEPT_PROMPTS)
         def encode_text(prompt: str) -> Tensor:
@@ -260,10 +345,13 @@ class Engine:
         encode_reference = self._reference_encoder()
         make = self._makers(encode_reference, progress)
 
-        def resolve_all() -> Iterator[tuple[int, ResolvedRequest | KinetiqError]]:
+        def resolve_all() -> Iterator[tuple[int, ResolvedRequest | ResolvedShots | KinetiqError]]:
             for index, request in enumerate(requests):
                 try:
-                    resolved[index] = self.resolve(request, encode_reference, make)
+                    if isinstance(request, ConsistentShots):
+                        resolved[index] = self.resolve_shots(request, encode_reference, make)
+                    else:
+                        resolved[index] = self.resolve(request, encode_reference, make)
                 except KinetiqError as error:
                     yield index, error
                 else:
@@ -277,6 +365,7 @@ class Engine:
             device=self.checkpoint.device,
             dtype=self.checkpoint.dtype,
             max_clips=max_clips,
+            decode=lambda latents: self._pixels(latents).numpy(),
             progress=progress,
         )
         for index, result in results:
@@ -339,6 +428,32 @@ class Engine:
             controls=controls,
         )
 
+    def resolve_shots(
+        self,
+        shots: ConsistentShots,
+        encode_reference: Encode | None = None,
+        make: Makers | None = None,
+    ) -> ResolvedShots:
+        """The same for a board of shots.
+
+        Raises:
+            RequestError: an option, or a combination of options, has no meaning here; a shot that
+                it is about is named.
+            CheckpointError: a learned motion was made for another model.
+        """
+        self._require_eager("ConsistentShots, which look into the network")
+        encode = encode_reference or self._reference_encoder()
+        make = make or self._makers(encode)
+        requests, words = [], []
+        for number, request in enumerate(shots.requests(), start=1):
+            try:
+                requests.append(self.resolve(request, encode, make))
+                words.append(find_words(self.checkpoint.tokenizer, request.prompt, shots.subject))
+            except RequestError as error:
+                raise RequestError(f"shots: shot {number}: {error}") from error
+        sites = select_sites(self.denoiser.sites, "spatial")
+        return resolve_shots(shots, tuple(requests), tuple(words), sites)
+
     @torch.inference_mode()
     def encode(self, clip: Clip) -> Tensor:
         """Scaled latents of a clip, [channels, frames, h, w], float32; the posterior's mode.
@@ -359,7 +474,6 @@ class Engine:
             )
         return latents
 
-    @torch.inference_mode()
     def decode(self, latents: Tensor, fps: float, progress: Progress = no_progress) -> Clip:
         """The clip of scaled latents [channels, frames, h, w].
 
@@ -367,6 +481,12 @@ class Engine:
             NonFiniteError: a pixel is not finite.
             WorkError: memory ran out.
         """
+        array = self._pixels(latents, progress).numpy()
+        return Clip.from_array(array, fps)
+
+    @torch.inference_mode()
+    def _pixels(self, latents: Tensor, progress: Progress = no_progress) -> Tensor:
+        """The frames of scaled latents on the CPU, float32 [frames, height, width, 3], 0 to 1."""
         vae = self.checkpoint.vae
         frames = (latents / vae.config.scaling_factor).transpose(0, 1)
         parts = frames.to(self.checkpoint.dtype).split(_DECODED_FRAMES)
@@ -380,8 +500,7 @@ class Engine:
             raise NonFiniteError(
                 "decode: pixels must be finite, got NaN or infinity from the VAE; try dtype float32"
             )
-        array = video.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-        return Clip.from_array(array, fps)
+        return video.clamp(0, 1).permute(0, 2, 3, 1).cpu()
 
     def _reference_encoder(self) -> Encode:
         """Encodes references to the size of the clips they steer, each once."""
@@ -460,10 +579,18 @@ class Engine:
         )
         return embedding, noise
 
+    def _require_eager(self, what: str) -> None:
+        if self.backend != EAGER:
+            raise RequestError(
+                f"request: backend must be {EAGER!r} for {what}, got {self.backend!r}; load the "
+                "model without backend"
+            )
+
     def _guidance(
         self, control: MoftGuidance, shape: tuple[int, int, int], steps: int, make: Makers
     ) -> ResolvedMoftGuidance:
         """A guidance as data for a clip of `shape`."""
+        self._require_eager("MoftGuidance, which needs gradients")
         if control.recompute is True and not isinstance(self.denoiser, EagerDenoiser):
             raise RequestError(
                 f"recompute: the back end must be eager, got {type(self.denoiser).__name__}; "

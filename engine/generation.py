@@ -3,7 +3,8 @@
 Three verbs a step: lay out the rows, predict, advance. Clips that are guided have their latents
 moved before (`kinetiq.moft_guidance`). Clips of one shape share a batch whatever
 their prompts, seeds, step counts, samplers and controls; a clip that ends makes room for the
-next one at once (continuous batching).
+next one at once (continuous batching). The shots of a board (`kinetiq.shots`) join, step and leave
+as one.
 """
 
 import functools
@@ -11,15 +12,18 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
+from kinetiq.board_run import BoardLatents, BoardRun, DecodeFrames
+from kinetiq.clip_run import ClipRun
 from kinetiq.control_tensors import KeyValueBank
-from kinetiq.denoiser import Denoiser, EagerDenoiser
-from kinetiq.errors import KinetiqError, NonFiniteError, WorkError
+from kinetiq.denoiser import Denoiser, EagerDenoiser, Watched
+from kinetiq.errors import KinetiqError, NonFiniteError, RequestError, WorkError
 from kinetiq.inversion import blend_noise
 from kinetiq.kernels import guided_step
 from kinetiq.moft_guidance import GuidedClip, ResolvedMoftGuidance, guide
@@ -30,6 +34,7 @@ from kinetiq.recomputation import Recomputation
 from kinetiq.request import ResolvedRequest
 from kinetiq.rows import (
     Batch,
+    BoardState,
     ClipState,
     SourceLevel,
     build_batch,
@@ -37,11 +42,14 @@ from kinetiq.rows import (
     join_motions,
 )
 from kinetiq.sampler import step_coefficients
+from kinetiq.shots import ResolvedShots
+from kinetiq.taps import DEFAULT_TAP
 
 Progress = Callable[[str, int, int], None]
 EncodeText = Callable[[str], Tensor]
-BuildBatch = Callable[[Sequence[ClipState], dict[str, Tensor]], Batch]
+BuildBatch = Callable[..., Batch]
 _Result = TypeVar("_Result")
+_Run = TypeVar("_Run", bound="ClipRun | BoardRun")
 _Keys = Mapping[int, KeyValueBank]  # by site
 
 
@@ -49,44 +57,7 @@ def no_progress(stage: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
-@attrs.define(eq=False)
-class ClipRun:
-    """One clip under way.
-
-    Args:
-        index: its place among the requests.
-        request: what it will be.
-        generator: draws the initial noise and the sampler's, in the stock pipelines' order.
-        text: [tokens, width] of the prompt.
-        negative_text: like `text`, or None where not guided.
-        sample: [channels, frames, h, w], float32.
-        former: like `sample`, the clean estimate of the step before.
-        step: the next step, counted from 0.
-        range: its range in the profiler.
-        unguided: the same clip without guidance, while its keys and values are needed.
-    """
-
-    index: int
-    request: ResolvedRequest
-    generator: torch.Generator
-    text: Tensor
-    negative_text: Tensor | None
-    sample: Tensor
-    former: Tensor
-    step: int = 0
-    range: Any = None
-    unguided: "ClipRun | None" = None
-
-    @property
-    def guidance(self) -> ResolvedMoftGuidance | None:
-        """The guidance that acts at the next step."""
-        guidance = self.request.controls.guidance
-        return guidance if guidance is not None and guidance.acts(self.step) else None
-
-    @property
-    def done(self) -> bool:
-        """Whether all steps are taken."""
-        return self.step == self.request.sampler.steps
+Run = ClipRun | BoardRun
 
 
 @attrs.frozen(eq=False)
@@ -95,6 +66,7 @@ class _Model:
 
     denoiser: Denoiser
     encode_text: EncodeText
+    decode: DecodeFrames
     build: BuildBatch
     device: torch.device
     dtype: torch.dtype
@@ -115,6 +87,7 @@ class _Room:
     recompute: bool = False
 
 
+@overload
 def denoise(
     requests: Iterable[tuple[int, ResolvedRequest | KinetiqError]],
     denoiser: Denoiser,
@@ -124,8 +97,38 @@ def denoise(
     device: torch.device,
     dtype: torch.dtype,
     max_clips: int,
+    decode: DecodeFrames | None = ...,
+    progress: Progress = ...,
+) -> Iterator[tuple[int, Tensor | KinetiqError]]: ...
+
+
+@overload
+def denoise(
+    requests: Iterable[tuple[int, ResolvedRequest | ResolvedShots | KinetiqError]],
+    denoiser: Denoiser,
+    encode_text: EncodeText,
+    *,
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_clips: int,
+    decode: DecodeFrames | None = ...,
+    progress: Progress = ...,
+) -> Iterator[tuple[int, Tensor | BoardLatents | KinetiqError]]: ...
+
+
+def denoise(
+    requests: Iterable[tuple[int, ResolvedRequest | ResolvedShots | KinetiqError]],
+    denoiser: Denoiser,
+    encode_text: EncodeText,
+    *,
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_clips: int,
+    decode: DecodeFrames | None = None,
     progress: Progress = no_progress,
-) -> Iterator[tuple[int, Tensor | KinetiqError]]:
+) -> Iterator[tuple[int, Tensor | BoardLatents | KinetiqError]]:
     """Sample clips and yield each as it is done, as (index, latents or what went wrong).
 
     Args:
@@ -135,12 +138,15 @@ def denoise(
         channels: of the latents.
         device: where the network is.
         dtype: what the network computes in; the samples themselves stay float32.
-        max_clips: clips in a batch; lowered for the rest of the run when memory runs out.
+        max_clips: clips in a batch; lowered for the rest of the run when memory runs out. A board
+            that has more is in a batch by itself.
+        decode: clean latents [channels, frames, h, w] to float32 [frames, height, width, 3] in 0
+            to 1, for boards whose masks are found in frames; without it they fail.
         progress: told of steps done and steps known of.
     """
     waiting = iter(requests)
     upcoming = next(waiting, None)
-    running: list[ClipRun] = []
+    running: list[Run] = []
     done_steps = known_steps = 0
     build = functools.partial(
         build_batch,
@@ -148,43 +154,78 @@ def denoise(
         join_motions=functools.lru_cache(maxsize=1)(join_motions),
         join_loras=functools.lru_cache(maxsize=1)(join_loras),
     )
-    model = _Model(denoiser, encode_text, build, device, dtype)
+    model = _Model(denoiser, encode_text, decode or _refuse_frames, build, device, dtype)
     room = _Room(clips=max_clips, guided=max_clips)
     while running or upcoming is not None:
-        while upcoming is not None and len(running) < room.clips:
+        while upcoming is not None and _count(running) < room.clips:
             index, request = upcoming
             if isinstance(request, KinetiqError):
                 yield index, request
-            elif running and running[0].request.shape != request.shape:
+            elif running and not _joins(request, running, room):
                 break
             else:
-                running.append(_start(index, request, denoiser, encode_text, channels, device))
-                known_steps += request.sampler.steps
+                run = _start(index, request, encode_text, channels, device)
+                run.range = begin(f"request {index}")
+                running.append(run)
+                known_steps += run.all_steps
             upcoming = next(waiting, None)
         if not running:
             continue
-        done_steps -= sum(run.step for run in running)
+        done_steps -= sum(run.taken_steps for run in running)
         # Inference mode is for predictions alone: banks of motions, which are joined here and kept,
         # go into guidance too, where autograd must be able to save them.
-        with span(f"step of {len(running)} clips"), torch.inference_mode(False), torch.no_grad():
-            failed = _guide(running, model, room)
+        count = _count(running)
+        with span(f"step of {count} clips"), torch.inference_mode(False), torch.no_grad():
+            failed = _prepare(running, model)
+            failed |= _guide([run for run in running if isinstance(run, ClipRun)], model, room)
             failed |= _step([run for run in running if run.index not in failed], model, room)
-        done_steps += sum(run.step for run in running)
+        done_steps += sum(run.taken_steps for run in running)
         progress("denoising", done_steps, known_steps)
         for run in [run for run in running if run.done or run.index in failed]:
             running.remove(run)
             end(run.range)
-            known_steps -= run.request.sampler.steps - run.step
-            yield run.index, failed.get(run.index, run.sample)
+            known_steps -= run.all_steps - run.taken_steps
+            yield run.index, failed.get(run.index, run.result)
+
+
+def _refuse_frames(_: Tensor) -> np.ndarray:
+    raise RequestError("masks: a callable needs frames, and nothing here decodes latents")
+
+
+def _joins(request: ResolvedRequest | ResolvedShots, running: Sequence[Run], room: _Room) -> bool:
+    """Whether a request has the shape of what runs, and there is room for it."""
+    clips = 1 if isinstance(request, ResolvedRequest) else request.most_clips
+    return running[0].shape == request.shape and _count(running) + clips <= room.clips
+
+
+def _count(runs: Iterable[Run]) -> int:
+    """How many clips some runs step."""
+    return sum(len(run.clips) for run in runs)
 
 
 def _start(
     index: int,
-    request: ResolvedRequest,
-    denoiser: Denoiser,
+    request: ResolvedRequest | ResolvedShots,
     encode_text: EncodeText,
     channels: int,
     device: torch.device,
+) -> Run:
+    if isinstance(request, ResolvedRequest):
+        return _start_clip(index, request, encode_text, channels, device)
+    shots = [
+        _start_clip(index, shot, encode_text, channels, device, number)
+        for number, shot in enumerate(request.requests, start=1)
+    ]
+    return BoardRun.start(index, request, shots)
+
+
+def _start_clip(
+    index: int,
+    request: ResolvedRequest,
+    encode_text: EncodeText,
+    channels: int,
+    device: torch.device,
+    shot: int | None = None,
 ) -> ClipRun:
     generator = torch.Generator().manual_seed(request.seed)
     shape = (channels, *request.shape)
@@ -200,22 +241,72 @@ def _start(
         negative_text=encode_text(request.negative_prompt) if request.guided else None,
         sample=sample.to(device),
         former=torch.zeros(shape, device=device),
-        range=begin(f"request {index}"),
+        shot=shot,
     )
 
 
-def _step(runs: Sequence[ClipRun], model: _Model, room: _Room) -> dict[int, KinetiqError]:
+def _prepare(running: Sequence[Run], model: _Model) -> dict[int, KinetiqError]:
+    """Let boards find masks and matches for the next step; return what failed, by index."""
+    failed: dict[int, KinetiqError] = {}
+    for run in running:
+        if isinstance(run, BoardRun):
+            try:
+                run.prepare(model.decode)
+            except KinetiqError as error:
+                failed[run.index] = error
+    return failed
+
+
+def _step(runs: Sequence[Run], model: _Model, room: _Room) -> dict[int, KinetiqError]:
     """Advance clips by one step; return what failed, by index."""
 
-    def predict(part: Sequence[ClipRun]) -> tuple[Tensor, Tensor]:
-        return _predict(_batch([_state(run, model.dtype) for run in part], model), model)
+    def predict(part: Sequence[Run]) -> tuple[tuple[Tensor, Tensor], list[Watched | None]]:
+        return _predict_boards(part, model)
 
-    def advance(part: Sequence[ClipRun], halves: tuple[Tensor, Tensor]) -> dict[int, KinetiqError]:
+    def advance(
+        part: Sequence[Run], done: tuple[tuple[Tensor, Tensor], list[Watched | None]]
+    ) -> dict[int, KinetiqError]:
+        halves, watched = done
         with span("sampler"):
-            return _apply(part, *halves, model.denoiser)
+            broken = _apply([clip for run in part for clip in run.clips], *halves, model.denoiser)
+        for run, seen in zip(part, watched, strict=True):
+            if not isinstance(run, BoardRun) or run.index in broken:
+                continue
+            try:
+                run.advance(seen, model.decode)
+            except KinetiqError as error:
+                broken[run.index] = error
+        return broken
 
     failed, room.clips = _in_parts(runs, room.clips, model.device, predict, advance)
     return failed
+
+
+def _predict_boards(
+    part: Sequence[Run], model: _Model
+) -> tuple[tuple[Tensor, Tensor], list[Watched | None]]:
+    """The network's output for both halves of every clip, and what boards saw of theirs."""
+    clips = [clip for run in part for clip in run.clips]
+    states = [_state(clip, model.dtype) for clip in clips]
+    boards: list[BoardState] = []
+    for run in part:
+        state = run.state(clips.index(run.clips[0])) if isinstance(run, BoardRun) else None
+        boards += [] if state is None else [state]
+    batch = _batch(states, model, boards)
+    looking = [run for run in part if isinstance(run, BoardRun) and run.watched]
+    if not looking:
+        return _predict(batch, model), [None] * len(part)
+    places = [clips.index(clip) for run in looking for clip in run.watched]
+    rows = batch.conditional[torch.tensor(places, device=batch.conditional.device)]
+    words = torch.cat([run.words for run in looking]).to(rows.device)
+    with model.denoiser.watching(rows, words, DEFAULT_TAP) as watched:
+        halves = _predict(batch, model)
+    seen: dict[int, Watched] = {}
+    start = 0
+    for run in looking:
+        seen[run.index] = watched.part(slice(start, start + len(run.watched)))
+        start += len(run.watched)
+    return halves, [seen.get(run.index) for run in part]
 
 
 def _guide(running: Sequence[ClipRun], model: _Model, room: _Room) -> dict[int, KinetiqError]:
@@ -343,7 +434,7 @@ class _Guiding:
                 broken[run.index] = NonFiniteError(
                     f"guide: latents must stay finite, got NaN or infinity at step {run.step + 1} "
                     f"of {run.request.sampler.steps}, gradient step {iteration} of "
-                    f"{guidance.iterations}, of request {run.index} ({run.request.prompt!r}); try "
+                    f"{guidance.iterations}, of {run.name}; try "
                     f"a smaller step_size than {guidance.step_size:g}, a smaller weight than "
                     f"{guidance.weight:g}, or another dtype (float32 or bfloat16)"
                 )
@@ -363,26 +454,23 @@ class _Guiding:
 
 def _without_guidance(run: ClipRun) -> ClipRun:
     """The same clip from here on without guidance, with the same noise to come."""
-    generator = torch.Generator()
-    generator.set_state(run.generator.get_state())
     controls = attrs.evolve(run.request.controls, guidance=None)
-    request = attrs.evolve(run.request, controls=controls)
-    return attrs.evolve(run, request=request, generator=generator, range=None)
+    return attrs.evolve(run.copy(), request=attrs.evolve(run.request, controls=controls))
 
 
 def _in_parts(
-    runs: Sequence[ClipRun],
+    runs: Sequence[_Run],
     size: int,
     device: torch.device,
-    work: Callable[[Sequence[ClipRun]], _Result],
-    finish: Callable[[Sequence[ClipRun], _Result], dict[int, KinetiqError]],
-    make_room: Callable[[ClipRun], bool] = lambda _: False,
+    work: Callable[[Sequence[_Run]], _Result],
+    finish: Callable[[Sequence[_Run], _Result], dict[int, KinetiqError]],
+    make_room: Callable[[_Run], bool] = lambda _: False,
 ) -> tuple[dict[int, KinetiqError], int]:
     """Do something for all clips, in smaller parts where memory runs out.
 
     Args:
-        runs: the clips.
-        size: clips in a part.
+        runs: clips and boards; a board is never in two parts.
+        size: clips in a part, unless one board has more.
         device: where the work is done.
         work: changes no clip, so that it can be done again.
         finish: puts its result into the clips, and says what failed, by index.
@@ -394,7 +482,7 @@ def _in_parts(
     failed: dict[int, KinetiqError] = {}
     left = list(runs)
     while left:
-        part = left[:size]
+        part = _fitting(left, size)
         try:
             result = work(part)
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -406,17 +494,38 @@ def _in_parts(
             continue
         # Behind the handler, which would hold on to what did not fit.
         if len(part) > 1:
-            size = (len(part) + 1) // 2
+            size = (_count(part) + 1) // 2
         elif not make_room(part[0]):
-            frames, height, width = part[0].request.shape
-            failed[part[0].index] = WorkError(
-                f"denoise: one clip of {frames} frames of {height}x{width} latents must fit in "
-                f"the memory of {device}, and does not; ask for fewer frames or a smaller size"
-            )
+            failed[part[0].index] = _too_large(part[0], device)
             left = left[1:]
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return failed, size
+
+
+def _fitting(runs: Sequence[_Run], size: int) -> list[_Run]:
+    """The first of some runs, as many as have `size` clips at most, at least one."""
+    part = list(runs[:1])
+    for run in runs[1:]:
+        if _count([*part, run]) > size:
+            break
+        part.append(run)
+    return part
+
+
+def _too_large(run: Run, device: torch.device) -> WorkError:
+    frames, height, width = run.shape
+    size = f"{frames} frames of {height}x{width} latents"
+    if isinstance(run, ClipRun):
+        return WorkError(
+            f"denoise: one clip of {size} must fit in the memory of {device}, and does not; ask "
+            "for fewer frames or a smaller size"
+        )
+    return WorkError(
+        f"denoise: the {len(run.shots)} shots of one board, {len(run.clips)} clips of {size} with "
+        f"those left alone, must fit in the memory of {device} together, and do not; ask for "
+        "fewer shots, fewer frames or a smaller size"
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -424,7 +533,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _batch(states: Sequence[ClipState], model: _Model) -> Batch:
+def _batch(states: Sequence[ClipState], model: _Model, boards: Sequence[BoardState] = ()) -> Batch:
     """The rows of some clips and of the sources that they read."""
     prompts = {
         control.source.prompt
@@ -434,7 +543,7 @@ def _batch(states: Sequence[ClipState], model: _Model) -> Batch:
     }
     source_text = {prompt: model.encode_text(prompt).to(model.dtype) for prompt in prompts}
     with span("rows"):
-        return model.build(states, source_text)
+        return model.build(states, source_text, boards=boards)
 
 
 def _predict(batch: Batch, model: _Model) -> tuple[Tensor, Tensor]:
@@ -499,11 +608,12 @@ def _apply(
     broken: dict[int, KinetiqError] = {}
     for place, run in enumerate(runs):
         if not finite[place]:
-            broken[run.index] = NonFiniteError(
+            error = NonFiniteError(
                 f"denoise: latents must stay finite, got NaN or infinity at step {run.step + 1} of "
-                f"{run.request.sampler.steps} of request {run.index} ({run.request.prompt!r}); "
+                f"{run.request.sampler.steps} of {run.name}; "
                 "try another dtype (float32 or bfloat16) or a lower guidance_scale"
             )
+            broken.setdefault(run.index, error)  # of a board, the first shot
         run.sample, run.former = advanced[place], clean[place]
         run.step += 1
     return broken

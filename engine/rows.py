@@ -14,11 +14,15 @@ from torch import Tensor
 from kinetiq.control_tensors import (
     ControlTensors,
     DeviationControl,
+    FlowControl,
     LoraBank,
     LoraControl,
     MotionBank,
     MotionControl,
+    PatchMatches,
     QueryControl,
+    RefineControl,
+    SharedKeyControl,
     SkipControl,
     no_injection,
 )
@@ -26,7 +30,9 @@ from kinetiq.controls import ResolvedControls
 from kinetiq.motion_embedding import ResolvedMotionEmbedding
 from kinetiq.motion_injection import ResolvedMotionInjection
 from kinetiq.motion_lora import ResolvedMotionLora
+from kinetiq.query_flow import KeyFrames
 from kinetiq.query_injection import ResolvedQueryInjection
+from kinetiq.refinement import other_shots
 from kinetiq.source import ResolvedSource
 
 
@@ -59,6 +65,36 @@ class ClipState:
     controls: ResolvedControls
     query_level: SourceLevel | None = None
     motion_level: SourceLevel | None = None
+
+
+@dataclass(frozen=True)
+class BoardState:
+    """How the shots of one board see each other at one step; clips by their place in the batch.
+
+    Args:
+        sites: bool for each site of the network, the spatial ones.
+        shots: the clips that are to agree.
+        vanilla: the same shots left alone, or () where they do not run.
+        masks: [shots, frames, h, w], how much each place counts for the others; None: nothing.
+        preserves: whether queries at `sites` are those of `vanilla`.
+        key_frames: between which queries are moved; None: they are not.
+        flow: by tokens of a site, what is where in the key frames, as in `FlowControl`; None: the
+            queries of `vanilla` tell.
+        refine: by tokens of a site, the matching patches of the other shots; None: no refinement.
+        queries_conditional_only: whether the unconditional rows keep their own queries.
+        refine_conditional_only: whether the unconditional rows are not refined.
+    """
+
+    sites: tuple[bool, ...]
+    shots: tuple[int, ...]
+    vanilla: tuple[int, ...] = ()
+    masks: Tensor | None = None
+    preserves: bool = False
+    key_frames: KeyFrames | None = None
+    flow: Mapping[int, Tensor] | None = None
+    refine: Mapping[int, PatchMatches] | None = None
+    queries_conditional_only: bool = False
+    refine_conditional_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +157,7 @@ def build_batch(
     sites: int,
     join_motions: JoinMotions = join_motions,
     join_loras: JoinLoras = join_loras,
+    boards: Sequence[BoardState] = (),
 ) -> Batch:
     """Lay the clips and their sources out as rows.
 
@@ -131,6 +168,7 @@ def build_batch(
         join_motions: makes the banks of the embeddings in use; one that remembers the last ones
             saves making them again at each step.
         join_loras: likewise for the LoRAs.
+        boards: which of the clips are shots of boards.
     """
     latents: list[Tensor] = []
     timesteps: list[float] = []
@@ -163,7 +201,7 @@ def build_batch(
             found.append(source_rows[key])
         reads.append((found[0], found[1]))
     device = latents[0].device
-    joined = _join(clips, halves, reads, len(latents), sites, device)
+    joined = _join(clips, halves, reads, boards, len(latents), sites, device)
     return Batch(
         latents=torch.stack(latents),
         timesteps=torch.tensor(timesteps, dtype=torch.float32, device=device),
@@ -173,6 +211,9 @@ def build_batch(
             motion=_motion_control(clips, halves, len(latents), device, join_motions),
             lora=_lora_control(clips, halves, len(latents), device, join_loras),
             skip=_skip_control(clips, halves, len(latents), device),
+            shared_key=_shared_key_control(boards, halves, latents, device),
+            flow=_flow_controls(boards, clips, halves, device),
+            refine=_refine_controls(boards, halves, device),
         ),
         conditional=torch.tensor([half[0] for half in halves], device=device),
         unconditional=torch.tensor([half[1] for half in halves], device=device),
@@ -188,6 +229,7 @@ def _join(
     clips: Sequence[ClipState],
     halves: Sequence[tuple[int, int]],
     reads: Sequence[tuple[int | None, int | None]],
+    boards: Sequence[BoardState],
     rows: int,
     sites: int,
     device: torch.device,
@@ -201,8 +243,17 @@ def _join(
             readers = _readers(half, clip.controls.motion.conditional_only)
             motions.append((clip.controls.motion, readers, motion_source))
     shape = clips[0].latents.shape[1:]
+    preserved = [
+        (board.sites, reader, guide)
+        for board in boards
+        if board.preserves
+        for reader, guide in _guided_rows(board, clips, halves)
+    ]
+    query = None
+    if queries or preserved:
+        query = _query_control(queries, preserved, rows, sites, shape, device)
     return ControlTensors(
-        query=_query_control(queries, rows, sites, shape, device) if queries else None,
+        query=query,
         deviation=_deviation_control(motions, rows, sites, shape, device) if motions else None,
     )
 
@@ -213,6 +264,7 @@ def _readers(half: tuple[int, int], conditional_only: bool) -> list[int]:
 
 def _query_control(
     queries: list[tuple[ResolvedQueryInjection, list[int], int]],
+    preserved: list[tuple[tuple[bool, ...], int, int]],
     rows: int,
     sites: int,
     shape: torch.Size,
@@ -228,6 +280,8 @@ def _query_control(
             row[chosen, reader] = source
             blend[reader] = control.blend
             reduced[reader] = control.reduced
+    for chosen_sites, reader, guide in preserved:
+        row[torch.tensor(chosen_sites), reader] = guide
     return QueryControl(
         row.to(device),
         blend.to(device),
@@ -311,6 +365,118 @@ def _skip_control(
             source[:, reader] = torch.tensor(highway.source)
             gain[:, reader] = torch.tensor(highway.gain)
     return SkipControl(source.to(device), gain.to(device))
+
+
+def _guided_rows(
+    board: BoardState, clips: Sequence[ClipState], halves: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """The rows of a board's shots and the rows of the same shots left alone, as pairs.
+
+    A row that a query injection of its own acts on is not among them: the shot left alone has the
+    same queries of the reference there.
+    """
+    pairs = []
+    for shot, vanilla in zip(board.shots, board.vanilla, strict=True):
+        guides = dict(zip(halves[shot], halves[vanilla], strict=True))
+        own = clips[shot].controls.query
+        injected = () if own is None else _readers(halves[shot], own.conditional_only)
+        pairs += [
+            (reader, guides[reader])
+            for reader in _readers(halves[shot], board.queries_conditional_only)
+            if reader not in injected
+        ]
+    return pairs
+
+
+def _shared_key_control(
+    boards: Sequence[BoardState],
+    halves: Sequence[tuple[int, int]],
+    latents: Sequence[Tensor],
+    device: torch.device,
+) -> SharedKeyControl | None:
+    seeing = [(board, board.masks) for board in boards if board.masks is not None]
+    if not seeing:
+        return None
+    readers = sorted(
+        {halves[shot][half] for board, _ in seeing for shot in board.shots for half in (0, 1)}
+    )
+    place = {row: number for number, row in enumerate(readers)}
+    further = max(len(board.shots) for board, _ in seeing) - 1
+    rows = torch.arange(len(readers))[:, None].repeat(1, further)
+    mask = torch.ones(len(readers), *latents[0].shape[1:], device=device)
+    for board, masks in seeing:
+        for shot, theirs in enumerate(other_shots(len(board.shots)).tolist()):
+            for half in (0, 1):
+                reader = place[halves[board.shots[shot]][half]]
+                rows[reader, : len(theirs)] = torch.tensor(
+                    [place[halves[board.shots[other]][half]] for other in theirs]
+                )
+                mask[reader] = masks[shot]
+    alone = [row for row in range(len(latents)) if row not in place]
+    return SharedKeyControl(
+        torch.tensor(readers, device=device),
+        torch.tensor(alone, dtype=torch.int64, device=device),
+        rows.to(device),
+        mask,
+    )
+
+
+def _flow_controls(
+    boards: Sequence[BoardState],
+    clips: Sequence[ClipState],
+    halves: Sequence[tuple[int, int]],
+    device: torch.device,
+) -> tuple[FlowControl, ...]:
+    controls = []
+    for board in boards:
+        if board.key_frames is None:
+            continue
+        frames = {name: getattr(board.key_frames, name).to(device) for name in _KEY_FRAMES}
+        alone = board if board.flow is None else replace(board, vanilla=board.shots)
+        pairs = _guided_rows(alone, clips, halves)
+        if not pairs:
+            continue
+        readers, guides = torch.tensor(pairs, device=device).T
+        if board.flow is None:
+            controls.append(FlowControl(readers, guides, **frames))
+            continue
+        shot_of = {halves[c][half]: n for n, c in enumerate(board.shots) for half in (0, 1)}
+        shots = torch.tensor([shot_of[reader] for reader, _ in pairs])
+        matches = {t: found[shots.to(found.device)].to(device) for t, found in board.flow.items()}
+        controls.append(FlowControl(readers, None, **frames, matches=matches))
+    return tuple(controls)
+
+
+_KEY_FRAMES = ("before", "after", "share")
+
+
+def _refine_controls(
+    boards: Sequence[BoardState], halves: Sequence[tuple[int, int]], device: torch.device
+) -> tuple[RefineControl, ...]:
+    controls = []
+    for board in boards:
+        if board.refine is None:
+            continue
+        theirs = other_shots(len(board.shots))
+        readers, others, shots = [], [], []
+        for shot, clip in enumerate(board.shots):
+            for reader in _readers(halves[clip], board.refine_conditional_only):
+                half = halves[clip].index(reader)
+                readers.append(reader)
+                others.append([halves[board.shots[other]][half] for other in theirs[shot]])
+                shots.append(shot)
+        chosen = torch.tensor(shots, device=device)
+        controls.append(
+            RefineControl(
+                torch.tensor(readers, device=device),
+                torch.tensor(others, device=device),
+                {
+                    tokens: PatchMatches(found.token[chosen], found.share[chosen])
+                    for tokens, found in board.refine.items()
+                },
+            )
+        )
+    return tuple(controls)
 
 
 def _slots(used: Sequence[tuple[Any, tuple[int, int]]], rows: int) -> tuple[Tensor, Tensor, Any]:

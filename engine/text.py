@@ -79,6 +79,34 @@ def _encode(parts: TextParts, prompt: str) -> Tensor:
     return states.to(encoder.dtype)
 
 
+def find_words(tokenizer: Any, prompt: str, words: str) -> tuple[int, ...]:
+    """Where a prompt holds words: the positions of their tokens, at each place that has them all.
+
+    Args:
+        tokenizer: a CLIPTokenizer.
+        prompt: what is encoded, as `encode_prompts` does.
+        words: at least one.
+
+    Raises:
+        RequestError: the prompt does not hold them, or only behind what the text encoder reads.
+    """
+    longest = tokenizer.model_max_length
+    tokens = tokenizer([prompt], truncation=True, max_length=longest).input_ids[0]
+    wanted = tokenizer([words], add_special_tokens=False).input_ids[0]
+    found = [
+        start + offset
+        for start in range(len(tokens) - len(wanted) + 1)
+        if tokens[start : start + len(wanted)] == wanted
+        for offset in range(len(wanted))
+    ]
+    if not wanted or not found:
+        raise RequestError(
+            f"find_words: the {longest - 2} tokens of a prompt that are read must hold "
+            f"{_shortened(words)!r} as words, got {_shortened(prompt)!r}"
+        )
+    return tuple(sorted(set(found)))
+
+
 def _require_texts(prompts: object) -> None:
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
         raise RequestError(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kinetiq.engine import Engine
 
 FPS = 8.0
+FREE = ("colour", "texture")  # of a storyboard's subject: what no caption of it says
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,28 @@ class TransferScores:
     fidelities: tuple[float, ...]
     leaks: tuple[bool, ...]
     colours_right: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class ShotBoardCase:
+    """The shots of one subject, of which every caption says the shape and no other look.
+
+    Each shot has a motion and a background of its own, so that what the shots have in common is
+    what was left out: `FREE`.
+    """
+
+    captions: tuple[Caption, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def subject(self) -> str:
+        """What all shots show, in words that every caption holds: its shape."""
+        return str(self.captions[0].mentions[0].shape)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The captions in words."""
+        return tuple(caption.text for caption in self.captions)
 
 
 def render_clip(scene: Scene, frames: int = components.FRAMES, size: int = components.SIZE) -> Clip:
@@ -109,6 +132,51 @@ def prompt_captions(count: int, *, held_out: bool, seed: int = 0) -> list[Captio
             mention = Mention(shape, colour, _choice(rng, world.TEXTURES), motion)
             captions.append(Caption((mention,), _choice(rng, world.COLOURS)))
     return captions if held_out else _rearranged(captions, rng)
+
+
+def shot_boards(count: int, shots: int = 5, seed: int = 0) -> list[ShotBoardCase]:
+    """Storyboards of every shape in turn, of which no two shots share a motion or a background.
+
+    Motions are dealt from one pack that is shuffled again when it is used up, so that over all
+    boards they come equally often; so are backgrounds.
+
+    Raises:
+        RequestError: a board has fewer than two shots, or more than there are motions.
+    """
+    if not 2 <= shots <= len(world.MOTIONS):
+        raise RequestError(
+            f"shot_boards: shots must be 2 to {len(world.MOTIONS)}, one motion each, got {shots}"
+        )
+    rng = np.random.default_rng([seed, 4])
+    motions, backgrounds = _Pack(rng, world.MOTIONS), _Pack(rng, tuple(world.COLOURS))
+    boards = []
+    for number in range(count):
+        shape = world.SHAPES[number % len(world.SHAPES)]
+        dealt = zip(motions.deal(shots), backgrounds.deal(shots), strict=True)
+        captions = tuple(
+            Caption((Mention(shape, motion=motion),), background) for motion, background in dealt
+        )
+        boards.append(ShotBoardCase(captions, tuple(range(number * shots, (number + 1) * shots))))
+    return boards
+
+
+class _Pack:
+    """Words that are dealt in random order, each as often as any other, never two alike a hand."""
+
+    def __init__(self, rng: np.random.Generator, words: tuple[str, ...]) -> None:
+        self._rng, self._words, self._left = rng, words, list[str]()
+
+    def deal(self, count: int) -> list[str]:
+        """The next hand; what the rest of a pack repeats of it waits for the next."""
+        hand = self._left[:count]
+        if len(hand) == count:
+            self._left = self._left[count:]
+            return hand
+        shuffled = [str(word) for word in self._rng.permutation(self._words)]
+        fresh = [word for word in shuffled if word not in hand]
+        taken = fresh[: count - len(hand)]
+        self._left = [word for word in shuffled if word not in taken]
+        return hand + taken
 
 
 def _conflicting(rng: np.random.Generator, scene: Scene, seed: int) -> TransferPair:

@@ -349,7 +349,7 @@ def test_what_no_supported_network_uses_is_refused(denoiser, kind, feature, valu
     ],
 )
 @pytest.mark.parametrize(
-    "make", [lambda: SpatialProcessor(0, Signal()), lambda: CrossProcessor(Signal())]
+    "make", [lambda: SpatialProcessor(0, Signal()), lambda: CrossProcessor(0, Signal())]
 )
 def test_what_a_processor_does_not_do_is_refused(networks, make, options, message):
     network = networks["animatediff"]
@@ -363,4 +363,4 @@ def test_cross_attention_without_a_prompt_is_refused(networks):
         "mid_block.attentions.0.transformer_blocks.0.attn2"
     )
     with pytest.raises(kq.CheckpointError, match=r"^cross-attention: .* a prompt, got none$"):
-        CrossProcessor(Signal())(module, torch.zeros(1, 4, 32))
+        CrossProcessor(0, Signal())(module, torch.zeros(1, 4, 32))

@@ -13,7 +13,7 @@ import torch
 
 import kinetiq
 from kinetiq import doctor
-from kinetiq.engine import BACKENDS
+from kinetiq.backends import BACKENDS
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 

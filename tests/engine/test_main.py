@@ -135,7 +135,8 @@ class TestMain:
         result = run()
         assert (result.exit_code, result.stderr) == (0, "")
         listed = [line.split()[0] for line in result.stdout.split("Commands:\n")[1].splitlines()]
-        assert listed == ["demo", "generate", "train", "analyze", "convert", "doctor", "bench"]
+        before = ["demo", "generate", "shots", "train", "analyze", "convert", "doctor"]
+        assert listed == [*before, "export", "bench"]
         assert "..." not in result.stdout.split("Commands:\n")[1]
         assert run("--help").stdout == run("-h").stdout == result.stdout
         assert "  sprites " in run("train").stdout

@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from kinetiq.control_tensors import PatchMatches
 from kinetiq.controls import ResolvedControls
 from kinetiq.motion_injection import ResolvedMotionInjection
+from kinetiq.query_flow import place_key_frames
 from kinetiq.query_injection import ResolvedQueryInjection
-from kinetiq.rows import ClipState, SourceLevel, build_batch
+from kinetiq.rows import BoardState, ClipState, SourceLevel, build_batch
 from kinetiq.source import ResolvedSource
 
 SHAPE = (4, 3, 2, 2)  # channels, frames, h, w
@@ -162,3 +164,107 @@ def test_a_region_spreads_over_the_readers_alone():
     ones = torch.ones(SHAPE[1:])
     assert torch.equal(controls.query.blend, torch.stack([REGION, 0.25 * ones, ones]))
     assert torch.equal(controls.deviation.region, torch.stack([REGION, ones, ones]))
+
+
+# Three shots of a board, the same left alone, and a clip before them.
+
+SPATIAL = (True, False, True)
+ALONE = {1: 7, 2: 8, 3: 9, 4: 10, 5: 11, 6: 12}  # rows of the shots, and of the same left alone
+
+
+def board(**options):
+    return BoardState(SPATIAL, (1, 2, 3), (4, 5, 6), **options)
+
+
+def board_batch(*, first_shot=None, **options):
+    shots = [first_shot or clip(1), clip(2), clip(3), clip(1), clip(2), clip(3)]
+    clips = [clip(9, guided=False), *shots]
+    return build_batch(clips, SILENT, SITES, boards=[board(**options)])
+
+
+def seen_rows(control):
+    """The rows that each row sees, by row."""
+    listed = zip(control.readers.tolist(), control.readers[control.rows].tolist(), strict=True)
+    return dict(listed)
+
+
+def test_shots_see_the_same_half_of_the_others():
+    masks = torch.rand(3, *SHAPE[1:], generator=torch.Generator().manual_seed(0))
+    control = board_batch(masks=masks).controls.shared_key
+    seen = seen_rows(control)
+    assert seen == {1: [3, 5], 2: [4, 6], 3: [1, 5], 4: [2, 6], 5: [1, 3], 6: [2, 4]}
+    assert control.alone.tolist() == [0, *range(7, 13)]
+    for place, row in enumerate(control.readers.tolist()):
+        assert torch.equal(control.mask[place], masks[(row - 1) // 2])
+
+
+def test_boards_of_different_sizes_share_a_list_of_rows():
+    clips = [clip(n, guided=False) for n in range(6)]
+    boards = [
+        BoardState(SPATIAL, (0, 1), masks=torch.ones(2, *SHAPE[1:])),
+        BoardState(SPATIAL, (3, 4, 5), masks=torch.ones(3, *SHAPE[1:])),
+    ]
+    control = build_batch(clips, SILENT, SITES, boards=boards).controls.shared_key
+    assert seen_rows(control) == {0: [1, 0], 1: [0, 1], 3: [4, 5], 4: [3, 5], 5: [3, 4]}
+    assert control.alone.tolist() == [2]
+
+
+def test_preserved_queries_are_those_of_the_shot_left_alone_at_spatial_sites():
+    control = board_batch(preserves=True).controls.query
+    own = list(range(13))
+    taken = [ALONE.get(row, row) for row in own]
+    assert control.row.tolist() == [taken, own, taken]
+    assert control.blend.tolist() == [1.0] * 13
+    conditional = board_batch(preserves=True, queries_conditional_only=True).controls.query
+    half = [ALONE[row] if row in (1, 3, 5) else row for row in own]
+    assert conditional.row.tolist() == [half, own, half]
+
+
+def test_a_shot_keeps_the_queries_of_its_own_reference():
+    injected = clip(1, query=query(cond=True, blend=0.5))
+    control = board_batch(first_shot=injected, preserves=True).controls.query
+    assert control.row[0].tolist() == [0, 13, *(ALONE[row] for row in range(2, 7)), *range(7, 14)]
+    assert control.blend.tolist() == [1.0, 0.5, *[1.0] * 12]
+    flowing = board_batch(first_shot=injected, key_frames=place_key_frames(3, 2, "symmetric"))
+    assert flowing.controls.flow[0].readers.tolist() == [2, 3, 4, 5, 6]
+
+
+def test_flow_is_told_by_the_shot_left_alone():
+    key_frames = place_key_frames(3, 2, "symmetric")
+    (control,) = board_batch(key_frames=key_frames).controls.flow
+    assert control.readers.tolist() == list(ALONE)
+    assert control.guides.tolist() == list(ALONE.values())
+    assert control.before.tolist() == [0, 0, 2]
+    assert control.after.tolist() == [0, 2, 2]
+    assert control.share.tolist() == [1.0, 0.5, 1.0]
+
+
+def test_flow_may_be_told_by_a_map_of_each_shot():
+    key_frames = place_key_frames(3, 2, "symmetric")
+    matches = {4: torch.arange(3)[:, None, None, None].expand(3, 2, 3, 4)}
+    clips = [clip(9, guided=False), clip(1), clip(2), clip(3)]
+    state = BoardState(
+        SPATIAL, (1, 2, 3), key_frames=key_frames, flow=matches, queries_conditional_only=True
+    )
+    (control,) = build_batch(clips, SILENT, SITES, boards=[state]).controls.flow
+    assert control.guides is None
+    assert control.readers.tolist() == [1, 3, 5]
+    assert control.matches[4][:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+def test_refinement_takes_from_the_same_half_of_the_others():
+    token = torch.zeros(3, 2, 3, 4, dtype=torch.int64) + torch.arange(3)[:, None, None, None]
+    patches = {4: PatchMatches(token, torch.full((3, 2, 3, 4), 0.25))}
+    (control,) = board_batch(refine=patches).controls.refine
+    assert control.readers.tolist() == [1, 2, 3, 4, 5, 6]
+    assert control.others.tolist() == [[3, 5], [4, 6], [1, 5], [2, 6], [1, 3], [2, 4]]
+    assert control.matches[4].token[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    (half,) = board_batch(refine=patches, refine_conditional_only=True).controls.refine
+    assert half.readers.tolist() == [1, 3, 5]
+
+
+def test_a_board_that_does_nothing_adds_no_control():
+    controls = board_batch().controls
+    assert controls.query is None
+    assert controls.shared_key is None
+    assert controls.flow == controls.refine == ()
