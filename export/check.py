@@ -1,0 +1,271 @@
+"""Parity: whether back ends compute what the reference does, and which node differs first.
+
+The reference is the eager network. Each back end is given the same inputs, drawn from a seed; see
+`kinetiq.export.example`. Equal is: in float32, 1e-4 of the largest value; in float16 and bfloat16,
+at most twice the error that eager PyTorch makes in that type against float32.
+"""
+
+import contextlib
+import importlib.util
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kinetiq.checkpoint import Checkpoint
+from kinetiq.denoiser import Denoiser, EagerDenoiser
+from kinetiq.errors import CheckpointError, MissingDependencyError, RequestError
+from kinetiq.export.example import (
+    Example,
+    ExampleShape,
+    cast_example,
+    example_shapes,
+    make_example,
+)
+from kinetiq.export.graph import NetworkGraph
+from kinetiq.export.metadata import NetworkMetadata, read_metadata, read_network
+from kinetiq.export.network import cast_weights
+from kinetiq.export.nodes import DOMAIN, NODES
+from kinetiq.export.onnxruntime_denoiser import OnnxruntimeDenoiser
+from kinetiq.export.openvino_denoiser import OpenvinoDenoiser
+from kinetiq.export.specialisation import keep_controls
+from kinetiq.taps import find_tap
+
+TOLERANCE = 1e-4  # of the largest value, in float32
+SLACK = 2.0  # times eager's own error, in narrower types
+_FLOAT = 1  # onnx.TensorProto.FLOAT
+_RUNTIMES = {"onnxruntime": OnnxruntimeDenoiser, "openvino": OpenvinoDenoiser}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output of one back end at one shape.
+
+    Args:
+        runtime: its name.
+        output: "prediction" or "features".
+        shape: of the batch.
+        controls: the kinds that acted.
+        max_error: largest distance from the reference in float32.
+        relative_error: the same by the largest value of the reference.
+        allowed: what the relative error may be.
+    """
+
+    runtime: str
+    output: str
+    shape: ExampleShape
+    controls: tuple[str, ...]
+    max_error: float
+    relative_error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is within the tolerance; not a number is not."""
+        return self.relative_error <= self.allowed
+
+
+def installed_runtimes(precision: str) -> tuple[str, ...]:
+    """The runtimes here that run a network of this precision on a CPU."""
+    found = [name for name in _RUNTIMES if importlib.util.find_spec(name) is not None]
+    if precision == "bfloat16":
+        found = [name for name in found if name != "onnxruntime"]
+    return tuple(found)
+
+
+def check_network(
+    path: str | os.PathLike[str],
+    checkpoint: Checkpoint,
+    *,
+    runtimes: Collection[str] | None = None,
+    shapes: Collection[ExampleShape] | None = None,
+) -> Iterator[Comparison]:
+    """Compare a network with its model, under each runtime, shape, and with and without controls.
+
+    Args:
+        path: of the network.
+        checkpoint: the model, loaded in float32 on a CPU.
+        runtimes: "onnxruntime", "openvino"; None: those that are installed.
+        shapes: of batches; None: those of `example_shapes`.
+
+    Raises:
+        CheckpointError: the network is damaged, or another model's.
+        MissingDependencyError: no runtime is installed.
+    """
+    metadata = read_metadata(path)
+    if metadata.fingerprint != checkpoint.fingerprint:
+        raise CheckpointError(
+            f"check: {path} must be an export of {checkpoint.name}, "
+            f"got one of {metadata.checkpoint} with another fingerprint"
+        )
+    names = installed_runtimes(metadata.precision) if runtimes is None else tuple(runtimes)
+    if not names:
+        raise MissingDependencyError(
+            f"check: needs onnxruntime or openvino to run {metadata.precision}, and none is "
+            'installed: pip install ".[export]"'
+        )
+    denoisers: dict[str, Denoiser] = {}
+    for name in names:
+        if name not in _RUNTIMES:
+            raise RequestError(
+                f"check: runtimes must be among {', '.join(_RUNTIMES)}, got {name!r}"
+            )
+        denoisers[name] = _RUNTIMES[name](Path(path))
+    for shape in example_shapes(metadata) if shapes is None else shapes:
+        for kinds in ((), metadata.controls) if metadata.controls else ((),):
+            yield from _compare(checkpoint.unet, metadata, shape, kinds, denoisers)
+
+
+def _compare(
+    network: Any,
+    metadata: NetworkMetadata,
+    shape: ExampleShape,
+    kinds: tuple[str, ...],
+    denoisers: dict[str, Denoiser],
+) -> Iterator[Comparison]:
+    dtype: torch.dtype = getattr(torch, metadata.precision)
+    example = make_example(network, metadata, shape, kinds)
+    for output in ("prediction", "features")[: 1 + (metadata.tap is not None)]:
+        with _eager(network) as denoiser:
+            exact = _ask(denoiser, output, example, metadata.tap)
+        allowed = TOLERANCE
+        if dtype != torch.float32:
+            with cast_weights(network, dtype), _eager(network) as denoiser:
+                narrow = _ask(denoiser, output, cast_example(example, dtype), metadata.tap)
+            allowed = max(TOLERANCE, SLACK * _error(narrow, exact)[1])
+        for name, tested in denoisers.items():
+            got = _ask(tested, output, cast_example(example, dtype), metadata.tap)
+            most, relative = _error(got, exact)
+            yield Comparison(name, output, shape, kinds, most, relative, allowed)
+
+
+def _ask(denoiser: Denoiser, output: str, example: Example, tap: str | None) -> Tensor:
+    given = (example.latents, example.timesteps, example.text, example.controls)
+    with torch.inference_mode():
+        if output == "features" and tap is not None:
+            return denoiser.features(*given, tap).float()
+        return denoiser.predict(*given).float()
+
+
+def _error(got: Tensor, exact: Tensor) -> tuple[float, float]:
+    most = float((got - exact).abs().max())
+    return most, most / float(exact.abs().max())
+
+
+@dataclass(frozen=True)
+class NodeDifference:
+    """The first of our nodes whose output is not what the reference computes.
+
+    Args:
+        runtime: its name.
+        node: name of the node in the graph.
+        kind: of node, a name of `kinetiq.export.nodes.NODES`.
+        number: how many of our nodes run before it.
+        relative_error: largest distance from the reference by the largest value of the node's.
+        allowed: what it may be.
+    """
+
+    runtime: str
+    node: str
+    kind: str
+    number: int
+    relative_error: float
+    allowed: float
+
+
+def find_first_difference(
+    path: str | os.PathLike[str],
+    checkpoint: Checkpoint,
+    runtime: str,
+    *,
+    shape: ExampleShape | None = None,
+    allowed: float = TOLERANCE,
+) -> NodeDifference | None:
+    """Compare what each of our nodes returns, in the order in which they run, with all controls.
+
+    The nodes are the attentions and whatever a control changes, so the place of a fault is known
+    to within one attention site.
+
+    Args:
+        path: of a network in float32.
+        checkpoint: the model, loaded in float32 on a CPU.
+        runtime: "onnxruntime" or "openvino".
+        shape: of the batch; None: the second of `example_shapes`.
+        allowed: relative error of a node.
+
+    Returns:
+        The first node beyond `allowed`, or None.
+
+    Raises:
+        CheckpointError: the network is damaged, or not of this model.
+        RequestError: the network is not in float32.
+    """
+    model, metadata = read_network(path)
+    if metadata.precision != "float32":
+        raise RequestError(
+            f"check: nodes are compared in float32, got a network in {metadata.precision}; export "
+            "it with dtype float32"
+        )
+    used = example_shapes(metadata)[1] if shape is None else shape
+    example = make_example(checkpoint.unet, metadata, used, metadata.controls)
+    denoiser = _RUNTIMES[runtime](Path(path))
+    kinds = frozenset(metadata.controls)
+    inputs = denoiser.inputs_of(
+        example.latents, example.timesteps, example.text, example.controls, kinds
+    )
+    expected = _record_nodes(checkpoint.unet, metadata, inputs)
+    cut = keep_controls(model, kinds, outputs=("prediction",))
+    nodes = [node for node in cut.graph.node if node.domain == DOMAIN]
+    for node in nodes:
+        cut.graph.output.add(name=node.output[0]).type.tensor_type.elem_type = _FLOAT
+    got = denoiser.run_model(cut, inputs)
+    turns: dict[str, Iterator[Tensor]] = {kind: iter(kept) for kind, kept in expected.items()}
+    for number, node in enumerate(nodes):
+        _, relative = _error(got[node.output[0]], next(turns[node.op_type]))
+        if not relative <= allowed:
+            return NodeDifference(runtime, node.name, node.op_type, number, relative, allowed)
+    return None
+
+
+def _record_nodes(
+    network: Any, metadata: NetworkMetadata, inputs: Mapping[str, Tensor]
+) -> Mapping[str, list[Tensor]]:
+    """What PyTorch computes at each of our nodes, by kind of node, in the order of the calls."""
+    tap = None if metadata.tap is None else find_tap(network, metadata.tap)
+    given = dict(inputs)
+    own = tuple(given.pop(name) for name in ("latents", "timesteps", "text"))
+    given["feature_channels"] = torch.zeros(1, dtype=torch.int64)
+    recorder = _Recorder()
+    with NetworkGraph(network, metadata.controls, tap) as graph, torch.no_grad(), recorder:
+        graph(*own, given)
+    return recorder.kept
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps what our nodes return."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept: dict[str, list[Tensor]] = defaultdict(list)
+        self._names = {node.call: name for name, node in NODES.items()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in self._names:
+            self.kept[self._names[func]].append(out)
+        return out
+
+
+@contextlib.contextmanager
+def _eager(network: Any) -> Iterator[EagerDenoiser]:
+    denoiser = EagerDenoiser(network).attach()
+    try:
+        yield denoiser
+    finally:
+        denoiser.detach()

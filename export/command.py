@@ -1,0 +1,239 @@
+"""The command line `kinetiq export`; it is mounted by the main command.
+
+Exit status: 0 when it is done; 1 when the work failed, a package or a device is missing, or a
+check found a difference; 2 for bad input.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kinetiq.checkpoint import load_checkpoint
+from kinetiq.command_line import PlainGroup
+from kinetiq.errors import RequestError
+from kinetiq.export.engine_file import EngineFile
+from kinetiq.export.engine_profile import Bounds
+from kinetiq.export.functions import OPSET
+from kinetiq.export.metadata import precision_of, read_metadata
+from kinetiq.export.nodes import KINDS
+from kinetiq.taps import DEFAULT_TAP
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_json = click.option("--json", "as_json", is_flag=True, help="Print it as one JSON object.")
+_ALL, _NONE = "all", "none"
+
+
+@click.group(cls=PlainGroup)
+def export() -> None:
+    """Write the denoiser for other runtimes, and check what was written."""
+
+
+@export.command()
+@click.argument("model", default="sprites")
+@click.option("--out", required=True, type=_FILE, help="The ONNX file.")
+@click.option("--motion-adapter", help="AnimateDiff motion adapter for an image model.")
+@click.option("--dtype", default="float32", show_default=True, help="float32, float16 or bfloat16.")
+@click.option("--opset", type=int, default=OPSET, show_default=True, help="Of ONNX.")
+@click.option(
+    "--tap",
+    default=DEFAULT_TAP,
+    show_default=True,
+    help=f"Block whose features are an output too; {_NONE}: no block's.",
+)
+@click.option(
+    "--controls",
+    default=_ALL,
+    show_default=True,
+    help=f"Kinds of control: {_ALL}, {_NONE}, or of {', '.join(KINDS)}, joined by commas.",
+)
+@_json
+def onnx(
+    model: str,
+    out: Path,
+    motion_adapter: str | None,
+    dtype: str,
+    opset: int,
+    tap: str,
+    controls: str,
+    as_json: bool,
+) -> None:
+    """Write the denoiser of MODEL as an ONNX file.
+
+    Its controls are inputs, so that any of them works on what is written. MODEL is sprites
+    (embedded), a diffusers folder, or a hub id.
+    """
+    from kinetiq.export.network import check_kinds, export_onnx
+
+    kinds = check_kinds(KINDS if controls == _ALL else _split(controls))
+    checkpoint = load_checkpoint(model, motion_adapter=motion_adapter, dtype=precision_of(dtype))
+    made = export_onnx(
+        checkpoint, out, opset=opset, tap=None if tap == _NONE else tap, controls=kinds
+    )
+    size = sum(path.stat().st_size for path in made.files)
+    said = {
+        "files": [str(path) for path in made.files],
+        "bytes": size,
+        "checksum": made.metadata.checksum,
+        "controls": list(made.metadata.controls),
+        "precision": made.metadata.precision,
+        "tap": made.metadata.tap,
+    }
+    if as_json:
+        click.echo(json.dumps(said))
+        return
+    names = " and ".join(click.format_filename(path) for path in made.files)
+    click.echo(
+        f"{names}: {model} in {made.metadata.precision}, {size / 1e6:.1f} MB, "
+        f"controls {', '.join(made.metadata.controls) or _NONE}"
+    )
+
+
+@export.command()
+@click.argument("network", type=_FILE)
+@click.option("--model", help="The model that it was exported from; by default, by its name.")
+@click.option("--motion-adapter", help="AnimateDiff motion adapter for an image model.")
+@click.option(
+    "--runtime", "runtimes", multiple=True, help="onnxruntime or openvino; all by default."
+)
+@click.option("--nodes", is_flag=True, help="Name the first node that differs, in each runtime.")
+@_json
+def check(
+    network: Path,
+    model: str | None,
+    motion_adapter: str | None,
+    runtimes: tuple[str, ...],
+    nodes: bool,
+    as_json: bool,
+) -> None:
+    """Compare an exported NETWORK with its model.
+
+    Under every runtime that is installed, at three shapes, without controls and with all.
+    """
+    from kinetiq.export.check import check_network, find_first_difference, installed_runtimes
+
+    metadata = read_metadata(network)
+    checkpoint = load_checkpoint(model or metadata.checkpoint, motion_adapter=motion_adapter)
+    used = runtimes or installed_runtimes(metadata.precision)
+    found = []
+    for comparison in check_network(network, checkpoint, runtimes=used):
+        found.append(comparison)
+        if not as_json:
+            sizes = "x".join(map(str, asdict(comparison.shape).values()))
+            click.echo(
+                f"{'ok  ' if comparison.passed else 'FAIL'} {comparison.runtime:<12} "
+                f"{comparison.output:<11} {sizes:<16} "
+                f"{'all controls' if comparison.controls else 'no controls':<12} "
+                f"max {comparison.max_error:.2e}  relative {comparison.relative_error:.2e}  "
+                f"allowed {comparison.allowed:.1e}"
+            )
+    differing = [
+        difference
+        for name in (used if nodes else ())
+        if (difference := find_first_difference(network, checkpoint, name)) is not None
+    ]
+    passed = all(comparison.passed for comparison in found) and not differing
+    if as_json:
+        said = {
+            "passed": passed,
+            "comparisons": [{**asdict(one), "passed": one.passed} for one in found],
+            "differing_nodes": [asdict(one) for one in differing],
+        }
+        click.echo(json.dumps(said))
+    else:
+        for one in differing:
+            click.echo(
+                f"FAIL {one.runtime:<12} first differs at {one.node} ({one.kind}, node "
+                f"{one.number + 1}): relative {one.relative_error:.2e}, allowed {one.allowed:.1e}"
+            )
+        if nodes and not differing:
+            click.echo(f"ok   no node differs in {', '.join(used)}")
+    if not passed:
+        sys.exit(1)
+
+
+@export.command()
+@click.argument("network", type=_FILE)
+@click.option("--out", type=_FILE, help="The engine; by default, beside the network.")
+@click.option("--rtx", is_flag=True, help="For TensorRT for RTX, which needs no GPU to build.")
+@click.option("--target", help="Architecture of the GPU for --rtx, such as sm_89.")
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="AXIS=LEAST:BEST:MOST",
+    help="What a named axis may be, such as rows=1:2:4.",
+)
+@click.option("--controls", help="Kinds of control to keep, joined by commas.")
+@click.option("--level", type=click.IntRange(0, 5), help="How long to look for faster kernels.")
+@_json
+def tensorrt(
+    network: Path,
+    out: Path | None,
+    rtx: bool,
+    target: str | None,
+    profiles: tuple[str, ...],
+    controls: str | None,
+    level: int | None,
+    as_json: bool,
+) -> None:
+    """Build an engine from an exported NETWORK.
+
+    For the GPU at hand, by full TensorRT; or with --rtx for any RTX, without a GPU.
+    """
+    kinds = None if controls is None else _split(controls)
+    options: dict[str, Any] = {"bounds": _bounds(profiles), "controls": kinds, "level": level}
+    if rtx != (target is not None):
+        raise RequestError(
+            "export: --rtx and --target go together, since an engine for an RTX is built without "
+            "one; leave both out to build for the GPU at hand"
+        )
+    path = out or network.with_suffix(".engine" if target is None else f".{target}.engine")
+    if target is not None:
+        from kinetiq.export.engine_rtx import build_rtx_engine
+
+        made = build_rtx_engine(network, path, target=target, **options)
+    else:
+        from kinetiq.export.engine_tensorrt import build_engine
+
+        made = build_engine(network, path, **options)
+    _say_engine(made, as_json)
+
+
+def _say_engine(made: EngineFile, as_json: bool) -> None:
+    record, size = made.record, made.path.stat().st_size
+    said = {
+        "engine": str(made.path),
+        "bytes": size,
+        "runtime": record.runtime,
+        "version": record.version,
+        "target": record.target,
+    }
+    if as_json:
+        click.echo(json.dumps(said))
+        return
+    click.echo(
+        f"{click.format_filename(made.path)}: for {record.runtime} {record.version} on "
+        f"{record.target}, {size / 1e6:.1f} MB"
+    )
+
+
+def _split(controls: str) -> tuple[str, ...]:
+    if controls == _NONE:
+        return ()
+    return tuple(part.strip() for part in controls.split(",") if part.strip())
+
+
+def _bounds(profiles: tuple[str, ...]) -> dict[str, Bounds]:
+    bounds = {}
+    for text in profiles:
+        name, separator, sizes = text.partition("=")
+        if not separator:
+            raise RequestError(
+                f"profile: must be AXIS=LEAST:BEST:MOST, such as rows=1:2:4, got {text!r}"
+            )
+        bounds[name] = Bounds.parse(sizes, name)
+    return bounds

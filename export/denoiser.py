@@ -1,0 +1,379 @@
+"""An exported network as a denoiser: control tensors become the inputs of its graph.
+
+`GraphDenoiser` knows nothing of runtimes: what runs the graph is in the classes built on it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import fields
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from kinetiq.control_tensors import (
+    ControlTensors,
+    DeviationControl,
+    KeyValueBank,
+    LoraBank,
+    LoraControl,
+    MotionBank,
+    MotionControl,
+    QueryControl,
+    SkipControl,
+    at_site,
+)
+from kinetiq.denoiser import NO_CONTROLS, Watched
+from kinetiq.errors import CheckpointError, RequestError, ShapeError
+from kinetiq.export.metadata import (
+    NetworkMetadata,
+    TensorInfo,
+    level_size,
+    level_tokens,
+    tap_level,
+)
+from kinetiq.taps import DEFAULT_TAP
+
+
+class GraphDenoiser(ABC):
+    """A `kinetiq.denoiser.Denoiser` whose network is an exported graph.
+
+    Args:
+        metadata: of the network.
+        where: what messages call it, such as "onnxruntime".
+        device: where inputs are to be.
+    """
+
+    def __init__(self, metadata: NetworkMetadata, where: str, device: torch.device) -> None:
+        self.metadata = metadata
+        self.family = metadata.family_of()
+        self.sites = metadata.sites
+        self.device = device
+        self._where = where
+        self._dtype: torch.dtype = getattr(torch, metadata.precision)
+        self._infos = {tensor.name: tensor for tensor in metadata.inputs}
+        self._kept: dict[str, tuple[object, int, dict[str, Tensor]]] = {}  # of the last banks
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, Tensor], kinds: frozenset[str], output: str) -> Tensor:
+        """One output of the graph.
+
+        Args:
+            inputs: by name; those of `wanted(kinds)`, of the graph's types, contiguous, on
+                `device`. Which channels of a tap are chosen is not among them.
+            kinds: the kinds of control that are among them.
+            output: "prediction" or "features"; `output_shape` says its shape.
+        """
+
+    def wanted(self, kinds: Collection[str]) -> frozenset[str]:
+        """Which kinds of control `run` is to be given, where these are used; at least these."""
+        return frozenset(kinds)
+
+    def predict(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        controls: ControlTensors = NO_CONTROLS,
+    ) -> Tensor:
+        """Return the network's output; see `kinetiq.denoiser.Denoiser.predict`.
+
+        Raises:
+            RequestError: the exported network does not carry a kind of control.
+            ShapeError: an input does not fit the network.
+        """
+        return self._run(latents, timesteps, text, controls, "prediction")
+
+    def features(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        controls: ControlTensors = NO_CONTROLS,
+        tap: str = DEFAULT_TAP,
+    ) -> Tensor:
+        """Return the output of one block; see `kinetiq.denoiser.Denoiser.features`.
+
+        Raises:
+            RequestError: the network was exported without this tap, or gradients are wanted.
+        """
+        if self.metadata.tap != tap:
+            self._refuse(
+                f"features of {tap}",
+                f"the network was exported with {self.metadata.tap or 'no tap'}; "
+                f"export it with --tap {tap}",
+            )
+        if torch.is_grad_enabled() and latents.requires_grad:
+            self._refuse("gradients of features", "load the model with backend='eager'")
+        return self._run(latents, timesteps, text, controls, "features")
+
+    def keeping(
+        self,
+        sites: Collection[int],  # noqa: ARG002  the protocol fixes the signature, here and below
+        rows: Tensor,  # noqa: ARG002
+    ) -> AbstractContextManager[Mapping[int, KeyValueBank]]:
+        """Refuse; see `kinetiq.denoiser.Denoiser.keeping`.
+
+        Raises:
+            RequestError: always; an exported network does not return keys and values.
+        """
+        self._refuse("keeping keys and values of sites", "load the model with backend='eager'")
+
+    def watching(
+        self,
+        rows: Tensor,  # noqa: ARG002
+        words: Tensor,  # noqa: ARG002
+        tap: str,  # noqa: ARG002
+    ) -> AbstractContextManager[Watched]:
+        """Refuse; see `kinetiq.denoiser.Denoiser.watching`.
+
+        Raises:
+            RequestError: always; an exported network does not return what it attends to.
+        """
+        self._refuse("watching words of the prompt", "load the model with backend='eager'")
+
+    def kinds_of(self, controls: ControlTensors) -> frozenset[str]:
+        """The kinds of control that are present.
+
+        Raises:
+            RequestError: the exported network does not carry one of them.
+        """
+        present = {part.name for part in fields(controls) if _is_present(controls, part.name)}
+        if controls.query is not None and controls.query.reduced is not None:
+            present.add("reduced")
+        missing = sorted(present.difference(self.metadata.controls))
+        if missing:
+            self._refuse(
+                f"the control {', '.join(missing)}",
+                f"the network was exported with {', '.join(self.metadata.controls) or 'none'}; "
+                "export it with more of them, or load the model with backend='eager'",
+            )
+        return frozenset(present)
+
+    def check_shapes(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> None:
+        """Raise a `ShapeError` unless the network can take these."""
+        given = {"latents": latents, "timesteps": timesteps, "text": text}
+        for name, tensor in given.items():
+            axes = self._infos[name].axes
+            wrong = len(axes) != tensor.ndim or any(
+                isinstance(axis, int) and axis != size
+                for axis, size in zip(axes, tensor.shape, strict=True)
+            )
+            if wrong or 0 in tensor.shape:
+                raise ShapeError(
+                    f"{self._where}: {name} must be [{', '.join(map(str, axes))}], "
+                    f"got {list(tensor.shape)}"
+                )
+        if not len(latents) == len(timesteps) == len(text):
+            raise ShapeError(
+                f"{self._where}: latents, timesteps and text must have as many rows, got "
+                f"{len(latents)}, {len(timesteps)} and {len(text)}"
+            )
+        multiple = self.metadata.multiple
+        if latents.shape[3] % multiple or latents.shape[4] % multiple:
+            raise ShapeError(
+                f"{self._where}: height and width of latents must be multiples of {multiple}, "
+                f"got {latents.shape[3]}x{latents.shape[4]}"
+            )
+
+    def inputs_of(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        controls: ControlTensors,
+        kinds: Collection[str],
+    ) -> dict[str, Tensor]:
+        """The graph's inputs, neutral for those of `kinds` that `controls` have not."""
+        own = {"latents": latents, "timesteps": timesteps, "text": text}
+        sizes = _Sizes(latents, len(self.sites))
+        if "query" in kinds:
+            own |= self._query(controls.query, sizes, reduced="reduced" in kinds)
+        if "deviation" in kinds:
+            own |= self._deviation(controls.deviation, sizes)
+        if "motion" in kinds:
+            own |= self._motion(controls.motion, sizes)
+        if "lora" in kinds:
+            own |= self._lora(controls.lora, sizes)
+        if "skip" in kinds:
+            own |= self._skip(controls.skip, sizes)
+        return {
+            name: tensor.to(self.device, getattr(torch, self._infos[name].dtype)).contiguous()
+            for name, tensor in own.items()
+        }
+
+    def output_shape(self, output: str, latents: Tensor) -> tuple[int, ...]:
+        """The shape of an output for these latents."""
+        rows, _, frames, height, width = latents.shape
+        axes = {info.name: info.axes for info in self.metadata.outputs}[output]
+        if self.metadata.tap is None or output == "prediction":
+            return (rows, int(axes[1]), frames, height, width)
+        level = tap_level(self.metadata.tap, self.metadata.levels)
+        return (rows, frames, *level_size(height, width, level), int(axes[4]))
+
+    def _run(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        controls: ControlTensors,
+        output: str,
+    ) -> Tensor:
+        self.check_shapes(latents, timesteps, text)
+        kinds = self.wanted(self.kinds_of(controls))
+        return self.run(self.inputs_of(latents, timesteps, text, controls, kinds), kinds, output)
+
+    def _refuse(self, what: str, advice: str) -> NoReturn:
+        raise RequestError(f"{self._where}: must be asked for what it can do, got {what}; {advice}")
+
+    def _named(self, prefix: str) -> dict[str, TensorInfo]:
+        return {name: info for name, info in self._infos.items() if name.startswith(prefix)}
+
+    def _masks(self, prefix: str, mask: Tensor, sizes: "_Sizes") -> dict[str, Tensor]:
+        """A mask [rows, frames or 1, h or 1, w or 1] at each level, [rows, frames, tokens]."""
+        out = {}
+        for name in self._named(f"{prefix}."):
+            tokens = level_tokens(*sizes.space, int(name.rpartition(".")[2]))
+            at_level = mask.flatten(2) if mask.shape[-1] == 1 else at_site(mask, tokens)
+            out[name] = at_level.expand(sizes.rows, sizes.frames, tokens)
+        return out
+
+    def _query(
+        self, control: QueryControl | None, sizes: "_Sizes", *, reduced: bool
+    ) -> dict[str, Tensor]:
+        blend, row = sizes.full(0.0), sizes.own_rows()
+        kept = sizes.full(0.0)
+        if control is not None:
+            blend, row = control.blend.float(), control.row
+            if control.reduced is not None:
+                kept = control.reduced.float()
+        wide = blend if blend.ndim == 4 else blend[:, None, None, None]
+        return {
+            "query_row": row,
+            **self._masks("query_blend", wide, sizes),
+            **({"query_reduced": kept} if reduced else {}),
+        }
+
+    def _deviation(self, control: DeviationControl | None, sizes: "_Sizes") -> dict[str, Tensor]:
+        if control is None:
+            control = DeviationControl(
+                row=sizes.own_rows(),
+                blend=sizes.full(0.0).expand(sizes.sites, -1),
+                parts=sizes.full(0.0)[:, None].expand(-1, 3),
+            )
+        region = control.region
+        wide = sizes.full(1.0)[:, None, None, None] if region is None else region.float()
+        return {
+            "deviation_row": control.row,
+            "deviation_blend": control.blend,
+            "deviation_parts": control.parts,
+            **self._masks("deviation_region", wide, sizes),
+        }
+
+    def _motion(self, control: MotionControl | None, sizes: "_Sizes") -> dict[str, Tensor]:
+        given = {} if control is None else control.banks
+        banks = self._remembered(
+            "motion", given, sizes.frames, lambda: self._motion_banks(given, sizes.frames)
+        )
+        if control is None:
+            return {"motion_slot": sizes.slots(), "motion_scale": sizes.full(0.0), **banks}
+        return {"motion_slot": control.slot, "motion_scale": control.scale, **banks}
+
+    def _motion_banks(self, given: Mapping[int, MotionBank], frames: int) -> dict[str, Tensor]:
+        parts: dict[str, Tensor] = {}
+        for site, bank in given.items():
+            name = self.sites[site].name
+            if bank.query_key is not None:
+                parts[f"motion.{name}.query_key"] = bank.query_key.unsqueeze(2)
+            if bank.value is not None:
+                parts[f"motion.{name}.value"] = bank.value
+        infos = self._named("motion.")
+        # All that have an axis in common must agree on it; zeros of one token suffice alone.
+        sizes = {str(infos[name].axes[2]): part.shape[2] for name, part in parts.items()}
+        slots = max((len(part) for part in parts.values()), default=1)
+        return {
+            name: self._own(parts[name])
+            if name in parts
+            else self._zeros((slots, frames, sizes.get(str(info.axes[2]), 1), info.axes[3]))
+            for name, info in infos.items()
+        }
+
+    def _lora(self, control: LoraControl | None, sizes: "_Sizes") -> dict[str, Tensor]:
+        given = {} if control is None else control.banks
+        banks = self._remembered("lora", given, 0, lambda: self._lora_banks(given))
+        if control is None:
+            return {"lora_slot": sizes.slots(), "lora_scale": sizes.full(0.0), **banks}
+        return {"lora_slot": control.slot, "lora_scale": control.scale, **banks}
+
+    def _lora_banks(self, given: Mapping[str, LoraBank]) -> dict[str, Tensor]:
+        unknown = sorted(path for path in given if f"lora.{path}.down" not in self._infos)
+        if unknown:
+            raise CheckpointError(
+                f"{self._where}: a LoRA must change projections of the network, got {unknown[0]}"
+            )
+        sizes = {
+            "lora_slots": max((len(bank.down) for bank in given.values()), default=1),
+            "lora_rank": max((bank.down.shape[1] for bank in given.values()), default=1),
+        }
+        out = {}
+        for name, info in self._named("lora.").items():
+            path, _, side = name.removeprefix("lora.").rpartition(".")
+            filled = self._zeros(tuple(sizes.get(str(axis), axis) for axis in info.axes))
+            if path in given:  # smaller ranks are filled up with zeros, which add nothing
+                part = getattr(given[path], side)
+                filled[tuple(slice(size) for size in part.shape)] = part
+            out[name] = filled
+        return out
+
+    def _remembered(
+        self, kind: str, banks: object, frames: int, make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Inputs that are made of banks, made again only for others: all steps have the same."""
+        known = self._kept.get(kind)
+        same = known is not None and (known[0] is banks or not (known[0] or banks))
+        if known is None or not same or known[1] != frames:
+            known = self._kept[kind] = (banks, frames, make())
+        return known[2]
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self._dtype).contiguous()
+
+    def _skip(self, control: SkipControl | None, sizes: "_Sizes") -> dict[str, Tensor]:
+        if control is not None:
+            return {"skip_source": control.source, "skip_gain": control.gain}
+        count = int(self._infos["skip_gain"].axes[0])
+        return {
+            "skip_source": sizes.full(0.0).expand(count, -1),
+            "skip_gain": sizes.full(1.0).expand(count, -1),
+        }
+
+    def _zeros(self, shape: tuple[Any, ...]) -> Tensor:
+        return torch.zeros(shape, dtype=self._dtype, device=self.device)
+
+
+class _Sizes:
+    """The sizes of a batch, and tensors of them that steer nothing."""
+
+    def __init__(self, latents: Tensor, sites: int) -> None:
+        self.rows, _, self.frames, *_ = latents.shape
+        self.space: tuple[int, int] = (latents.shape[3], latents.shape[4])
+        self.sites = sites
+        self._device = latents.device
+
+    def full(self, value: float) -> Tensor:
+        """[rows], float32."""
+        return torch.full((self.rows,), value, device=self._device)
+
+    def slots(self) -> Tensor:
+        """[rows], no slot."""
+        return torch.zeros(self.rows, dtype=torch.int64, device=self._device)
+
+    def own_rows(self) -> Tensor:
+        """[sites, rows], under which every row uses its own."""
+        return torch.arange(self.rows, device=self._device).repeat(self.sites, 1)
+
+
+def _is_present(controls: ControlTensors, name: str) -> bool:
+    part = getattr(controls, name)
+    return part is not None and not (isinstance(part, tuple) and not part)

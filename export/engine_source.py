@@ -1,0 +1,57 @@
+"""The network that an engine is built from: as it was exported, or with fewer controls."""
+
+import os
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+from kinetiq.export.metadata import NetworkMetadata, read_network
+from kinetiq.export.network import check_kinds
+from kinetiq.export.nodes import DOMAIN
+from kinetiq.export.specialisation import keep_controls
+
+_NAMESPACE = "plugin_namespace"
+
+
+def read_source(
+    path: str | os.PathLike[str],
+    controls: Collection[str] | None,
+    *,
+    unusual: Collection[str] = (),
+) -> tuple[Any, NetworkMetadata]:
+    """The `onnx.ModelProto` with only these kinds of control, and what it is then.
+
+    Args:
+        path: an ONNX file of `export_onnx`.
+        controls: kinds to keep; None: all that it has, but the unusual.
+        unusual: kinds that are kept only where they are asked for.
+
+    Raises:
+        CheckpointError: the file cannot be used.
+        RequestError: it has not all of these kinds.
+    """
+    model, metadata = read_network(path)
+    if controls is None:
+        kinds = tuple(kind for kind in metadata.controls if kind not in unusual)
+    else:
+        kinds = check_kinds(controls)
+    if kinds == metadata.controls:
+        return model, metadata
+    kept = keep_controls(model, kinds)
+    names = {value.name for value in kept.graph.input}
+    inputs = tuple(tensor for tensor in metadata.inputs if tensor.name in names)
+    return kept, replace(metadata, controls=kinds, inputs=inputs)
+
+
+def leave_to_functions(model: Any, names: Collection[str]) -> None:
+    """Take from nodes of these names, in place, what lets a parser look for a plugin."""
+    for node in model.graph.node:
+        if node.domain == DOMAIN and node.op_type in names:
+            others = [given for given in node.attribute if given.name != _NAMESPACE]
+            del node.attribute[:]
+            node.attribute.extend(others)
+
+
+def node_names(model: Any) -> set[str]:
+    """Names of the nodes of our domain that a network has."""
+    return {node.op_type for node in model.graph.node if node.domain == DOMAIN}

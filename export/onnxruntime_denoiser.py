@@ -1,0 +1,134 @@
+"""An exported network run by onnxruntime, on a CPU or with CUDA.
+
+Tensors are handed over where they lie: onnxruntime reads PyTorch's memory and writes into it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinetiq.errors import MissingDependencyError, RequestError, WorkError
+from kinetiq.export.network import require_packages
+from kinetiq.export.specialising_denoiser import SpecialisingDenoiser, first_line
+
+_NAME = "onnxruntime"
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_ELEMENTS = {  # onnx.TensorProto.DataType
+    torch.float32: 1,
+    torch.int64: 7,
+    torch.float16: 10,
+    torch.bfloat16: 16,
+}
+
+
+class OnnxruntimeDenoiser(SpecialisingDenoiser):
+    """A denoiser that onnxruntime runs.
+
+    Args:
+        path: of the exported network.
+        device: a CPU or a CUDA device.
+
+    Raises:
+        CheckpointError: the file is damaged or not ours.
+        MissingDependencyError: onnxruntime, or its CUDA provider, is missing.
+        RequestError: onnxruntime cannot run this precision there.
+    """
+
+    def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
+        place = torch.device(device)
+        require_packages("onnx", "onnxruntime")
+        _require_provider(place)
+        super().__init__(path, _NAME, place)
+        require_support(self.metadata.precision, place)
+
+    def compile(self, model: Any, folder: Path) -> Any:
+        """A session; see `SpecialisingDenoiser.compile`."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder)
+        )
+        return onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=[_provider(self.device)]
+        )
+
+    def run(self, inputs: Mapping[str, Tensor], kinds: frozenset[str], output: str) -> Tensor:
+        """One output; see `GraphDenoiser.run`."""
+        session = self.program(kinds, output)
+        out = torch.empty(
+            self.output_shape(output, inputs["latents"]), dtype=self._dtype, device=self.device
+        )
+        binding = session.io_binding()
+        for value in session.get_inputs():
+            tensor = inputs[value.name]
+            binding.bind_input(value.name, *_place(tensor))
+        binding.bind_output(output, *_place(out))
+        self._wait()
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's own classes share no base of their own
+            raise WorkError(
+                f"{_NAME}: the network must run on inputs of latents "
+                f"{list(inputs['latents'].shape)}, and failed: {first_line(error)}"
+            ) from error
+        binding.synchronize_outputs()
+        return out
+
+    def run_model(self, model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All outputs; see `SpecialisingDenoiser.run_model`."""
+        session = self.compile(model, self._folder)
+        given = {value.name: inputs[value.name].cpu().numpy() for value in session.get_inputs()}
+        names = [value.name for value in session.get_outputs()]
+        outputs = session.run(names, given)
+        return dict(zip(names, map(torch.from_numpy, outputs), strict=True))
+
+    def _wait(self) -> None:
+        """Finish what PyTorch was asked, since onnxruntime's stream does not wait for it."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+
+def require_support(precision: str, device: torch.device) -> None:
+    """Raise a `RequestError` unless onnxruntime runs a precision on a device."""
+    if precision == "bfloat16" and device.type == "cpu":
+        raise RequestError(
+            f"{_NAME}: dtype must be float32 or float16 on a CPU, got bfloat16; or use "
+            "backend='openvino'"
+        )
+
+
+def _place(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
+    """How onnxruntime is told of a tensor: device, index, type, shape, address."""
+    kind = _ELEMENTS[tensor.dtype]
+    return (
+        tensor.device.type,
+        tensor.device.index or 0,
+        kind,
+        tuple(tensor.shape),
+        tensor.data_ptr(),
+    )
+
+
+def _provider(device: torch.device) -> Any:
+    name = _PROVIDERS[device.type]
+    return name if device.type == "cpu" else (name, {"device_id": device.index or 0})
+
+
+def _require_provider(device: torch.device) -> None:
+    import onnxruntime
+
+    wanted = _PROVIDERS.get(device.type)
+    if wanted is None:
+        raise RequestError(f"{_NAME}: device must be cpu or cuda, got {device}")
+    if wanted not in onnxruntime.get_available_providers():
+        raise MissingDependencyError(
+            f"{_NAME}: {wanted} must be there for {device}, and this build has "
+            f"{', '.join(onnxruntime.get_available_providers())}: pip install onnxruntime-gpu"
+        )

@@ -1,0 +1,68 @@
+"""What runtimes that compile a graph in seconds have in common: a program for what is used.
+
+There are at most two programs of prediction at a time, one without controls and one with all kinds
+that have been used so far, since a kind that a graph has takes time also where it is neutral. All
+are taken out of the one file and share its weights on the disk.
+"""
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinetiq.export.denoiser import GraphDenoiser
+from kinetiq.export.metadata import read_network
+from kinetiq.export.specialisation import keep_controls
+
+
+class SpecialisingDenoiser(GraphDenoiser):
+    """An exported network whose graph is cut to the kinds of control that are used.
+
+    Args:
+        path: of the exported network.
+        where: what messages call the runtime.
+        device: where inputs are to be.
+
+    Raises:
+        CheckpointError: the file is damaged or not ours.
+    """
+
+    def __init__(self, path: str | Path, where: str, device: torch.device) -> None:
+        self._model, metadata = read_network(path)
+        super().__init__(metadata, where, device)
+        self._folder = Path(path).resolve().parent
+        self._carried: frozenset[str] = frozenset()
+        self._programs: dict[tuple[frozenset[str], str], Any] = {}
+
+    @abstractmethod
+    def compile(self, model: Any, folder: Path) -> Any:
+        """What runs an `onnx.ModelProto` whose outside weights lie in a folder."""
+
+    @abstractmethod
+    def run_model(self, model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All outputs of a variant of the network in float32, by name, to look at."""
+
+    def wanted(self, kinds: Collection[str]) -> frozenset[str]:
+        """None of them, or all that have been used so far."""
+        if not kinds:
+            return frozenset()
+        if not self._carried.issuperset(kinds):
+            for key in [key for key in self._programs if key[0]]:
+                del self._programs[key]  # before the next is there: a network may be large
+            self._carried |= frozenset(kinds)
+        return self._carried
+
+    def program(self, kinds: frozenset[str], output: str) -> Any:
+        """What runs the graph of these kinds to this output."""
+        if (kinds, output) not in self._programs:
+            model = keep_controls(self._model, kinds, outputs=(output,))
+            self._programs[kinds, output] = self.compile(model, self._folder)
+        return self._programs[kinds, output]
+
+
+def first_line(error: Exception) -> str:
+    """What a runtime says first."""
+    return str(error).strip().partition("\n")[0]

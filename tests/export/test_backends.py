@@ -1,0 +1,130 @@
+"""Back ends behind `Engine.load`: the same requests, with the same results."""
+
+import importlib.util
+import shutil
+
+import pytest
+from exported import small_checkpoint
+from tiny import write_tiny_folder
+
+import kinetiq as kq
+
+pytest.importorskip("onnx", reason="the extra 'export' is not installed")
+pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
+
+from kinetiq.backends import BACKENDS, EXPORTED  # noqa: E402
+from kinetiq.errors import CheckpointError, MissingDependencyError, RequestError  # noqa: E402
+from kinetiq.export import loading  # noqa: E402
+from kinetiq.export.onnxruntime_denoiser import OnnxruntimeDenoiser  # noqa: E402
+from kinetiq.export.openvino_denoiser import OpenvinoDenoiser  # noqa: E402
+
+SHAPE = {"frames": 4, "height": 16, "width": 16, "steps": 3}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kinetiq" / "exports"
+
+
+def test_a_model_is_exported_once_and_read_from_the_cache(cache, exported, monkeypatch):
+    checkpoint = small_checkpoint("animatediff")
+    made = []
+
+    def export(source, path, **options):
+        made.append(options)
+        shutil.copy(exported(), path)
+
+    monkeypatch.setattr(loading, "export_onnx", export)
+    first = loading.load_denoiser("onnxruntime", checkpoint)
+    second = loading.load_denoiser("openvino", checkpoint)
+    assert isinstance(first, OnnxruntimeDenoiser) and isinstance(second, OpenvinoDenoiser)
+    assert made == [{"tap": "up_blocks.1"}]
+    (kept,) = cache.iterdir()
+    assert kept.name == f"{checkpoint.fingerprint[:20]}-float32-opset23.onnx"
+    kept.write_bytes(kept.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"^network .*\.onnx: "):
+        loading.load_denoiser("onnxruntime", checkpoint)
+
+
+def test_a_given_network_must_be_of_the_model(exported):
+    other = small_checkpoint("unet3d")
+    with pytest.raises(
+        CheckpointError, match=r"must be an export of small-unet3d, fingerprint 0+, got"
+    ):
+        loading.load_denoiser("onnxruntime", other, network=exported())
+
+
+def test_options_without_a_meaning_are_refused_before_anything_loads():
+    with pytest.raises(RequestError, match=r"^load: network needs a backend that runs an exported"):
+        kq.Engine.load("/no/such/folder", network="net.onnx")
+    with pytest.raises(RequestError, match=r"^load: trust needs a backend"):
+        kq.Engine.load("/no/such/folder", trust="00")
+    checkpoint = small_checkpoint("animatediff", "bfloat16")
+    with pytest.raises(
+        RequestError, match=r"^onnxruntime: dtype must be float32 or float16 on a CPU"
+    ):
+        loading.load_denoiser("onnxruntime", checkpoint)
+    with pytest.raises(RequestError, match=r"^load: trust is for engines of TensorRT"):
+        loading.load_denoiser("openvino", checkpoint, trust="00")
+    for backend in ("tensorrt", "tensorrt-rtx"):
+        with pytest.raises(
+            RequestError, match=rf"^load: backend '{backend}' needs network, an engine"
+        ):
+            loading.load_denoiser(backend, checkpoint)
+    assert set(EXPORTED) | {"eager"} == set(BACKENDS)
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch, exported):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "openvino" else found(name)
+    )
+    with pytest.raises(
+        MissingDependencyError, match=r'needs openvino, .*: pip install "\.\[export\]"$'
+    ):
+        OpenvinoDenoiser(exported())
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    with pytest.raises(
+        MissingDependencyError, match=r"CUDAExecutionProvider must be there for cuda"
+    ):
+        OnnxruntimeDenoiser(exported(), "cuda")
+
+
+def test_openvino_is_for_cpus(exported):
+    with pytest.raises(RequestError, match=r"^openvino: device must be cpu, got cuda"):
+        OpenvinoDenoiser(exported(), "cuda")
+
+
+def test_what_needs_the_network_itself_is_refused_by_request(tmp_path):
+    folder = write_tiny_folder(tmp_path / "model")
+    with kq.Engine.load(folder) as eager:
+        engine = kq.Engine(eager.checkpoint, eager.denoiser, backend="onnxruntime")
+        guided = kq.Request("a red circle", control=kq.MoftGuidance(direction="left"), **SHAPE)
+        results = list(engine.generate_many([guided], on_error="return"))
+    assert "backend must be 'eager' for MoftGuidance, which needs gradients" in str(results[0])
+
+
+def sprites(backend, dtype="float32"):
+    return kq.Engine.load("sprites", backend=backend, dtype=dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_clips_of_the_embedded_model_agree_with_eager(backend, tmp_path_factory, monkeypatch):
+    """A generated latent errs by at most 1e-4; plain and injected, guided, in one batch."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    with sprites("eager") as eager:
+        reference = eager.generate("a blue square moving right", seed=3, steps=8)
+        requests = [
+            kq.Request("a red circle", seed=1, steps=8),
+            kq.Request("a green ring", seed=2, steps=8, control=kq.QueryInjection(reference)),
+            kq.Request("a red square", seed=4, steps=8, control=kq.MotionInjection(reference)),
+        ]
+        expected = list(eager.generate_latents(requests))
+    with sprites(backend) as engine:
+        got = list(engine.generate_latents(requests))
+    for one, other in zip(got, expected, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max()

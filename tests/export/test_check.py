@@ -1,0 +1,131 @@
+"""Parity checks: a network that differs is found, and so is the node at which it begins."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from exported import small_checkpoint
+
+onnx = pytest.importorskip("onnx", reason="the extra 'export' is not installed")
+pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
+pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
+pytest.importorskip("openvino", reason="the extra 'export' is not installed")
+
+from dataclasses import replace  # noqa: E402
+
+from kinetiq.errors import CheckpointError, RequestError  # noqa: E402
+from kinetiq.export import command  # noqa: E402
+from kinetiq.export.check import check_network, find_first_difference  # noqa: E402
+from kinetiq.export.example import example_shapes  # noqa: E402
+from kinetiq.export.metadata import (  # noqa: E402
+    KEY,
+    checksum_of,
+    encode_metadata,
+    read_metadata,
+    read_network,
+)
+from kinetiq.export.nodes import DOMAIN  # noqa: E402
+
+FAULT = 7  # which of our nodes is made wrong
+
+
+@pytest.fixture
+def faulty(exported, tmp_path):
+    """A network with one wrong node, whose checksum somebody made right; and the node's name."""
+    model, metadata = read_network(exported())
+    ours = [node for node in model.graph.node if node.domain == DOMAIN]
+    wrong = next(node for node in ours[FAULT:] if node.op_type == "motion_addition")
+    name, output = wrong.name, wrong.output[0]
+    wrong.output[0] = f"{output}.right"
+    place = list(model.graph.node).index(wrong)
+    model.graph.node.insert(
+        place + 1,
+        onnx.helper.make_node("Add", [f"{output}.right", f"{output}.right"], [output]),
+    )
+    del model.metadata_props[:]
+    metadata = replace(metadata, checksum=checksum_of(model, metadata, tmp_path))
+    model.metadata_props.add(key=KEY, value=encode_metadata(metadata))
+    path = tmp_path / "faulty.onnx"
+    path.write_bytes(model.SerializeToString())
+    assert read_metadata(path) == metadata
+    return path, name
+
+
+def test_the_first_node_that_differs_is_named(faulty, exported):
+    checkpoint = small_checkpoint("animatediff")
+    for runtime in ("onnxruntime", "openvino"):
+        assert find_first_difference(exported(), checkpoint, runtime) is None
+    path, name = faulty
+    found = find_first_difference(path, checkpoint, "onnxruntime")
+    assert found is not None
+    model, _ = read_network(path)
+    ours = [node.name for node in model.graph.node if node.domain == DOMAIN]
+    # The doubled output is read by the projection's node behind it, the first to come out wrong.
+    assert ours.index(name) < ours.index(found.node) <= ours.index(name) + 4
+    assert found.relative_error > found.allowed
+
+
+def test_a_faulty_network_fails_the_check(faulty):
+    checkpoint = small_checkpoint("animatediff")
+    path, _ = faulty
+    shape = example_shapes(read_metadata(path))[1]
+    found = list(check_network(path, checkpoint, runtimes=("onnxruntime",), shapes=(shape,)))
+    by_controls = {(one.output, bool(one.controls)): one.passed for one in found}
+    assert not by_controls["prediction", False] and not by_controls["prediction", True]
+
+
+def test_what_cannot_be_checked_is_refused(exported):
+    checkpoint = small_checkpoint("unet3d")
+    with pytest.raises(
+        CheckpointError, match=r"^check: .* must be an export of small-unet3d, got one"
+    ):
+        list(check_network(exported(), checkpoint))
+    right = small_checkpoint("animatediff")
+    with pytest.raises(
+        RequestError, match=r"^check: runtimes must be among onnxruntime, openvino, g"
+    ):
+        list(check_network(exported(), right, runtimes=("tensorflow",)))
+
+
+def run(*arguments):
+    return CliRunner().invoke(command.export, [*map(str, arguments)])
+
+
+def test_the_command_says_what_it_compared(exported, faulty, monkeypatch):
+    monkeypatch.setattr(
+        command, "load_checkpoint", lambda *_, **__: small_checkpoint("animatediff")
+    )
+    result = run("check", exported(), "--runtime", "onnxruntime", "--nodes")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert len(lines) == 3 * 2 * 2 + 1  # shapes, controls on and off, outputs; and the nodes
+    assert all(line.startswith("ok   onnxruntime") for line in lines[:-1])
+    assert lines[-1] == "ok   no node differs in onnxruntime"
+    result = run("check", faulty[0], "--runtime", "onnxruntime", "--nodes", "--json")
+    assert result.exit_code == 1
+    said = json.loads(result.stdout)
+    assert not said["passed"] and said["differing_nodes"][0]["runtime"] == "onnxruntime"
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path, exported):
+    for arguments, words in (
+        (
+            ("onnx", "sprites", "--out", tmp_path / "n.onnx", "--controls", "x"),
+            "must be among query",
+        ),
+        (
+            ("onnx", "sprites", "--out", tmp_path / "n.onnx", "--dtype", "int8"),
+            "dtype must be one of",
+        ),
+        (
+            ("onnx", "sprites", "--out", tmp_path / "n.onnx", "--opset", "17"),
+            "opset must be one of",
+        ),
+        (("check", tmp_path / "missing.onnx"), "cannot be read: No such file"),
+        (("tensorrt", exported(), "--rtx"), "--rtx and --target go together"),
+        (("tensorrt", exported(), "--profile", "rows"), "must be AXIS=LEAST:BEST:MOST"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2, result.output
+        assert words in result.stderr and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

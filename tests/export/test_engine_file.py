@@ -1,0 +1,182 @@
+"""Engines on disk: what they were built for, and who vouches for them."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from one_node import make_metadata
+
+from kinetiq.errors import CheckpointError, RequestError, ShapeError
+from kinetiq.export import engine_file
+from kinetiq.export.engine_file import EngineRecord, read_engine, write_engine
+from kinetiq.export.engine_profile import Bounds, Profile, make_profile
+from kinetiq.export.metadata import TensorInfo
+
+LATENTS = TensorInfo("latents", "float16", ("rows", 4, "frames", "height", "width"))
+BLEND = TensorInfo("query_blend.1", "float32", ("rows", "frames", "tokens_1"))
+VALUE = TensorInfo("motion.a.value", "float16", ("motion_slots", "frames", "motion_tokens_1", 8))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def record():
+    metadata = make_metadata((LATENTS,), (replace(LATENTS, name="prediction"),))
+    return EngineRecord(
+        format=engine_file.FORMAT,
+        kinetiq="0.1.0",
+        runtime="tensorrt-rtx",
+        version="1.7.1",
+        target="sm_89",
+        profile=make_profile(metadata, {"rows": Bounds(1, 2, 3)}),
+        network=metadata,
+        plugins=("query_attention",),
+        attentions=2,
+        fused=2,
+    )
+
+
+def test_what_is_written_is_read(tmp_path, record):
+    written = write_engine(tmp_path / "net.engine", b"plan", record)
+    found, plan = read_engine(tmp_path / "net.engine")
+    assert plan == b"plan"
+    assert found == written
+    assert found.record == record
+
+
+def test_nobody_vouches_for_what_came_from_elsewhere(tmp_path, record, cache):
+    written = write_engine(tmp_path / "net.engine", b"plan", record)
+    (cache / "kinetiq" / "engines" / "trusted.txt").unlink()
+    with pytest.raises(
+        CheckpointError, match=rf"vouches for.*give its checksum: {written.checksum}"
+    ):
+        read_engine(tmp_path / "net.engine")
+    with pytest.raises(CheckpointError, match="vouches for"):
+        read_engine(tmp_path / "net.engine", trust="0" * 64)
+    assert read_engine(tmp_path / "net.engine", trust=written.checksum)[1] == b"plan"
+    assert read_engine(tmp_path / "net.engine", trust=[written.checksum])[1] == b"plan"
+
+
+def test_several_engines_are_vouched_for(tmp_path, record):
+    every = [write_engine(tmp_path / f"{name}.engine", name.encode(), record) for name in "ab"]
+    assert engine_file.vouched_for() == {one.checksum for one in every}
+
+
+def swap_plan(path, beside):
+    path.write_bytes(b"other")
+
+
+def swap_target(path, beside):
+    text = beside.read_text()
+    assert text.count("sm_89") == 1
+    beside.write_text(text.replace("sm_89", "sm_80"))
+
+
+def cut_off(path, beside):
+    beside.write_text(beside.read_text()[:-10])
+
+
+def no_record(path, beside):
+    beside.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (swap_plan, "were changed or damaged"),
+        (swap_target, "were changed or damaged"),
+        (cut_off, "must be the record of an engine"),
+        (no_record, "must be readable: No such file"),
+    ],
+)
+def test_a_tampered_engine(tmp_path, record, change, words):
+    path = tmp_path / "net.engine"
+    write_engine(path, b"plan", record)
+    change(path, tmp_path / "net.engine.json")
+    with pytest.raises(CheckpointError, match=words) as caught:
+        read_engine(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": 2}, "format 1, got 2"),
+        ({"network": "{}"}, "metadata must be what"),
+        ({"profile": {}}, "record must be what"),
+    ],
+)
+def test_another_record(tmp_path, record, change, words):
+    path = tmp_path / "net.engine"
+    write_engine(path, b"plan", record)
+    entries = json.loads((tmp_path / "net.engine.json").read_text())
+    said = json.dumps(json.loads(entries["record"]) | change)
+    checksum = engine_file._checksum(said, b"plan")
+    (tmp_path / "net.engine.json").write_text(json.dumps({"record": said, "checksum": checksum}))
+    with pytest.raises(CheckpointError, match=words):
+        read_engine(path, trust=checksum)
+
+
+def test_a_plan_without_its_record_never_carries_the_name(tmp_path, record, monkeypatch):
+    def fail(*_):
+        raise RequestError("no room")
+
+    monkeypatch.setattr(engine_file, "write_text", fail)
+    with pytest.raises(RequestError, match="no room"):
+        write_engine(tmp_path / "net.engine", b"plan", record)
+    assert not (tmp_path / "net.engine").exists()
+
+
+def test_a_profile_follows_from_what_is_asked():
+    metadata = replace(make_metadata((LATENTS, BLEND, VALUE), ()), levels=2)
+    asked = {"height": Bounds(2, 4, 6), "width": Bounds(2, 2, 10), "frames": Bounds(1, 8, 8)}
+    profile = make_profile(metadata, asked)
+    # levels halve height and width, rounding up: 2x2, 4x2 and 6x10 become 1x1, 2x1 and 3x5
+    assert profile.bounds["tokens_1"] == Bounds(1, 2, 15)
+    assert profile.bounds["motion_tokens_1"] == Bounds(1, 1, 15)
+    assert profile.shapes(LATENTS) == ([1, 4, 1, 2, 2], [2, 4, 8, 4, 2], [4, 4, 8, 6, 10])
+    assert profile.shapes(VALUE) == ([1, 1, 1, 8], [1, 8, 1, 8], [4, 8, 15, 8])
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"depth": Bounds(1, 1, 1)}, "axes must be among frames, height, .*, got depth"),
+        ({"tokens_1": Bounds(1, 1, 1)}, "got tokens_1"),
+        ({"rows": Bounds(2, 1, 4)}, r"1 <= least <= best <= most, got \(2, 1, 4\)"),
+        ({"rows": Bounds(0, 1, 4)}, "1 <= least"),
+        ({"height": Bounds(2, 4, 7)}, r"multiples of 2, got \(2, 4, 7\)"),
+    ],
+)
+def test_a_profile_that_cannot_be(asked, words):
+    metadata = replace(make_metadata((LATENTS, BLEND), ()), levels=2)
+    with pytest.raises(RequestError, match=words):
+        make_profile(metadata, asked)
+
+
+@pytest.mark.parametrize(("text", "bounds"), [("1:2:4", (1, 2, 4)), ("7", (7, 7, 7))])
+def test_bounds_from_words(text, bounds):
+    assert Bounds.parse(text, "rows") == bounds
+
+
+@pytest.mark.parametrize("text", ["", "1:2", "a:b:c", "-1", "3:2:1", "1:2:3:4", "1.5"])
+def test_bounds_that_are_none(text):
+    with pytest.raises(RequestError, match=r"profile: rows must be"):
+        Bounds.parse(text, "rows")
+
+
+def test_a_shape_outside_the_profile_is_told_the_bounds():
+    profile = Profile(
+        {"rows": Bounds(1, 2, 4), "frames": Bounds(2, 8, 16), "tokens_1": Bounds(4, 4, 4)}
+    )
+    profile.check(BLEND, (4, 2, 4))
+    words = (
+        r"query_blend.1 must be \[rows 1 to 4, frames 2 to 16, tokens_1 4 to 4\] .* got \[5, 2, 4\]"
+    )
+    for shape in ((5, 2, 4), (4, 1, 4), (4, 2, 5), (4, 2)):
+        with pytest.raises(ShapeError, match=words if shape == (5, 2, 4) else "query_blend.1"):
+            profile.check(BLEND, shape)

@@ -1,0 +1,167 @@
+"""An exported file is read only if it is what was written, weights included."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx", reason="the extra 'export' is not installed")
+
+from kinetiq.errors import CheckpointError  # noqa: E402
+from kinetiq.export.metadata import (  # noqa: E402
+    FORMAT,
+    KEY,
+    NetworkMetadata,
+    TensorInfo,
+    checksum_of,
+    decode_metadata,
+    encode_metadata,
+    level_tokens,
+    read_metadata,
+    tap_level,
+)
+from kinetiq.families import Site, SiteKind  # noqa: E402
+
+METADATA = NetworkMetadata(
+    format=FORMAT,
+    checkpoint="sprites",
+    fingerprint="ab" * 32,
+    family="animatediff",
+    precision="float32",
+    opset=23,
+    controls=("query", "skip"),
+    tap=None,
+    levels=3,
+    sites=(Site("mid_block.attn1", SiteKind.SPATIAL, "mid", 16),),
+    inputs=(TensorInfo("x", "float32", ("rows", 4)),),
+    outputs=(TensorInfo("y", "float32", ("rows", 4)),),
+    versions={"torch": "2"},
+    checksum="",
+)
+
+
+def write(folder):
+    """A model of one addition whose weights lie beside it, with right metadata."""
+    weights = onnx.numpy_helper.from_array(np.ones((64, 4), np.float32), "w")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["x", "w"], ["y"])],
+        "small",
+        [onnx.helper.make_tensor_value_info("x", 1, ["rows", 4])],
+        [onnx.helper.make_tensor_value_info("y", 1, ["rows", 4])],
+        [weights],
+    )
+    path = folder / "net.onnx"
+    onnx.save(
+        onnx.helper.make_model(graph),
+        path,
+        save_as_external_data=True,
+        location="net.onnx.data",
+        size_threshold=0,
+    )
+    model = onnx.load(path, load_external_data=False)
+    metadata = replace(METADATA, checksum=checksum_of(model, METADATA, folder))
+    model.metadata_props.add(key=KEY, value=encode_metadata(metadata))
+    path.write_bytes(model.SerializeToString())
+    return path, metadata
+
+
+def test_what_was_written_is_read(tmp_path):
+    path, metadata = write(tmp_path)
+    assert read_metadata(path) == metadata
+    assert read_metadata(str(path)).sites[0].kind is SiteKind.SPATIAL
+
+
+def edit(path, change):
+    model = onnx.load(path, load_external_data=False)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.graph.node[0], "op_type", "Mul"),
+        lambda model: setattr(model.opset_import[0], "version", 22),
+        lambda model: setattr(model.graph.initializer[0].external_data[1], "value", "16"),
+        lambda model: model.functions.add(name="f", domain="kinetiq"),
+        lambda model: setattr(
+            model.metadata_props[0],
+            "value",
+            model.metadata_props[0].value.replace('"levels":3', '"levels":4'),
+        ),
+    ],
+    ids=["node", "opset", "offset", "function", "metadata"],
+)
+def test_a_changed_file_is_refused(tmp_path, change):
+    path, _ = write(tmp_path)
+    edit(path, change)
+    with pytest.raises(CheckpointError, match=r"(its checksum must be|are cut off)"):
+        read_metadata(path)
+
+
+def test_changed_missing_or_shorter_weights_are_refused(tmp_path):
+    path, _ = write(tmp_path)
+    weights = tmp_path / "net.onnx.data"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + b"\x01")
+    with pytest.raises(
+        CheckpointError, match=r"^network .*: its checksum must be .*, got .* again$"
+    ):
+        read_metadata(path)
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match=r"its weights net.onnx.data are cut off"):
+        read_metadata(path)
+    weights.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"its weights net.onnx.data must lie beside it: No s"
+    ):
+        read_metadata(path)
+
+
+def test_weights_in_another_folder_are_never_opened(tmp_path):
+    path, _ = write(tmp_path)
+    edit(
+        path,
+        lambda m: setattr(m.graph.initializer[0].external_data[0], "value", "../secret"),
+    )
+    with pytest.raises(
+        CheckpointError, match=r"weights must lie beside it, got '../secret' for 'w'"
+    ):
+        read_metadata(path)
+
+
+def test_foreign_and_broken_files_are_refused(tmp_path):
+    path = tmp_path / "net.onnx"
+    with pytest.raises(CheckpointError, match=r"^network .*net.onnx: cannot be read: No such file"):
+        read_metadata(path)
+    path.write_bytes(b"\xff" * 100)
+    with pytest.raises(CheckpointError, match=r"must be an ONNX file, and cannot be parsed"):
+        read_metadata(path)
+    foreign = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []))
+    path.write_bytes(foreign.SerializeToString())
+    with pytest.raises(CheckpointError, match=r"got an ONNX file without its metadata$"):
+        read_metadata(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"format": 1}', json.dumps({"format": 1, "x": 2})]
+)
+def test_metadata_that_is_none_is_refused(text):
+    with pytest.raises(CheckpointError, match=r"^here: its metadata must be what"):
+        decode_metadata(text, "here")
+
+
+def test_another_format_is_named():
+    said = json.loads(encode_metadata(METADATA)) | {"format": 7}
+    with pytest.raises(
+        CheckpointError, match=r"^here: must be an exported network of format 1, got 7"
+    ):
+        decode_metadata(json.dumps(said), "here")
+
+
+def test_levels():
+    assert [level_tokens(9, 4, level) for level in range(4)] == [36, 10, 3, 2]
+    assert [tap_level(f"up_blocks.{n}", 4) for n in range(4)] == [2, 1, 0, 0]
+    assert [tap_level(f"down_blocks.{n}", 4) for n in range(4)] == [1, 2, 3, 3]
+    assert tap_level("mid_block", 4) == 3
