@@ -215,7 +215,7 @@ def draw(scores: Mapping[str, TransferScores], tenths: Sequence[int], path: Path
     plain = scores["curve.plain"]
     untils = [0.0, *(tenth / 10 for tenth in tenths)]
     figure_, panels = plt.subplots(1, 2, figsize=(11, 4.6), sharex=True)
-    measures = {
+    measures: dict[str, Callable[[TransferScores], metrics.Interval]] = {
         "motion fidelity (1: the reference's path)": lambda score: score.motion_fidelity,
         "identity leak (share of clips that show the reference's looks)": lambda score: (
             score.identity_leak

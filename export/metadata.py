@@ -19,6 +19,7 @@ import torch
 
 from kinetiq.checkpoint import DTYPES
 from kinetiq.errors import CheckpointError, RequestError
+from kinetiq.export.packages import require_packages
 from kinetiq.families import FAMILIES, Family, Site, SiteKind
 
 KEY = "kinetiq"
@@ -176,7 +177,9 @@ def read_network(path: str | os.PathLike[str]) -> tuple[Any, NetworkMetadata]:
 
     Raises:
         CheckpointError: see `read_metadata`.
+        MissingDependencyError: onnx is not installed.
     """
+    require_packages("onnx")
     import onnx
 
     file = Path(path)

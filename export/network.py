@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kinetiq.checkpoint import Checkpoint
 from kinetiq.denoiser import EagerDenoiser
 from kinetiq.engine import Engine
-from kinetiq.errors import MissingDependencyError, RequestError, WorkError
+from kinetiq.errors import RequestError, WorkError
 from kinetiq.export.functions import OPSET, function_of, translations
 from kinetiq.export.graph import NetworkGraph
 from kinetiq.export.metadata import (
@@ -32,6 +32,7 @@ from kinetiq.export.metadata import (
     precision_of,
 )
 from kinetiq.export.nodes import DOMAIN, DOMAIN_VERSION, KINDS, NODES
+from kinetiq.export.packages import require_packages
 from kinetiq.files import check_target, replacing
 from kinetiq.taps import find_tap
 
@@ -105,7 +106,7 @@ def export_onnx(
         )
     precision = precision_of(checkpoint.dtype if dtype is None else dtype)
     found = None if tap is None else find_tap(checkpoint.unet, tap)
-    require_packages("onnx", "onnxscript")
+    require_packages("onnx", "onnx_ir", "onnxscript")
     check_target(path, "export")
     with (
         _stock(source) as network,
@@ -148,17 +149,6 @@ def check_kinds(controls: Collection[str]) -> tuple[str, ...]:
     if "reduced" in controls and "query" not in controls:
         raise RequestError("export: the control 'reduced' needs 'query', got 'reduced' without it")
     return tuple(kind for kind in KINDS if kind in controls)
-
-
-def require_packages(*names: str) -> None:
-    """Raise a `MissingDependencyError` unless all packages are there."""
-    import importlib.util
-
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingDependencyError(
-            f'export: needs {", ".join(missing)}, and it is not installed: pip install ".[export]"'
-        )
 
 
 def example_sizes(levels: int, height: int = 2, width: int = 3) -> dict[str, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kinetiq.errors import MissingDependencyError, RequestError, WorkError
-from kinetiq.export.network import require_packages
+from kinetiq.export.packages import require_packages
 from kinetiq.export.specialising_denoiser import SpecialisingDenoiser, first_line
 
 _NAME = "onnxruntime"

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kinetiq.errors import OutputError, RequestError, WorkError
 from kinetiq.export.metadata import outside_files
-from kinetiq.export.network import require_packages
 from kinetiq.export.openvino_split import split_timesteps
+from kinetiq.export.packages import require_packages
 from kinetiq.export.specialising_denoiser import SpecialisingDenoiser, first_line
 
 _NAME = "openvino"

@@ -384,8 +384,8 @@ def _attend_in_place(
     wide = torch.promote_types(query.dtype, torch.float32)
     if query.shape[1] >= _MANY and not keep:
         # So many scores a sequence are not worth writing, and copies to permute are little beside.
-        sequences = (_by_sequence(t.to(wide), heads) for t in (query, key, value))
-        return _by_frame(F.scaled_dot_product_attention(*sequences)).to(query.dtype), []
+        q, k, v = (_by_sequence(t.to(wide), heads) for t in (query, key, value))
+        return _by_frame(F.scaled_dot_product_attention(q, k, v)).to(query.dtype), []
     out = make_room((query, key, value), query.shape)
     kept = []
     for *own, o in _chunks((query, key, value, out), heads, recorded=keep):
