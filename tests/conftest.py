@@ -11,6 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# A thread that spins while it waits holds the core that the other threads need, if there is other
+# work: a test of a second then took minutes. It is read when PyTorch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():
