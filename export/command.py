@@ -29,7 +29,7 @@ _ALL, _NONE = "all", "none"
 
 @click.group(cls=PlainGroup)
 def export() -> None:
-    """Write the denoiser for other runtimes, and check what was written."""
+    """Write the denoiser for other runtimes."""
 
 
 @export.command()
