@@ -451,7 +451,7 @@ def shots(
     dtype: str | None,
     backend: str,
 ) -> None:
-    """Generate the shots of one subject, each with its own motion, from a YAML file.
+    """Generate several shots of one subject from a YAML file.
 
     \b
     subject: ring
@@ -465,10 +465,11 @@ def shots(
     What is there of a run that was stopped is not made again.
     """  # noqa: D301  click's mark that lines stay as they are
     from kinetiq.board_folder import BoardOptions, make_board
-    from kinetiq.engine import Engine
+    from kinetiq.engine import Engine, require_eager_for_shots
     from kinetiq.progress import progress_bars
     from kinetiq.storyboard import Storyboard
 
+    require_eager_for_shots(backend)  # before a model is loaded, or exported, in vain
     options = BoardOptions(
         plain=plain, masks=save_masks, overwrite=overwrite, scale=scale, seed=seed
     )

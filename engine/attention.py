@@ -52,13 +52,12 @@ class WordCapture:
     """Keeps how much attention some rows' places pay to words of their prompts.
 
     Args:
-        sites: indices of cross-attention sites.
         rows: int64 [n], which rows of the forward pass.
         words: [n, text tokens], weights that add up to 1 in each row.
-        kept: by site, float32 [n, frames, tokens], the mean over heads; filled by the forward pass.
+        kept: by cross-attention site, float32 [n, frames, tokens], the mean over heads; filled by
+            the forward pass.
     """
 
-    sites: Collection[int]
     rows: Tensor
     words: Tensor
     kept: dict[int, Tensor] = field(default_factory=dict)
@@ -103,6 +102,10 @@ class SpatialProcessor:
                 project(rows) for project in (attention.to_q, attention.to_k, attention.to_v)
             )
             key, value = _given_keys(key, value, self._site, self._signal)
+            preserve = self._signal.controls.preserve
+            if preserve is not None:
+                kept = query.index_select(0, preserve.guides)
+                query = query.index_copy(0, preserve.readers, kept)
             for flow in self._signal.controls.flow:
                 query = flow_queries(query, flow)
             query, row, blend = _controlled_query(query, self._site, self._signal)
@@ -142,7 +145,7 @@ class CrossProcessor:
                 text = text.unflatten(0, (-1, frames))[:, 0]
             key, value = attention.to_k(text)[:, None], attention.to_v(text)[:, None]
             capture = self._signal.word_capture
-            if capture is not None and self._site in capture.sites:
+            if capture is not None:
                 capture.kept[self._site] = attention_to_words(
                     query, key, attention.heads, capture.rows, capture.words
                 )

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,9 @@ from kinetiq.clip import Clip, peek
 from kinetiq.errors import OutputError, RequestError
 from kinetiq.files import check_target, make_folder, write_text
 from kinetiq.generation import Progress, no_progress
+from kinetiq.request import MAX_STEPS
 from kinetiq.sheet import contact_sheet, write_image
-from kinetiq.shots import ConsistentShots, ShotBoard
+from kinetiq.shots import ConsistentShots, ShotBoard, finds_masks
 from kinetiq.storyboard import Storyboard
 
 if TYPE_CHECKING:
@@ -123,6 +124,8 @@ def make_board(
     """
     folder = BoardFolder(out)
     asked = storyboard.build(peek, seed=options.seed)
+    if options.masks:
+        _require_masks(asked, asked.steps)
     report = _describe(storyboard, asked, folder, options, model)
     make_folder(out, "shots")
     check_target(folder.report, "shots")
@@ -131,6 +134,8 @@ def make_board(
     work = _find_work(folder, len(asked.shots), options)
     if not work.missing:
         return {**report, "made": []}
+    former = folder.entries() if options.overwrite else ()
+    _require_unread(storyboard, {*former, *work.missing, folder.sheet})
     clips: dict[Path, Clip] = {}
     if work.together or work.plain:
         with load() as engine:
@@ -198,6 +203,8 @@ def _generate(
     """
     height, width = engine.defaults.height, engine.defaults.width
     read = functools.partial(Clip.read, height=asked.height or height, width=asked.width or width)
+    if options.masks:
+        _require_masks(asked, asked.steps or engine.defaults.steps)
     shots = storyboard.build(functools.cache(read), seed=options.seed)
     with storyboard.located("shots"):
         if work.together:
@@ -216,11 +223,7 @@ def _generate(
 
 
 def _mask_clips(board: ShotBoard, folder: BoardFolder) -> Iterator[tuple[Path, Clip]]:
-    if board.masks is None:
-        raise RequestError(
-            "shots: --save-masks must go with a board that looks for its subject, and no step of "
-            "this one does; widen keys_window or refine_window"
-        )
+    assert board.masks is not None  # noqa: S101  it was checked that the board finds some
     for number, (clip, mask) in enumerate(zip(board.clips, board.masks, strict=True), start=1):
         yield folder.mask(number), _mask_clip(mask, clip)
 
@@ -245,6 +248,7 @@ def _describe(
     model: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What board.json says."""
+    stays = not options.overwrite  # what is there
     same = [storyboard.fingerprint, options.seed, options.scale, dict(model)]
     shots = []
     for number, request in enumerate(asked.requests(), start=1):
@@ -253,9 +257,9 @@ def _describe(
             "prompt": request.prompt,
             "seed": request.seed,
         }
-        if options.plain or folder.plain(number).exists():
+        if options.plain or (stays and folder.plain(number).exists()):
             entry["plain"] = folder.plain(number).name
-        if options.masks or folder.mask(number).exists():
+        if options.masks or (stays and folder.mask(number).exists()):
             entry["masks"] = str(folder.mask(number).relative_to(folder.path))
         shots.append(entry)
     return {
@@ -266,6 +270,28 @@ def _describe(
         "sheet": folder.sheet.name,
         "fingerprint": hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest(),
     }
+
+
+def _require_masks(asked: ConsistentShots, steps: int | None) -> None:
+    """Raise unless a board finds masks to save; `steps` None: as the model has it, not loaded."""
+    if not finds_masks(asked, MAX_STEPS if steps is None else steps):
+        raise RequestError(
+            "shots: --save-masks must go with a board that looks for its subject, and no step of "
+            "this one does; widen keys_window or refine_window"
+        )
+
+
+def _require_unread(storyboard: Storyboard, written: Iterable[Path]) -> None:
+    """Raise if what is to be written or replaced is what the storyboard reads."""
+    for path in sorted(written):
+        target = path.resolve()
+        for named in storyboard.named_files:
+            read = named.resolve()
+            if read.is_relative_to(target) or target.parent == read:
+                raise OutputError(
+                    f"shots: {path} must not be a part of {named}, which the storyboard names, "
+                    "since it is to be written; choose another folder with --out"
+                )
 
 
 def _require_own(folder: BoardFolder, fingerprint: str) -> None:

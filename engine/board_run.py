@@ -12,11 +12,11 @@ from kinetiq.clip_run import ClipRun
 from kinetiq.control_tensors import PatchMatches
 from kinetiq.denoiser import Watched
 from kinetiq.patch_matching import resized
-from kinetiq.query_flow import KeyFrames, flow_at_levels
+from kinetiq.query_flow import flow_at_levels
 from kinetiq.refinement import patches_at_levels
 from kinetiq.rows import BoardState
 from kinetiq.shots import ResolvedShots
-from kinetiq.subject_masks import attention_map, drop_places, fit_masks, subject_masks
+from kinetiq.subject_masks import attention_map, drop_places, find_masks, subject_masks
 
 DecodeFrames = Callable[[Tensor], np.ndarray]
 
@@ -45,9 +45,10 @@ class BoardRun:
         vanilla: the shots left alone; () while they do not run.
         looks: whether the shots left alone run by themselves, before the others.
         range: its range in the profiler.
-        attention: [shots, frames, h, w], the attention to the subject's words, summed over steps.
+        attention: [shots, frames, h, w], the attention to the subject's words, summed over all
+            steps that were watched.
         features: float32 [shots, frames, channels, h, w] at the latents' size, of the shots left
-            alone at the last step that was watched.
+            alone at the last step that was watched; None once they are matched.
         masks: [shots, frames, h, w] of the last step that had any.
         flow: by tokens of a site, what is where in the key frames; None: queries tell.
         refine: by tokens of a site, patches that match at the next step; None: not refined.
@@ -118,8 +119,24 @@ class BoardRun:
         The shots left alone; where they do not run, the shots themselves, which say where their
         subject is as well.
         """
-        beside = self.board.map_step is None and self.step + 1 < self.board.seen_until
-        return (self.vanilla or self.shots) if self.looks or beside else ()
+        return (self.vanilla or self.shots) if self.needs_words or self.needs_features else ()
+
+    @property
+    def needs_words(self) -> bool:
+        """Whether masks to come depend on the attention to the subject's words at the next step."""
+        board = self.board
+        if not board.reads_words or board.map_step is not None:
+            return board.reads_words and self.looks
+        return self.step + 1 < max(board.keys[1], board.refined[1])
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether matches to come depend on the features of the next step."""
+        board = self.board
+        if board.map_step is not None:
+            last = self.first_steps_taken + 1 == board.first_steps
+            return board.reads_features and self.looks and last
+        return board.reads_features and board.refines(self.step + 1)
 
     @property
     def words(self) -> Tensor:
@@ -134,16 +151,16 @@ class BoardRun:
 
         Raises:
             RequestError: what finds masks returned none that fit.
+            WorkError: it failed.
         """
         board, step = self.board, self.step
         if self.looks or not (board.shares_keys(step) or board.refines(step)):
             return
         if board.map_step is None:
             self._find_masks(decode)
-        if not board.refines(step) or self.features is None or self.masks is None:
-            self.refine = None
-        elif self.refine is None or board.map_step is None:
+        if board.refines(step) and self.features is not None and self.masks is not None:
             self.refine = patches_at_levels(self.features, self.masks, board.alpha)
+            self.features = None
 
     def state(self, first: int) -> BoardState | None:
         """How the shots see each other at the next step; None where they do not.
@@ -157,7 +174,6 @@ class BoardRun:
         shows = board.shares_keys(step) and self.masks is not None
         flows = step >= board.preserved and board.key_frames is not None
         return BoardState(
-            sites=board.sites,
             shots=tuple(range(first, first + count)),
             vanilla=tuple(range(first + count, first + len(self.clips))),
             masks=self._shown() if shows else None,
@@ -178,6 +194,7 @@ class BoardRun:
 
         Raises:
             RequestError: what finds masks returned none that fit.
+            WorkError: it failed.
         """
         if watched is not None:
             self._take_in(watched)
@@ -191,14 +208,17 @@ class BoardRun:
         self._find_masks(decode)
         if self.board.flows:
             self.flow = self._map_flow()
+        if self.board.refined == (0, 0):
+            self.features = None
         self.looks = False
         preserves = self.board.guided_until > 0
         self.vanilla = tuple(shot.copy() for shot in self.shots) if preserves else ()
 
     def _take_in(self, watched: Watched) -> None:
         size = self.shape[1:]
-        seen = attention_map(watched.words, size)
-        self.attention = seen if self.attention is None else self.attention + seen
+        if watched.words:
+            seen = attention_map(watched.words, size)
+            self.attention = seen if self.attention is None else self.attention + seen
         if watched.features is not None:
             self.features = resized(watched.features, size)
 
@@ -208,7 +228,7 @@ class BoardRun:
             self.masks = board.given
         elif board.find is not None and self._estimated[0].step > 0:
             frames = tuple(decode(run.former) for run in self._estimated)
-            self.masks = fit_masks(board.find(frames), board.shape, len(self.shots))
+            self.masks = find_masks(board.find, frames, board.shape)
         elif board.find is None and self.attention is not None:
             self.masks = subject_masks(self.attention)
         if self.masks is not None:
@@ -221,12 +241,7 @@ class BoardRun:
     def _map_flow(self) -> Mapping[int, Tensor]:
         features, key_frames = self.features, self.board.key_frames
         assert features is not None and key_frames is not None  # noqa: S101, PT018  it was watched
-        moved = KeyFrames(
-            key_frames.before.to(features.device),
-            key_frames.after.to(features.device),
-            key_frames.share.to(features.device),
-        )
-        return flow_at_levels(features, moved)
+        return flow_at_levels(features, key_frames.to(features.device))
 
     def _shown(self) -> Tensor:
         """What the others see of each shot at the next step."""

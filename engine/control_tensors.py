@@ -168,6 +168,21 @@ class SharedKeyControl:
 
 
 @dataclass(frozen=True)
+class PreserveControl:
+    """Rows whose queries at spatial sites are those of other rows, before anything else acts.
+
+    So an injection acts on a row as it does on the row whose queries it has.
+
+    Args:
+        readers: int64 [n], these rows.
+        guides: int64 [n], the rows whose queries they have.
+    """
+
+    readers: Tensor
+    guides: Tensor
+
+
+@dataclass(frozen=True)
 class FlowControl:
     """Rows whose queries at spatial sites are moved from key frames to the frames between.
 
@@ -232,6 +247,7 @@ class ControlTensors:
     skip: SkipControl | None = None
     key_value: KeyValueControl | None = None
     shared_key: SharedKeyControl | None = None
+    preserve: PreserveControl | None = None
     flow: tuple[FlowControl, ...] = ()
     refine: tuple[RefineControl, ...] = ()
 

@@ -43,17 +43,19 @@ class Watched:
 
     Args:
         words: by cross-attention site, float32 [n, frames, tokens]: the attention that is paid to
-            words of the prompt.
-        features: float32 [n, frames, channels, h, w], the output of the tap; None before it ran.
+            words of the prompt; empty where none are watched, and before the network ran.
+        features: float32 [n, frames, channels, h, w], the output of the tap; None likewise.
     """
 
     words: dict[int, Tensor]
     features: Tensor | None = None
 
-    def part(self, rows: slice) -> "Watched":
-        """The same of some of the rows."""
-        words = {site: kept[rows] for site, kept in self.words.items()}
-        return Watched(words, None if self.features is None else self.features[rows])
+    def part(self, rows: slice, *, words: bool, features: bool) -> "Watched":
+        """The same of some of the rows, and of the two only what is asked for."""
+        return Watched(
+            {site: kept[rows] for site, kept in self.words.items()} if words else {},
+            self.features[rows] if features and self.features is not None else None,
+        )
 
 
 class Denoiser(Protocol):
@@ -114,8 +116,9 @@ class Denoiser(Protocol):
 
         Args:
             rows: int64 [n], on the device of the network.
-            words: [n, text tokens], weights that add up to 1 in each row.
-            tap: module path of a block; see `kinetiq.taps`.
+            words: [n, text tokens], weights that add up to 1 in each row; [n, 0]: no attention is
+                kept.
+            tap: module path of a block, see `kinetiq.taps`; "": no features are kept.
 
         Returns:
             A context for one `predict`, which fills what it yields.
@@ -255,10 +258,14 @@ class EagerDenoiser:
 
     @contextmanager
     def watching(self, rows: Tensor, words: Tensor, tap: str) -> Iterator[Watched]:
-        """Watch rows while the network runs; see `Denoiser.watching`."""
-        cross = [n for n, site in enumerate(self.sites) if site.kind is SiteKind.CROSS]
-        capture = self.signal.word_capture = WordCapture(cross, rows, words)
-        watched = Watched(capture.kept)
+        """Watch rows while the network runs; see `Denoiser.watching`.
+
+        Raises:
+            RequestError: the network has no such block.
+        """
+        block = self.network.get_submodule(find_tap(self.network, tap).name) if tap else None
+        capture = WordCapture(rows, words) if words.shape[1] else None
+        watched = Watched({} if capture is None else capture.kept)
 
         def keep(_: object, __: object, output: Any) -> None:
             # Down blocks return what their skip connections carry as well.
@@ -266,14 +273,14 @@ class EagerDenoiser:
             by_row = hidden.unflatten(0, (-1, self.signal.frames))
             watched.features = by_row.index_select(0, rows).float()
 
-        handle = self.network.get_submodule(find_tap(self.network, tap).name).register_forward_hook(
-            keep
-        )
+        handle = None if block is None else block.register_forward_hook(keep)
         try:
+            self.signal.word_capture = capture
             yield watched
         finally:
-            handle.remove()
             self.signal.word_capture = None
+            if handle is not None:
+                handle.remove()
 
     @contextmanager
     def _given(self, where: str, latents: Tensor, controls: ControlTensors) -> Iterator[None]:

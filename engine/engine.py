@@ -21,12 +21,13 @@ from kinetiq.controls import Learned, LearnedMotion, resolve_controls
 from kinetiq.denoiser import Denoiser, EagerDenoiser
 from kinetiq.errors import (
     CheckpointError,
+    InputError,
     KinetiqError,
     NonFiniteError,
     RequestError,
     WorkError,
 )
-from kinetiq.families import FAMILIES, Family, select_sites
+from kinetiq.families import FAMILIES, Family
 from kinetiq.generation import Progress, denoise, in_order, is_out_of_memory, no_progress
 from kinetiq.inversion import invert
 from kinetiq.moft import MotionChannels, load_channels, reference_feature
@@ -51,7 +52,7 @@ from kinetiq.sampler import build_sampler_table
 from kinetiq.shots import ConsistentShots, ResolvedShots, ShotBoard, resolve_shots
 from kinetiq.skips import Skip, list_skips
 from kinetiq.source import ResolvedSource, Source, resolve_source
-from kinetiq.taps import find_tap
+from kinetiq.taps import DEFAULT_TAP, find_tap
 from kinetiq.text import encode_prompts, find_words
 
 MAX_CLIPS = 8
@@ -75,6 +76,7 @@ class Defaults:
 
 
 Encode = Callable[[Source, int, int, int], ResolvedSource]
+_Kinds = tuple[type[Request | ConsistentShots], ...]
 
 
 @attrs.frozen
@@ -245,10 +247,11 @@ class Engine:
         on_error: str,
         max_clips: int,
         progress: Progress,
+        kinds: _Kinds = (Request, ConsistentShots),
     ) -> Iterator[Clip | ShotBoard | KinetiqError]:
         if on_error not in ("raise", "return"):
             raise RequestError(f"on_error: must be 'raise' or 'return', got {on_error!r}")
-        for sampled, request in in_order(self._sample(requests, max_clips, progress)):
+        for sampled, request in in_order(self._sample(requests, max_clips, progress, kinds)):
             result = sampled
             if not isinstance(sampled, KinetiqError):
                 try:
@@ -313,7 +316,7 @@ class Engine:
         requests too. The clips that a board has at a time, its shots left alone among them, are
         never in different batches, whatever `max_clips` says.
         """
-        results = self._generate(boards, on_error, max_clips, progress)
+        results = self._generate(boards, on_error, max_clips, progress, (ConsistentShots,))
         yield from results  # type: ignore[misc]  # boards in, boards out
 
     def generate_latents(
@@ -323,14 +326,23 @@ class Engine:
         max_clips: int = MAX_CLIPS,
         progress: Progress = no_progress,
     ) -> Iterator[Tensor]:
-        """Like `generate_many`, without decoding: [channels, frames, h, w] a request."""
-        for latents, _ in in_order(self._sample(requests, max_clips, progress)):
+        """Like `generate_many`, without decoding: [channels, frames, h, w] a request.
+
+        Raises:
+            RequestError: a board is among them, which becomes more than one clip.
+        """
+        sampled = self._sample(requests, max_clips, progress, (Request,))
+        for latents, _ in in_order(sampled):
             if isinstance(latents, KinetiqError):
                 raise latents
             yield latents
 
     def _sample(
-        self, requests: Iterable[Request | ConsistentShots], max_clips: int, progress: Progress
+        self,
+        requests: Iterable[Request | ConsistentShots],
+        max_clips: int,
+        progress: Progress,
+        kinds: _Kinds = (Request, ConsistentShots),
     ) -> Iterator[tuple[int, tuple[Tensor | BoardLatents | KinetiqError, Any]]]:
         """(index, (latents or error, resolved request or None)), each as it is done."""
         if max_clips < 1:
@@ -348,6 +360,7 @@ class Engine:
         def resolve_all() -> Iterator[tuple[int, ResolvedRequest | ResolvedShots | KinetiqError]]:
             for index, request in enumerate(requests):
                 try:
+                    _require_kind(request, kinds)
                     if isinstance(request, ConsistentShots):
                         resolved[index] = self.resolve_shots(request, encode_reference, make)
                     else:
@@ -437,11 +450,11 @@ class Engine:
         """The same for a board of shots.
 
         Raises:
-            RequestError: an option, or a combination of options, has no meaning here; a shot that
-                it is about is named.
-            CheckpointError: a learned motion was made for another model.
+            InputError: what `resolve` raises, with the shot that it is about.
+            RequestError: a prompt does not hold the subject where the text encoder reads, masks
+                do not fit, or the network or the back end cannot do what is asked.
         """
-        self._require_eager("ConsistentShots, which look into the network")
+        require_eager_for_shots(self.backend)
         encode = encode_reference or self._reference_encoder()
         make = make or self._makers(encode)
         requests, words = [], []
@@ -449,10 +462,19 @@ class Engine:
             try:
                 requests.append(self.resolve(request, encode, make))
                 words.append(find_words(self.checkpoint.tokenizer, request.prompt, shots.subject))
+            except InputError as error:
+                raise type(error)(f"shots: shot {number}: {error}") from error
+        resolved = resolve_shots(shots, tuple(requests), tuple(words))
+        if resolved.reads_features:
+            option = "refine" if resolved.refined[1] > 0 else "flow"
+            try:
+                find_tap(self.checkpoint.unet, DEFAULT_TAP)
             except RequestError as error:
-                raise RequestError(f"shots: shot {number}: {error}") from error
-        sites = select_sites(self.denoiser.sites, "spatial")
-        return resolve_shots(shots, tuple(requests), tuple(words), sites)
+                raise RequestError(
+                    f"{option}: must be left out here, since it matches features that this "
+                    f"network does not have: {error}"
+                ) from error
+        return resolved
 
     @torch.inference_mode()
     def encode(self, clip: Clip) -> Tensor:
@@ -579,18 +601,11 @@ class Engine:
         )
         return embedding, noise
 
-    def _require_eager(self, what: str) -> None:
-        if self.backend != EAGER:
-            raise RequestError(
-                f"request: backend must be {EAGER!r} for {what}, got {self.backend!r}; load the "
-                "model without backend"
-            )
-
     def _guidance(
         self, control: MoftGuidance, shape: tuple[int, int, int], steps: int, make: Makers
     ) -> ResolvedMoftGuidance:
         """A guidance as data for a clip of `shape`."""
-        self._require_eager("MoftGuidance, which needs gradients")
+        _require_eager(self.backend, "MoftGuidance, which needs gradients")
         if control.recompute is True and not isinstance(self.denoiser, EagerDenoiser):
             raise RequestError(
                 f"recompute: the back end must be eager, got {type(self.denoiser).__name__}; "
@@ -629,6 +644,28 @@ def _room_for(what: str, advice: str = "ask for a smaller size") -> Iterator[Non
         if not is_out_of_memory(error):
             raise
         raise WorkError(f"{what} must fit in memory, and do not; {advice}") from error
+
+
+def require_eager_for_shots(backend: str) -> None:
+    """Raise a `RequestError` unless a back end can generate boards of shots."""
+    _require_eager(backend, "ConsistentShots, which look into the network")
+
+
+def _require_eager(backend: str, what: str) -> None:
+    if backend != EAGER:
+        raise RequestError(
+            f"request: backend must be {EAGER!r} for {what}, got {backend!r}; load the model "
+            "without backend"
+        )
+
+
+def _require_kind(request: object, kinds: _Kinds) -> None:
+    if not isinstance(request, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise RequestError(
+            f"request: must be a {wanted} here, got {type(request).__name__}; generate_many takes "
+            "requests and boards of shots, generate_storyboards boards, generate_latents requests"
+        )
 
 
 def read_defaults(checkpoint: Checkpoint, family: Family, vae_scale: int) -> Defaults:

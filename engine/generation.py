@@ -250,11 +250,29 @@ def _prepare(running: Sequence[Run], model: _Model) -> dict[int, KinetiqError]:
     failed: dict[int, KinetiqError] = {}
     for run in running:
         if isinstance(run, BoardRun):
-            try:
-                run.prepare(model.decode)
-            except KinetiqError as error:
+            error = _board_error(run, functools.partial(run.prepare, model.decode), model.device)
+            if error is not None:
                 failed[run.index] = error
     return failed
+
+
+def _board_error(
+    run: BoardRun, work: Callable[[], None], device: torch.device
+) -> KinetiqError | None:
+    """Do something for one board; return what went wrong, which the others do not suffer from."""
+    try:
+        work()
+    except KinetiqError as error:
+        return error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return None
+    # Behind the handler, which would hold on to what did not fit.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return _too_large(run, device)
 
 
 def _step(runs: Sequence[Run], model: _Model, room: _Room) -> dict[int, KinetiqError]:
@@ -272,9 +290,10 @@ def _step(runs: Sequence[Run], model: _Model, room: _Room) -> dict[int, KinetiqE
         for run, seen in zip(part, watched, strict=True):
             if not isinstance(run, BoardRun) or run.index in broken:
                 continue
-            try:
-                run.advance(seen, model.decode)
-            except KinetiqError as error:
+            error = _board_error(
+                run, functools.partial(run.advance, seen, model.decode), model.device
+            )
+            if error is not None:
                 broken[run.index] = error
         return broken
 
@@ -299,12 +318,19 @@ def _predict_boards(
     places = [clips.index(clip) for run in looking for clip in run.watched]
     rows = batch.conditional[torch.tensor(places, device=batch.conditional.device)]
     words = torch.cat([run.words for run in looking]).to(rows.device)
-    with model.denoiser.watching(rows, words, DEFAULT_TAP) as watched:
+    if not any(run.needs_words for run in looking):
+        words = words[:, :0]
+    tap = DEFAULT_TAP if any(run.needs_features for run in looking) else ""
+    with model.denoiser.watching(rows, words, tap) as watched:
         halves = _predict(batch, model)
     seen: dict[int, Watched] = {}
     start = 0
     for run in looking:
-        seen[run.index] = watched.part(slice(start, start + len(run.watched)))
+        seen[run.index] = watched.part(
+            slice(start, start + len(run.watched)),
+            words=run.needs_words,
+            features=run.needs_features,
+        )
         start += len(run.watched)
     return halves, [seen.get(run.index) for run in part]
 

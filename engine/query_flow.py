@@ -36,6 +36,10 @@ class KeyFrames:
     after: Tensor
     share: Tensor
 
+    def to(self, device: torch.device) -> "KeyFrames":
+        """The same on a device."""
+        return KeyFrames(self.before.to(device), self.after.to(device), self.share.to(device))
+
 
 def place_key_frames(frames: int, spacing: int, weight: str) -> KeyFrames:
     """Key frames at every `spacing`-th frame from the first, and at the last.

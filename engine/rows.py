@@ -20,6 +20,7 @@ from kinetiq.control_tensors import (
     MotionBank,
     MotionControl,
     PatchMatches,
+    PreserveControl,
     QueryControl,
     RefineControl,
     SharedKeyControl,
@@ -72,11 +73,10 @@ class BoardState:
     """How the shots of one board see each other at one step; clips by their place in the batch.
 
     Args:
-        sites: bool for each site of the network, the spatial ones.
         shots: the clips that are to agree.
         vanilla: the same shots left alone, or () where they do not run.
         masks: [shots, frames, h, w], how much each place counts for the others; None: nothing.
-        preserves: whether queries at `sites` are those of `vanilla`.
+        preserves: whether queries at spatial sites are those of `vanilla`.
         key_frames: between which queries are moved; None: they are not.
         flow: by tokens of a site, what is where in the key frames, as in `FlowControl`; None: the
             queries of `vanilla` tell.
@@ -85,7 +85,6 @@ class BoardState:
         refine_conditional_only: whether the unconditional rows are not refined.
     """
 
-    sites: tuple[bool, ...]
     shots: tuple[int, ...]
     vanilla: tuple[int, ...] = ()
     masks: Tensor | None = None
@@ -201,7 +200,7 @@ def build_batch(
             found.append(source_rows[key])
         reads.append((found[0], found[1]))
     device = latents[0].device
-    joined = _join(clips, halves, reads, boards, len(latents), sites, device)
+    joined = _join(clips, halves, reads, len(latents), sites, device)
     return Batch(
         latents=torch.stack(latents),
         timesteps=torch.tensor(timesteps, dtype=torch.float32, device=device),
@@ -212,7 +211,8 @@ def build_batch(
             lora=_lora_control(clips, halves, len(latents), device, join_loras),
             skip=_skip_control(clips, halves, len(latents), device),
             shared_key=_shared_key_control(boards, halves, latents, device),
-            flow=_flow_controls(boards, clips, halves, device),
+            preserve=_preserve_control(boards, halves, device),
+            flow=_flow_controls(boards, halves, device),
             refine=_refine_controls(boards, halves, device),
         ),
         conditional=torch.tensor([half[0] for half in halves], device=device),
@@ -229,7 +229,6 @@ def _join(
     clips: Sequence[ClipState],
     halves: Sequence[tuple[int, int]],
     reads: Sequence[tuple[int | None, int | None]],
-    boards: Sequence[BoardState],
     rows: int,
     sites: int,
     device: torch.device,
@@ -243,17 +242,8 @@ def _join(
             readers = _readers(half, clip.controls.motion.conditional_only)
             motions.append((clip.controls.motion, readers, motion_source))
     shape = clips[0].latents.shape[1:]
-    preserved = [
-        (board.sites, reader, guide)
-        for board in boards
-        if board.preserves
-        for reader, guide in _guided_rows(board, clips, halves)
-    ]
-    query = None
-    if queries or preserved:
-        query = _query_control(queries, preserved, rows, sites, shape, device)
     return ControlTensors(
-        query=query,
+        query=_query_control(queries, rows, sites, shape, device) if queries else None,
         deviation=_deviation_control(motions, rows, sites, shape, device) if motions else None,
     )
 
@@ -264,7 +254,6 @@ def _readers(half: tuple[int, int], conditional_only: bool) -> list[int]:
 
 def _query_control(
     queries: list[tuple[ResolvedQueryInjection, list[int], int]],
-    preserved: list[tuple[tuple[bool, ...], int, int]],
     rows: int,
     sites: int,
     shape: torch.Size,
@@ -280,8 +269,6 @@ def _query_control(
             row[chosen, reader] = source
             blend[reader] = control.blend
             reduced[reader] = control.reduced
-    for chosen_sites, reader, guide in preserved:
-        row[torch.tensor(chosen_sites), reader] = guide
     return QueryControl(
         row.to(device),
         blend.to(device),
@@ -367,25 +354,30 @@ def _skip_control(
     return SkipControl(source.to(device), gain.to(device))
 
 
-def _guided_rows(
-    board: BoardState, clips: Sequence[ClipState], halves: Sequence[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """The rows of a board's shots and the rows of the same shots left alone, as pairs.
+def _preserve_control(
+    boards: Sequence[BoardState], halves: Sequence[tuple[int, int]], device: torch.device
+) -> PreserveControl | None:
+    pairs = [
+        pair
+        for board in boards
+        if board.preserves
+        for pair in zip(
+            _query_rows(board, board.shots, halves),
+            _query_rows(board, board.vanilla, halves),
+            strict=True,
+        )
+    ]
+    if not pairs:
+        return None
+    readers, guides = torch.tensor(pairs, device=device).T
+    return PreserveControl(readers, guides)
 
-    A row that a query injection of its own acts on is not among them: the shot left alone has the
-    same queries of the reference there.
-    """
-    pairs = []
-    for shot, vanilla in zip(board.shots, board.vanilla, strict=True):
-        guides = dict(zip(halves[shot], halves[vanilla], strict=True))
-        own = clips[shot].controls.query
-        injected = () if own is None else _readers(halves[shot], own.conditional_only)
-        pairs += [
-            (reader, guides[reader])
-            for reader in _readers(halves[shot], board.queries_conditional_only)
-            if reader not in injected
-        ]
-    return pairs
+
+def _query_rows(
+    board: BoardState, clips: Sequence[int], halves: Sequence[tuple[int, int]]
+) -> list[int]:
+    """The rows of some clips of a board whose queries are changed, or tell how."""
+    return [row for clip in clips for row in _readers(halves[clip], board.queries_conditional_only)]
 
 
 def _shared_key_control(
@@ -423,7 +415,6 @@ def _shared_key_control(
 
 def _flow_controls(
     boards: Sequence[BoardState],
-    clips: Sequence[ClipState],
     halves: Sequence[tuple[int, int]],
     device: torch.device,
 ) -> tuple[FlowControl, ...]:
@@ -431,23 +422,20 @@ def _flow_controls(
     for board in boards:
         if board.key_frames is None:
             continue
-        frames = {name: getattr(board.key_frames, name).to(device) for name in _KEY_FRAMES}
-        alone = board if board.flow is None else replace(board, vanilla=board.shots)
-        pairs = _guided_rows(alone, clips, halves)
-        if not pairs:
-            continue
-        readers, guides = torch.tensor(pairs, device=device).T
+        keys = board.key_frames.to(device)
+        frames = (keys.before, keys.after, keys.share)
+        readers = torch.tensor(_query_rows(board, board.shots, halves), device=device)
         if board.flow is None:
-            controls.append(FlowControl(readers, guides, **frames))
+            guides = torch.tensor(_query_rows(board, board.vanilla, halves), device=device)
+            controls.append(FlowControl(readers, guides, *frames))
             continue
-        shot_of = {halves[c][half]: n for n, c in enumerate(board.shots) for half in (0, 1)}
-        shots = torch.tensor([shot_of[reader] for reader, _ in pairs])
-        matches = {t: found[shots.to(found.device)].to(device) for t, found in board.flow.items()}
-        controls.append(FlowControl(readers, None, **frames, matches=matches))
+        each = len(readers) // len(board.shots)
+        matches = {
+            tokens: found.to(device).repeat_interleave(each, dim=0)
+            for tokens, found in board.flow.items()
+        }
+        controls.append(FlowControl(readers, None, *frames, matches))
     return tuple(controls)
-
-
-_KEY_FRAMES = ("before", "after", "share")
 
 
 def _refine_controls(

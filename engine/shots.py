@@ -19,7 +19,7 @@ arXiv:2412.07750, sec. 5 (v1: "Multi-Shot Character Consistency for Text-to-Vide
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +32,11 @@ from kinetiq.injection import check_share, check_text, injected_steps, one_of
 from kinetiq.moft_guidance import MoftGuidance
 from kinetiq.query_flow import KeyFrames, place_key_frames
 from kinetiq.request import Request, ResolvedRequest
-from kinetiq.subject_masks import fit_masks
+from kinetiq.subject_masks import FindMasks, as_array, fit_masks, is_listed
 
 if TYPE_CHECKING:
     from kinetiq.clip import Clip
     from kinetiq.controls import Control
-
-FindMasks = Callable[[tuple[np.ndarray, ...]], Sequence[Any]]
 
 _MOST_WEIGHT = 1000
 PAPER: dict[str, Any] = {
@@ -89,11 +87,15 @@ def _check_switch(_: object, attribute: Any, value: object) -> None:
         raise RequestError(f"{attribute.name}: must be True or False, got {value!r}")
 
 
+def _freeze_control(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _freeze_masks(value: Any) -> Any:
     """Copy given masks, so that what was asked cannot change; an attrs converter."""
     if isinstance(value, str) or callable(value):
         return value
-    if isinstance(value, np.ndarray) or not isinstance(value, Sequence):
+    if not is_listed(value):
         raise RequestError(
             "masks: must be 'attention', a callable, or a list of one array a shot, got "
             f"{type(value).__name__}"
@@ -101,7 +103,7 @@ def _freeze_masks(value: Any) -> Any:
     frozen = []
     for number, given in enumerate(value, start=1):
         try:
-            mask = np.array(given, dtype=np.float32)
+            mask = as_array(given)
         except (TypeError, ValueError) as error:
             raise RequestError(
                 f"masks: that of shot {number} must be an array of numbers: {error}"
@@ -130,7 +132,9 @@ class Shot:
     """
 
     prompt: str
-    control: "Control | Sequence[Control] | None" = None
+    control: "Control | Sequence[Control] | None" = attrs.field(
+        default=None, converter=_freeze_control
+    )
     seed: int | None = None
     negative_prompt: str = ""
 
@@ -155,10 +159,11 @@ class ConsistentShots:
         shots: at least two.
         masks: where the subject is: "attention" finds it by the attention that is paid to the
             subject's words; or an array for each shot, [frames, h, w] or [h, w] of any size, 1
-            where the subject is; or a callable, which is given the estimate of the clean frames of
-            each shot, float32 [frames, height, width, 3] in 0 to 1, and returns such arrays. It is
-            called at each step that needs masks. Both look at the shots left alone, and where
-            those do not run, at the shots themselves.
+            where the subject is, in a list or as one array; or a callable, which is given the
+            estimate of the clean frames of each shot, float32 [frames, height, width, 3] in 0 to
+            1, and returns such arrays. It is called at each step that needs masks; what it raises
+            fails the board, as a `WorkError` of that cause, and no other. Both look at the shots
+            left alone, and where those do not run, at the shots themselves.
         keys_window: first and last share of the steps in which shots see each other; (0, 0): none.
         keys_weight: how much a place of another shot counts beside one of the shot's own.
         preserve_until: share of the steps in which queries are those of the shot left alone.
@@ -172,9 +177,11 @@ class ConsistentShots:
         query_halves: likewise of preservation and flow.
         mask_dropout: share of the masks that is left out at random, anew at each step but the
             same for the same seeds.
-        vanilla: the shots left alone run "beside" the consistent shots, so that masks and
-            correspondences are of the same noise; or "before" them, which keeps one feature map
-            and one mask a shot of little noise, and then beside them while queries are preserved.
+        vanilla: the shots left alone run "beside" the consistent shots, so that queries are of
+            the same noise, and masks and matches of the step before; or "before" them, which keeps
+            one feature map of little noise and one mask a shot, which is of the attention at all
+            steps until there or of the clean frames estimated there; and then beside them while
+            queries are preserved.
         map_at: share of the steps, where `vanilla` is "before", at which the feature map is taken.
         seed: of shots that have none.
         steps: as in `Request`, as are the following, for all shots.
@@ -216,7 +223,7 @@ class ConsistentShots:
     mask_dropout: float = attrs.field(default=0.0, validator=check_share)
     vanilla: str = attrs.field(default="beside", validator=one_of("beside", "before"))
     map_at: float = attrs.field(default=0.74, validator=check_share)
-    seed: int = 0
+    seed: int = attrs.field(default=0, validator=attrs.fields(Request).seed.validator)
     steps: int | None = None
     frames: int | None = None
     height: int | None = None
@@ -302,7 +309,6 @@ class ResolvedShots:
     Args:
         requests: of each shot.
         words: where each prompt holds the subject, as positions of text tokens.
-        sites: which of the network's are spatial.
         given: masks [shots, frames, h, w] at the latents' size; None where they are found.
         find: finds masks in clean frames; None where `given` are there or attention finds them.
         keys: first step in which shots see each other, and the end of those.
@@ -319,7 +325,6 @@ class ResolvedShots:
 
     requests: tuple[ResolvedRequest, ...]
     words: tuple[tuple[int, ...], ...]
-    sites: tuple[bool, ...]
     given: Tensor | None
     find: FindMasks | None
     keys: tuple[int, int]
@@ -368,9 +373,15 @@ class ResolvedShots:
         return self.key_frames is not None and self.preserved < self.steps
 
     @property
-    def seen_until(self) -> int:
-        """The end of the steps that go by what is seen at the steps before."""
-        return self.refined[1] if self.given is not None else max(self.keys[1], self.refined[1])
+    def reads_words(self) -> bool:
+        """Whether the attention to the subject's words says where it is."""
+        sought = self.given is None and self.find is None
+        return sought and max(self.keys[1], self.refined[1]) > 0
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether feature maps say which patches match."""
+        return self.refined[1] > 0 or (self.flows and self.map_step is not None)
 
     def shares_keys(self, step: int) -> bool:
         """Whether shots see each other at a step, if it is known where the subject is."""
@@ -385,7 +396,6 @@ def resolve_shots(
     shots: ConsistentShots,
     requests: tuple[ResolvedRequest, ...],
     words: tuple[tuple[int, ...], ...],
-    sites: tuple[bool, ...],
 ) -> ResolvedShots:
     """Turn what was asked into data.
 
@@ -393,7 +403,6 @@ def resolve_shots(
         shots: what was asked.
         requests: of its shots, resolved.
         words: where their prompts hold the subject.
-        sites: which of the network's are spatial.
 
     Raises:
         RequestError: a mask does not fit the clips.
@@ -412,7 +421,6 @@ def resolve_shots(
     return ResolvedShots(
         requests=requests,
         words=words,
-        sites=sites,
         given=given,
         find=shots.masks if callable(shots.masks) else None,
         keys=keys,
@@ -426,6 +434,15 @@ def resolve_shots(
         mask_dropout=float(shots.mask_dropout),
         map_step=min(round(shots.map_at * steps), steps - 1) if mapped else None,
     )
+
+
+def finds_masks(shots: ConsistentShots, steps: int) -> bool:
+    """Whether any of `steps` steps goes by where the subject is, so that a board has masks."""
+    refined = (0, 0) if shots.refine == 0 else _steps_of(shots.refine_window, steps)
+    until = max(_steps_of(shots.keys_window, steps)[1], refined[1])
+    # Beside the shots, what is found at one step is for the next.
+    first = 0 if isinstance(shots.masks, tuple) or shots.vanilla == "before" else 1
+    return until > first
 
 
 def _steps_of(window: tuple[float, float], steps: int) -> tuple[int, int]:

@@ -28,14 +28,13 @@ import attrs
 import numpy as np
 import yaml
 
-from kinetiq.clip import Clip, peek
-from kinetiq.errors import InputError, RequestError
+from kinetiq.clip import IMAGE_SUFFIXES, Clip, peek
+from kinetiq.errors import ClipError, InputError, RequestError
 from kinetiq.motion_embedding import MotionEmbedding
 from kinetiq.motion_file import read_info
 from kinetiq.motion_injection import MotionInjection
 from kinetiq.motion_lora import MotionLora
 from kinetiq.query_injection import QueryInjection
-from kinetiq.request import Request
 from kinetiq.sampler import resolve_sampler
 from kinetiq.shots import ConsistentShots, Shot
 
@@ -145,10 +144,8 @@ class Storyboard:
         options |= self._agreed(listed)
         if seed is not None:
             options["seed"] = seed
-        with self.located("seed"):
-            if "seed" in options:  # shots count on from it
-                Request("any", seed=options["seed"])
-            if "sampler" in options:
+        if "sampler" in options:
+            with self.located("sampler"):
                 resolve_sampler(options["sampler"])
         if "masks" in self.entries:
             options["masks"] = self._read_masks(self.entries["masks"])
@@ -164,7 +161,7 @@ class Storyboard:
         that it names.
         """
         said = json.dumps(Entry(dict(self.entries), 1).plain, sort_keys=True)
-        parts = [said, *map(_digest, self._named_files())]
+        parts = [said, *map(_digest, self._read_files())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @contextlib.contextmanager
@@ -309,9 +306,8 @@ class Storyboard:
                     f"must be {ATTENTION}, a folder of one mask a shot, or a list of them, got "
                     f"{entry.shown}",
                 )
-            paths = natural_order(
-                path for path in folder.iterdir() if not path.name.startswith(".")
-            )
+            with self.located("masks"):
+                paths = _inside(folder)
         with self.located("masks"):
             return [read_mask(path) for path in paths]
 
@@ -327,18 +323,33 @@ class Storyboard:
             )
         return path
 
-    def _named_files(self) -> list[Path]:
-        """All that is named, in the order of the file."""
+    @property
+    def named_files(self) -> list[Path]:
+        """All files and folders that are named, in the order of the file, the masks last."""
+        return [*self._clips_and_motions(), *self._named_masks()]
+
+    def _read_files(self) -> list[Path]:
+        """The same with the masks in a folder in its place."""
+        masks = self._named_masks()
+        if "masks" in self.entries and not isinstance(self.entries["masks"].value, list):
+            masks = [mask for folder in masks for mask in _inside(folder)]
+        return [*self._clips_and_motions(), *masks]
+
+    def _clips_and_motions(self) -> list[Path]:
         named = [
             shot.value[key]
             for shot in self.entries["shots"].value
             for key in ("reference", "motion")
             if key in shot.value
         ]
-        if "masks" in self.entries and self.entries["masks"].value != ATTENTION:
-            masks = self.entries["masks"]
-            named += masks.value if isinstance(masks.value, list) else [masks]
         return [self.path.parent / entry.plain for entry in named]
+
+    def _named_masks(self) -> list[Path]:
+        entry = self.entries.get("masks")
+        if entry is None or entry.value == ATTENTION:
+            return []
+        listed = entry.value if isinstance(entry.value, list) else [entry]
+        return [self.path.parent / each.plain for each in listed]
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -369,14 +380,36 @@ def natural_order(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=key)
 
 
+def _inside(folder: Path) -> list[Path]:
+    """What a folder holds, in natural order, but for what is hidden.
+
+    Raises:
+        ClipError: it cannot be read.
+    """
+    try:
+        return natural_order(each for each in folder.iterdir() if not each.name.startswith("."))
+    except OSError as error:
+        raise ClipError(f"{folder} must be a folder that can be read: {error.strerror}") from error
+
+
 def _digest(path: Path) -> str:
-    """Of a file's contents, or of a folder's with the names in it."""
+    """Of a file's contents, or of the pictures in a folder, which are what is read of it.
+
+    Raises:
+        ClipError: it cannot be read.
+    """
     if path.is_dir():
-        inside = natural_order(each for each in path.rglob("*") if each.is_file())
-        parts = [f"{each.relative_to(path)} {_digest(each)}" for each in inside]
-        return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        pictures = [
+            each
+            for each in _inside(path)
+            if each.suffix.lower() in IMAGE_SUFFIXES and each.is_file()
+        ]
+        return hashlib.sha256("\n".join(map(_digest, pictures)).encode()).hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ClipError(f"{path} must be a file that can be read: {error.strerror}") from error
 
 
 def _read_entries(path: Path) -> _Entries:

@@ -7,7 +7,7 @@ Source: "Motion by Queries", arXiv:2412.07750, sec. 5; Tewel et al., "ConsiStory
 arXiv:2402.03286, sec. 3.1; Otsu, IEEE Trans. Syst. Man Cybern. 9 (1979), p. 62.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor
 
-from kinetiq.errors import RequestError
+from kinetiq.errors import KinetiqError, RequestError, WorkError
 from kinetiq.patch_matching import levels
+
+FindMasks = Callable[[tuple[np.ndarray, ...]], Any]
 
 
 def otsu_threshold(values: Tensor) -> Tensor:
@@ -75,18 +77,56 @@ def fit_masks(masks: Any, shape: tuple[int, int, int], shots: int) -> Tensor:
     Raises:
         RequestError: there are more or fewer, or one has another rank, frame count or range.
     """
-    if not isinstance(masks, Sequence | np.ndarray | Tensor) or len(masks) != shots:
-        came = len(masks) if isinstance(masks, Sequence | np.ndarray) else type(masks).__name__
+    listed = is_listed(masks)
+    if not listed or len(masks) != shots:
+        came = len(masks) if listed else type(masks).__name__
         raise RequestError(f"masks: must be one array for each of {shots} shots, got {came}")
     return torch.stack(
         [_fit(mask, shape, f"masks: that of shot {n}") for n, mask in enumerate(masks, start=1)]
     )
 
 
+def is_listed(masks: Any) -> bool:
+    """Whether masks are a list, an array or a tensor of one mask a shot."""
+    if isinstance(masks, np.ndarray | Tensor):
+        return masks.ndim > 0
+    return isinstance(masks, Sequence) and not isinstance(masks, str)
+
+
+def as_array(mask: Any) -> np.ndarray:
+    """A copy of one mask, float32.
+
+    Raises:
+        TypeError: it is no array of numbers; or ValueError.
+    """
+    return np.array(mask.numpy(force=True) if isinstance(mask, Tensor) else mask, dtype=np.float32)
+
+
+def find_masks(
+    find: FindMasks, frames: tuple[np.ndarray, ...], shape: tuple[int, int, int]
+) -> Tensor:
+    """What a user's callable finds in the clean frames of each shot, fitted like `fit_masks`.
+
+    Raises:
+        RequestError: see `fit_masks`.
+        WorkError: the callable failed; its own error is the cause.
+    """
+    try:
+        found = find(frames)
+    except KinetiqError:
+        raise
+    except Exception as error:  # whatever it is, it is this board's alone
+        raise WorkError(
+            f"masks: the callable must return one array for each of {len(frames)} shots, and "
+            f"raised {type(error).__name__}: {error}"
+        ) from error
+    return fit_masks(found, shape, len(frames))
+
+
 def _fit(given: Any, shape: tuple[int, int, int], where: str) -> Tensor:
     frames, height, width = shape
     try:
-        mask = torch.tensor(np.array(given, dtype=np.float32))
+        mask = torch.tensor(as_array(given))
     except (TypeError, ValueError) as error:
         raise RequestError(f"{where} must be an array of numbers: {error}") from error
     if mask.ndim == 2:

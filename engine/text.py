@@ -101,7 +101,7 @@ def find_words(tokenizer: Any, prompt: str, words: str) -> tuple[int, ...]:
     ]
     if not wanted or not found:
         raise RequestError(
-            f"find_words: the {longest - 2} tokens of a prompt that are read must hold "
+            f"prompt: the {longest - 2} tokens of a prompt that are read must hold "
             f"{_shortened(words)!r} as words, got {_shortened(prompt)!r}"
         )
     return tuple(sorted(set(found)))

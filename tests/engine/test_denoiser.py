@@ -19,6 +19,7 @@ from kinetiq.attention import (
 )
 from kinetiq.control_tensors import ControlTensors, DeviationControl, QueryControl, no_injection
 from kinetiq.denoiser import EagerDenoiser
+from kinetiq.errors import RequestError
 from kinetiq.families import SiteKind
 
 TOLERANCE = 1e-4  # of the largest value: the project's word for "equal" in float32
@@ -309,6 +310,27 @@ def test_a_prediction_that_fails_leaves_no_control_behind(denoiser):
 def predict_attached(denoiser, latents, timesteps, text):
     """Calls the network itself, which then reads the controls that `predict` left behind."""
     return denoiser.network(latents, timesteps, text).sample
+
+
+def test_watching_that_cannot_start_or_fails_leaves_nothing_behind(denoiser):
+    rows, words = torch.tensor([0]), torch.ones(1, 5) / 5
+    with pytest.raises(RequestError, match="tap: must be a block"):
+        denoiser.watching(rows, words, "up_blocks.9").__enter__()
+    assert denoiser.signal.word_capture is None
+    with pytest.raises(ValueError, match="mine"), denoiser.watching(rows, words, "up_blocks.1"):
+        raise ValueError("mine")
+    assert denoiser.signal.word_capture is None  # and no hook, which the fixture looks for
+
+
+@pytest.mark.parametrize(("words", "tap"), [(5, ""), (0, "up_blocks.1"), (5, "up_blocks.1")])
+def test_only_what_is_watched_is_kept(denoiser, words, tap):
+    given = sample()
+    with denoiser.watching(torch.tensor([1]), torch.ones(1, words) / 5, tap) as watched:
+        denoiser.predict(*given)
+    assert bool(watched.words) is bool(words)
+    assert (watched.features is not None) is bool(tap)
+    cross = {n for n, site in enumerate(denoiser.sites) if site.kind is SiteKind.CROSS}
+    assert set(watched.words) == (cross if words else set())
 
 
 def test_another_network_is_refused():

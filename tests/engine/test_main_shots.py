@@ -1,6 +1,7 @@
 """`kinetiq shots`, as a user meets it."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ CLIPS = ["shot_01.mp4", "shot_02.mp4", "shot_03.mp4"]
 class Painter:
     """An engine whose clips tell their seed and whether they were made together."""
 
-    defaults = SimpleNamespace(height=16, width=24, frames=4)
+    defaults = SimpleNamespace(height=16, width=24, frames=4, steps=10)
 
     def __init__(self):
         self.asked = []
@@ -233,10 +234,58 @@ def test_masks_are_images_that_a_storyboard_reads(run, painter):
     run(out="again")
     large = painter.masks.repeat(4, axis=2).repeat(4, axis=3)
     np.testing.assert_allclose(painter.board.masks, large, atol=0.5 / 255)
-    painter.masks = None
-    result = run("--save-masks", out="none")
+
+
+@pytest.mark.parametrize(
+    ("extra", "loads"),
+    [("keys_window: [0, 0]\n", 0), ("steps: 1\n", 0), ("keys_window: [0, 0.1]\n", 1)],
+)
+def test_masks_of_a_board_that_looks_for_nothing_are_refused_before_work(
+    run, painter, monkeypatch, extra, loads
+):
+    """Before a model loads, where the storyboard tells; else once its number of steps is known."""
+    loaded = []
+    monkeypatch.setattr(Engine, "load", lambda *_, **__: loaded.append(1) or painter)
+    with Path("board.yaml").open("a") as board:
+        board.write(extra)
+    result = run("--save-masks")
     assert result.exit_code == 2
     assert "--save-masks must go with a board that looks for its subject" in result.output
+    assert len(loaded) == loads
+    assert painter.asked == []
+
+
+def test_a_backend_that_cannot_is_said_before_anything_is_loaded(run, monkeypatch):
+    monkeypatch.setattr(Engine, "load", None)
+    result = run("--backend", "openvino")
+    assert result.exit_code == 2
+    assert "backend must be 'eager' for ConsistentShots" in result.output
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("masks", "shot"),
+    [
+        ("masks: out/masks\n", ""),
+        ("masks: [out/masks/shot_01, out/masks/shot_02]\n", ""),
+        ("", "    reference: out/shot_01.mp4\n"),
+    ],
+)
+def test_what_a_storyboard_reads_is_never_replaced(run, painter, masks, shot):
+    run("--save-masks")
+    text = BOARD + shot
+    if masks:  # of two shots, so that the list fits
+        text = (
+            text.replace("  - prompt: a ring bouncing on a dark green background\n", shot) + masks
+        )
+        shutil.rmtree("out/masks/shot_03")
+    Path("other.yaml").write_text(text)
+    before = files()
+    result = run("--overwrite", board="other.yaml")
+    assert result.exit_code == 2
+    assert "which the storyboard names, since it is to be written" in result.output
+    assert files() == before
+    assert len(painter.asked) == 1
 
 
 def test_masks_asked_for_later_are_made_and_shots_stay(run, painter):
@@ -282,6 +331,8 @@ def test_overwrite_replaces_a_board_with_all_that_belongs_to_it(run, painter):
     result = run("--overwrite", "--seed", "9", "--scale", "3", board="other.yaml")
     assert result.exit_code == 0, result.output
     assert set(files()) == {"shot_01.mp4", "shot_02.mp4", "sheet.png", "board.json", "mine.mp4"}
+    shots = json.loads(Path("out/board.json").read_bytes())["shots"]
+    assert [set(shot) for shot in shots] == [{"file", "prompt", "seed"}] * 2
     assert painter.asked[-1] == ("together", [9, 10])
     assert Clip.read("out/shot_01.mp4").frames.shape[1:3] == (48, 72)
     assert abs(shade("shot_01.mp4", (0, 0, 60)) - (200 - 9 * 9)) <= 3

@@ -168,12 +168,11 @@ def test_a_region_spreads_over_the_readers_alone():
 
 # Three shots of a board, the same left alone, and a clip before them.
 
-SPATIAL = (True, False, True)
 ALONE = {1: 7, 2: 8, 3: 9, 4: 10, 5: 11, 6: 12}  # rows of the shots, and of the same left alone
 
 
 def board(**options):
-    return BoardState(SPATIAL, (1, 2, 3), (4, 5, 6), **options)
+    return BoardState((1, 2, 3), (4, 5, 6), **options)
 
 
 def board_batch(*, first_shot=None, **options):
@@ -201,32 +200,44 @@ def test_shots_see_the_same_half_of_the_others():
 def test_boards_of_different_sizes_share_a_list_of_rows():
     clips = [clip(n, guided=False) for n in range(6)]
     boards = [
-        BoardState(SPATIAL, (0, 1), masks=torch.ones(2, *SHAPE[1:])),
-        BoardState(SPATIAL, (3, 4, 5), masks=torch.ones(3, *SHAPE[1:])),
+        BoardState((0, 1), masks=torch.ones(2, *SHAPE[1:])),
+        BoardState((3, 4, 5), masks=torch.ones(3, *SHAPE[1:])),
     ]
     control = build_batch(clips, SILENT, SITES, boards=boards).controls.shared_key
     assert seen_rows(control) == {0: [1, 0], 1: [0, 1], 3: [4, 5], 4: [3, 5], 5: [3, 4]}
     assert control.alone.tolist() == [2]
 
 
-def test_preserved_queries_are_those_of_the_shot_left_alone_at_spatial_sites():
-    control = board_batch(preserves=True).controls.query
-    own = list(range(13))
-    taken = [ALONE.get(row, row) for row in own]
-    assert control.row.tolist() == [taken, own, taken]
-    assert control.blend.tolist() == [1.0] * 13
-    conditional = board_batch(preserves=True, queries_conditional_only=True).controls.query
-    half = [ALONE[row] if row in (1, 3, 5) else row for row in own]
-    assert conditional.row.tolist() == [half, own, half]
+def test_preserved_queries_are_those_of_the_shot_left_alone():
+    control = board_batch(preserves=True).controls.preserve
+    assert dict(zip(control.readers.tolist(), control.guides.tolist(), strict=True)) == ALONE
+    control = board_batch(preserves=True, queries_conditional_only=True).controls.preserve
+    assert control.readers.tolist() == [1, 3, 5]
+    assert control.guides.tolist() == [7, 9, 11]
 
 
-def test_a_shot_keeps_the_queries_of_its_own_reference():
-    injected = clip(1, query=query(cond=True, blend=0.5))
-    control = board_batch(first_shot=injected, preserves=True).controls.query
-    assert control.row[0].tolist() == [0, 13, *(ALONE[row] for row in range(2, 7)), *range(7, 14)]
-    assert control.blend.tolist() == [1.0, 0.5, *[1.0] * 12]
-    flowing = board_batch(first_shot=injected, key_frames=place_key_frames(3, 2, "symmetric"))
-    assert flowing.controls.flow[0].readers.tolist() == [2, 3, 4, 5, 6]
+@pytest.mark.parametrize(
+    "injection",
+    [
+        {"sites": (False, True, False)},
+        {"blend": 0.5},
+        {"blend": REGION},
+        {"reduced": True},
+        {"cond": True},
+        {},
+    ],
+)
+def test_an_injection_takes_no_shot_out_of_preservation_or_flow(injection):
+    """It acts behind them, on the shot and on the same left alone by itself alike."""
+    injected = clip(1, query=query(**injection))
+    options = {"first_shot": injected, "key_frames": place_key_frames(3, 2, "symmetric")}
+    controls = board_batch(preserves=True, **options).controls
+    assert controls.preserve.readers.tolist() == list(ALONE)
+    assert controls.flow[0].readers.tolist() == list(ALONE)
+    alone = build_batch([clip(9, guided=False), injected], SILENT, SITES).controls.query
+    reads = controls.query.row[:, :3] != torch.arange(3)
+    assert torch.equal(reads, alone.row[:, :3] != torch.arange(3))
+    assert torch.equal(controls.query.blend[:3], alone.blend[:3])
 
 
 def test_flow_is_told_by_the_shot_left_alone():
@@ -244,7 +255,7 @@ def test_flow_may_be_told_by_a_map_of_each_shot():
     matches = {4: torch.arange(3)[:, None, None, None].expand(3, 2, 3, 4)}
     clips = [clip(9, guided=False), clip(1), clip(2), clip(3)]
     state = BoardState(
-        SPATIAL, (1, 2, 3), key_frames=key_frames, flow=matches, queries_conditional_only=True
+        (1, 2, 3), key_frames=key_frames, flow=matches, queries_conditional_only=True
     )
     (control,) = build_batch(clips, SILENT, SITES, boards=[state]).controls.flow
     assert control.guides is None
@@ -266,5 +277,6 @@ def test_refinement_takes_from_the_same_half_of_the_others():
 def test_a_board_that_does_nothing_adds_no_control():
     controls = board_batch().controls
     assert controls.query is None
+    assert controls.preserve is None
     assert controls.shared_key is None
     assert controls.flow == controls.refine == ()

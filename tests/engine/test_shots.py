@@ -5,8 +5,10 @@ import pytest
 import torch
 
 import kinetiq as kq
+from kinetiq import attention, board_run
+from kinetiq import engine as engine_module
 from kinetiq.control_tensors import ControlTensors
-from kinetiq.errors import NonFiniteError, RequestError, WorkError
+from kinetiq.errors import CheckpointError, NonFiniteError, RequestError, WorkError
 from kinetiq.shots import PAPER, has_words
 
 TOLERANCE = 1e-4  # of the largest value: the project's word for "equal" in float32
@@ -88,6 +90,22 @@ def test_what_was_asked_cannot_change():
     assert asked != kq.ConsistentShots("ring", [kq.Shot("a ring"), kq.Shot("the ring")])
 
 
+def test_a_list_of_controls_is_frozen():
+    control = kq.QueryInjection(kq.Clip.from_array(np.zeros((4, 16, 16, 3), np.uint8)))
+    given = [control]
+    shot = kq.Shot("a ring", given)
+    given.clear()
+    assert shot.control == (control,)
+
+
+def test_masks_of_a_board_that_is_done_are_masks_for_another():
+    shots = [kq.Shot("a ring"), kq.Shot("the ring")]
+    found = np.stack([np.zeros((3, 4, 4), np.float32), np.ones((3, 4, 4), np.float32)])
+    for masks in (found, torch.tensor(found)):
+        asked = kq.ConsistentShots("ring", shots, masks=masks)
+        assert np.array_equal(np.stack(asked.masks), found)
+
+
 RINGS = [kq.Shot("a ring"), kq.Shot("the ring")]
 
 
@@ -119,6 +137,8 @@ RINGS = [kq.Shot("a ring"), kq.Shot("the ring")]
         ("query_halves: must be 'both' or 'cond'", {"query_halves": "uncond"}),
         ("mask_dropout: must be a number", {"mask_dropout": -0.1}),
         ("vanilla: must be 'beside' or 'before'", {"vanilla": "after"}),
+        ("seed: must be a whole number from 0 to 9223372036854775807, got 'x'", {"seed": "x"}),
+        ("masks: must be 'attention', a callable, or a list", {"masks": np.array(1.0)}),
         ("map_at: must be a number", {"map_at": 3}),
         ("masks: must be 'attention', a callable, or a list", {"masks": "clip"}),
         ("masks: must be 'attention', a callable, or a list", {"masks": 5}),
@@ -189,7 +209,10 @@ def test_nothing_is_looked_at_before_where_nothing_needs_it(engine):
     [
         ({"masks": [np.ones((7, 4, 4))] * 3}, "masks: that of shot 1 must be .*frames = 5"),
         ({"sampler": "none"}, "shots: shot 1: sampler"),
-        ({"prompts": ("a ring", "a red cross " * 40 + "a ring")}, "shots: shot 2: .* must hold"),
+        (
+            {"prompts": ("a ring", "a red cross " * 40 + "a ring")},
+            "shots: shot 2: prompt: .* must hold",
+        ),
     ],
 )
 def test_what_only_a_model_can_tell_is_named_too(engine, options, words):
@@ -197,15 +220,62 @@ def test_what_only_a_model_can_tell_is_named_too(engine, options, words):
         engine.generate_shots(board(**options))
 
 
+def test_an_error_of_a_shot_keeps_its_kind_and_names_the_shot(engine, monkeypatch):
+    resolve = engine.resolve
+
+    def refuse(request, *given):
+        if request.prompt == PROMPTS[1]:
+            raise CheckpointError("motion: it must be of this family")
+        return resolve(request, *given)
+
+    monkeypatch.setattr(engine, "resolve", refuse)
+    with pytest.raises(CheckpointError, match=r"^shots: shot 2: motion: it must be"):
+        engine.generate_shots(board())
+
+
+def test_a_network_without_the_features_that_are_matched_is_said_at_once(engine, monkeypatch):
+    monkeypatch.setattr(engine_module, "DEFAULT_TAP", "up_blocks.9")
+    with pytest.raises(RequestError, match=r"^refine: must be left out here.*up_blocks"):
+        engine.resolve_shots(board())
+    engine.resolve_shots(board(refine=0.0))
+
+
+def test_what_becomes_no_clip_is_refused_where_clips_come(engine):
+    request = kq.Request("a ring", steps=1, **SIZE)
+    with pytest.raises(RequestError, match="must be a Request here, got ConsistentShots"):
+        next(engine.generate_latents([board()]))
+    with pytest.raises(RequestError, match="must be a ConsistentShots here, got Request"):
+        next(engine.generate_storyboards([request]))
+
+
 # ---- what runs
 
 
-@pytest.mark.parametrize("vanilla", ["beside", "before"])
-def test_full_preservation_alone_is_plain_generation(engine, vanilla):
-    asked = board(preserve_until=1.0, vanilla=vanilla, **PLAIN)
+SEEING = {"keys_window": (0.0, 1.0), "refine": 0.0, "flow": False, "masks": [np.ones((4, 4))] * 3}
+
+
+def test_preserved_queries_are_those_of_the_shots_left_alone(engine, reference, monkeypatch):
+    """At all spatial sites, whatever is injected into a shot, though keys make shots differ."""
+    seen = []
+    attend = attention._attend
+
+    def note(query, key, value, heads, row, blend, shared):
+        used = query if row is None else attention.choose_queries(query, row, blend)
+        seen.append((used[:6], used[6:12]))  # of the shots, and of the same left alone
+        return attend(query, key, value, heads, row, blend, shared)
+
+    monkeypatch.setattr(attention, "_attend", note)
+    controls = {
+        0: kq.QueryInjection(reference, until=0.5, alpha=0.7, region=np.eye(8)),
+        1: kq.QueryInjection(reference, sites="temporal"),
+        2: kq.QueryInjection(reference, until=0.5, reduce_leak=True),
+    }
+    asked = board(controls=controls, steps=2, **(SEEING | {"preserve_until": 1.0}))
     (got,) = latents(engine, [asked])
-    wanted = torch.stack(list(engine.generate_latents(asked.requests())))
-    assert distance(got, wanted) <= TOLERANCE
+    assert len(seen) > 2
+    assert all(distance(own, alone) <= 1e-5 for own, alone in seen)
+    plain = torch.stack(list(engine.generate_latents(asked.requests())))
+    assert distance(got, plain) > 10 * TOLERANCE
 
 
 def test_nothing_asked_is_plain_generation(engine):
@@ -292,23 +362,24 @@ def test_the_same_board_gives_the_same_bits(engine):
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m"])
-def test_preservation_holds_with_noise_and_memory_of_a_sampler(engine, sampler):
-    asked = board(sampler=sampler, preserve_until=1.0, **PLAIN)
-    (got,) = latents(engine, [asked])
-    wanted = torch.stack(list(engine.generate_latents(asked.requests())))
-    assert distance(got, wanted) <= TOLERANCE
+def test_shots_left_alone_are_plain_generation(engine, fragile, sampler):
+    """With the noise and the memory of a sampler, whatever the shots beside them do."""
+    denoiser = fragile()
+    asked = board(sampler=sampler, steps=3, **(SEEING | {"preserve_until": 1.0}))
+    latents(engine, [asked])
+    beside = list(denoiser.latents)
+    denoiser.latents.clear()
+    list(engine.generate_latents(asked.requests()))
+    for both, plain in zip(beside, denoiser.latents, strict=True):
+        assert distance(both[6:], plain) <= TOLERANCE
+    assert distance(both[:6], plain) > 10 * TOLERANCE
 
 
-def test_a_control_acts_on_a_shot_and_on_the_same_left_alone(engine, reference):
-    """Full preservation of a controlled shot is that shot with its control."""
+def test_a_control_acts_on_a_shot(engine, reference):
     controls = {
         0: kq.QueryInjection(reference, until=0.5, alpha=0.7),
         1: kq.MotionInjection(reference, until=0.5),
     }
-    asked = board(controls=controls, preserve_until=1.0, **PLAIN)
-    (got,) = latents(engine, [asked])
-    wanted = torch.stack(list(engine.generate_latents(asked.requests())))
-    assert distance(got, wanted) <= TOLERANCE
     whole = latents(engine, [board(controls=controls, **WHOLE)])[0]
     without = latents(engine, [board(**WHOLE)])[0]
     for shot in (0, 1):
@@ -386,12 +457,19 @@ class Fragile:
         self.inner, self.rows, self.poison = inner, rows, poison
         self.seen = []
         self.given = []
+        self.latents = []
+        self.watched = []
 
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
+    def watching(self, rows, words, tap):
+        self.watched.append((bool(words.shape[1]), bool(tap)))
+        return self.inner.watching(rows, words, tap)
+
     def predict(self, latents, timesteps, text, controls):
         self.seen.append(len(latents))
+        self.latents.append(latents)
         self.given.append(controls)
         if len(latents) > self.rows:
             raise torch.OutOfMemoryError("out of memory")
@@ -450,6 +528,44 @@ def test_a_board_too_large_for_the_memory_says_so_and_the_rest_goes_on(engine, f
     assert "the 3 shots of one board, 6 clips of 5 frames of 8x8 latents" in str(large)
     assert "ask for fewer shots" in str(large)
     assert isinstance(clip, kq.Clip)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("patches_at_levels", {}), ("flow_at_levels", {"vanilla": "before"})],
+)
+def test_matching_that_does_not_fit_fails_its_board_alone(engine, monkeypatch, name, options):
+    def run_out(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(board_run, name, run_out)
+    asked = [board(steps=2, **(WHOLE | options)), kq.Request("a cross", steps=2, **SIZE)]
+    large, clip = engine.generate_many(asked, on_error="return", max_clips=32)
+    assert isinstance(large, WorkError)
+    assert "the 3 shots of one board" in str(large)
+    assert isinstance(clip, kq.Clip)
+
+
+def test_only_what_is_read_is_watched(engine, fragile):
+    denoiser = fragile()
+    plain = {"flow": False, "refine": 0.0, "preserve_until": 0.0, "keys_window": (0.0, 1.0)}
+    ones = [np.ones((4, 4))] * 3
+    refined = {"refine": 0.8, "refine_window": (0.0, 1.0)}
+    for options, watched in (
+        (plain, [(True, False)] * 2),
+        (plain | {"masks": ones}, []),
+        (plain | {"masks": lambda _: ones}, []),
+        (plain | refined | {"masks": ones}, [(False, True)] * 2),
+        (plain | refined, [(True, True)] * 2),
+        (plain | {"vanilla": "before", "map_at": 0.4}, [(True, False)] * 2),
+        (
+            plain | {"vanilla": "before", "map_at": 0.4, "flow": True, "key_frames": 2},
+            [(True, False), (True, True)],
+        ),
+    ):
+        denoiser.watched.clear()
+        latents(engine, [board(steps=3, **options)])
+        assert denoiser.watched == watched, options
 
 
 def test_a_shot_that_is_not_finite_fails_its_board_and_is_named(engine, fragile):

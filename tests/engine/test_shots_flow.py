@@ -11,6 +11,8 @@ from kinetiq.control_tensors import (
     ControlTensors,
     FlowControl,
     PatchMatches,
+    PreserveControl,
+    QueryControl,
     RefineControl,
     SharedKeyControl,
 )
@@ -335,9 +337,9 @@ class Attention(torch.nn.Module):
         self.to_out = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
 
 
-def at_a_site(rows, controls):
+def at_a_site(rows, controls, attention=None):
     signal = Signal(frames=rows.shape[1], controls=controls)
-    out = SpatialProcessor(0, signal)(Attention(), rows.flatten(0, 1))
+    out = SpatialProcessor(0, signal)(attention or Attention(), rows.flatten(0, 1))
     return out.unflatten(0, (-1, rows.shape[1]))
 
 
@@ -378,6 +380,52 @@ def test_shared_keys_under_masks_of_zeros_change_nothing():
     plain = at_a_site(rows, ControlTensors())
     shared = at_a_site(rows, ControlTensors(shared_key=control))
     assert (shared - plain).abs().max() <= 8 * torch.finfo(torch.float32).eps * plain.abs().max()
+
+
+class QueriesApart(Attention):
+    """Keys and values are of the first half of the channels, queries of the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q = torch.nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.float64)
+        self.to_q.weight = torch.nn.Parameter(torch.eye(WIDTH).double().roll(WIDTH // 2, 0), False)
+        self.to_k = self.to_v = torch.nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.float64)
+        first = torch.arange(WIDTH) < WIDTH // 2
+        self.to_k.weight = torch.nn.Parameter(first.double().diag(), False)
+
+
+@pytest.mark.parametrize("region", [False, True])
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_preserved_queries_are_injected_as_those_that_they_are(share, reduced, region):
+    """Row 2 has the keys of row 0 but other queries; row 3 is injected into both."""
+    rows = draw(4, FRAMES, 4, WIDTH, dtype=torch.float64)
+    rows[2, ..., : WIDTH // 2] = rows[0, ..., : WIDTH // 2]
+    blend = torch.tensor([share, 1.0, share, 1.0], dtype=torch.float64)
+    if region:
+        places = torch.rand(FRAMES, 2, 2, generator=torch.Generator().manual_seed(3)).double()
+        blend = blend[:, None, None, None] * places
+    query = QueryControl(
+        torch.tensor([[3, 1, 3, 3]]), blend, torch.tensor([True, False] * 2) if reduced else None
+    )
+    preserve = PreserveControl(torch.tensor([2]), torch.tensor([0]))
+    injected = at_a_site(rows, ControlTensors(query=query), QueriesApart())
+    got = at_a_site(rows, ControlTensors(query=query, preserve=preserve), QueriesApart())
+    assert (got[2] - injected[0]).abs().max() <= 1e-12
+    assert torch.equal(got[[0, 1, 3]], injected[[0, 1, 3]])
+    if share < 1 or reduced or region:
+        assert (injected[2] - injected[0]).abs().max() > 1e-3
+
+
+def test_preserved_queries_are_those_of_another_row():
+    rows = draw(3, FRAMES, 4, WIDTH, dtype=torch.float64)
+    preserve = PreserveControl(torch.tensor([2, 1]), torch.tensor([0, 2]))
+    got = at_a_site(rows, ControlTensors(preserve=preserve))
+    for row, guide in ((0, 0), (1, 2), (2, 0)):
+        for frame in range(FRAMES):
+            own = rows[row, frame]
+            wanted = slow_attention(rows[guide, frame], own, own, torch.zeros(4))
+            assert (got[row, frame] - wanted).abs().max() <= 1e-12
 
 
 def test_a_site_flows_attends_and_refines_in_this_order():

@@ -8,10 +8,11 @@ import tiny
 import torch
 
 from kinetiq.attention import attention_to_words
-from kinetiq.errors import RequestError
+from kinetiq.errors import RequestError, WorkError
 from kinetiq.subject_masks import (
     attention_map,
     drop_places,
+    find_masks,
     fit_masks,
     otsu_threshold,
     subject_masks,
@@ -105,6 +106,8 @@ def test_given_masks_are_averaged_over_the_area_of_a_latent():
     [
         ([np.ones((4, 4))], "one array for each of 2 shots, got 1"),
         (7, "one array for each of 2 shots, got int"),
+        (np.array(7.0), "one array for each of 2 shots, got ndarray"),
+        (torch.tensor(7.0), "one array for each of 2 shots, got Tensor"),
         ([np.ones((4, 4)), np.ones((2, 4, 4))], r"shot 2 must be .*frames = 3.*got \[2, 4, 4\]"),
         ([np.ones(4), np.ones((4, 4))], r"shot 1 must be .*got \[4\]"),
         ([np.ones((4, 4)), np.full((4, 4), 2.0)], "shot 2 must hold numbers from 0 to 1"),
@@ -116,6 +119,16 @@ def test_given_masks_are_averaged_over_the_area_of_a_latent():
 def test_masks_that_do_not_fit_are_named(masks, words):
     with pytest.raises(RequestError, match=words):
         fit_masks(masks, (3, 4, 4), 2)
+
+
+def test_what_a_callable_raises_is_the_cause_of_an_error_of_its_board():
+    def find(_):
+        raise KeyError("no model")
+
+    words = "callable must return one array for each of 1 shots, and raised KeyError: 'no model'"
+    with pytest.raises(WorkError, match=words) as caught:
+        find_masks(find, (np.zeros((3, 8, 8, 3), np.float32),), (3, 4, 4))
+    assert isinstance(caught.value.__cause__, KeyError)
 
 
 def test_dropped_places_are_the_same_for_the_same_seed():

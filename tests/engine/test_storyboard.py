@@ -349,6 +349,7 @@ def test_errors_of_later_work_get_a_line_too(read):
         "shots: shot 1: width: must be more": "6: size: must be more",
         "steps: must be fewer": "2: shots: steps: must be fewer",
         "somewhere: something": "2: shots: somewhere: something",
+        "shots: shot 2: prompt: the 75 tokens": "4: prompt: the 75 tokens",
         "shots: shot 1: sampler: must go": "2: shots: shot 1: sampler: must go",
     }.items():
         with pytest.raises(ClipError) as caught, board.located("shots"):
@@ -367,5 +368,34 @@ def test_a_fingerprint_is_of_what_is_said_and_of_the_files(read, tmp_path):
     Image.fromarray(np.full((16, 16), 9, np.uint8)).save(tmp_path / "masks" / "shot_2.png")
     changed = read(text).fingerprint
     assert changed != first
+    (tmp_path / "masks" / ".DS_Store").write_text("of a file manager")
+    assert read(text).fingerprint == changed
     noise(seed=1).write(tmp_path / "clip.webp")
     assert read(text).fingerprint not in (first, changed)
+
+
+def test_a_fingerprint_is_of_what_is_read_of_a_folder(read, tmp_path):
+    noise().write(tmp_path / "frames")
+    text = PLAIN + "    reference: frames\n"
+    first = read(text).fingerprint
+    (tmp_path / "frames" / "out").mkdir()
+    (tmp_path / "frames" / "out" / "sheet.png").write_text("made of it")
+    (tmp_path / "frames" / "notes.txt").write_text("mine")
+    assert read(text).fingerprint == first
+    (tmp_path / "frames" / "00003.png").unlink()
+    assert read(text).fingerprint != first
+
+
+def test_what_cannot_be_read_is_bad_input(read, tmp_path, monkeypatch):
+    board = read(PLAIN + "masks: masks\n")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "iterdir", refuse)
+        with pytest.raises(ClipError, match=r"board.yaml:5: masks: .*masks must be a folder that"):
+            board.build(peek)
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ClipError, match=r"shot_2.png must be a file that can be read: Permission"):
+        assert board.fingerprint
