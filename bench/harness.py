@@ -130,6 +130,7 @@ BENCHES = Registry(
         "shots": "kinetiq.bench.shots",
         "kernels": "kinetiq.bench.kernels",
         "compile": "kinetiq.bench.compile",
+        "export": "kinetiq.bench.export",
         "gpu": "kinetiq.bench.gpu",
     }
 )
