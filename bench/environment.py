@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("kinetiq", "torch", "triton", "diffusers", "transformers")
+PACKAGES = (
+    "kinetiq",
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "onnxruntime",
+    "openvino",
+    "tensorrt-rtx-cu13",
+)
 _DRAWN = ("bench/results", "README.md")  # made from measurements, so no cause of them
 
 

@@ -34,7 +34,6 @@ from kinetiq.bench.subjects import (
     FullSize,
     full_size_subject,
     require_as_good,
-    wake,
 )
 from kinetiq.checkpoint import Checkpoint
 from kinetiq.clip import Clip
@@ -308,7 +307,7 @@ def random_checkpoint(family: str, config: dict[str, Any], dtype: torch.dtype) -
 
     torch.manual_seed(0)
     network = getattr(diffusers, FAMILIES[family].network)(**config)
-    wake(network.eval().requires_grad_(False))
+    network.eval().requires_grad_(False)
     nn.Module.to(network, dtype)  # diffusers' own warns of layers that it has none of
     return Checkpoint(
         name=family,

@@ -257,7 +257,6 @@ def test_the_cost_of_an_export_is_of_a_process_of_its_own(monkeypatch, full_size
         assert pickle.dumps((prepare, run))  # as they travel to another process
         checkpoint = prepare()
         assert checkpoint.unet.dtype is torch.float16 and not checkpoint.unet.training
-        assert all(bool(p.any()) for p in checkpoint.unet.parameters() if p.ndim > 1)
         run(checkpoint)
         return PeakMemory(1, 4_500_000_000)
 
