@@ -126,25 +126,37 @@ def test_random_motions_act_and_differ(engine):
 
 
 def test_ways_that_disagree_are_not_compared():
-    wanted = [torch.tensor([1.0, -2.0])]
-    near, far = [torch.tensor([1.02, -2.0])], [torch.tensor([1.3, -2.0])]
-    training_cost._require_agreement({"released": wanted, "ours": near, "recompute": wanted})
-    with pytest.raises(WorkError, match="recompute must have the released recipe's gradients"):
-        training_cost._require_agreement({"released": wanted, "ours": wanted, "recompute": far})
+    exact = [torch.tensor([1.0, -2.0])]
+    usual = [torch.tensor([1.02, -2.0])]  # errs by 0.01 of the largest
+    near, far = [torch.tensor([1.03, -2.0])], [torch.tensor([1.08, -2.0])]
+    training_cost._require_agreement({"released": usual, "ours": near, "recompute": usual}, exact)
+    wrong = {"released": usual, "ours": usual, "recompute": far}
+    with pytest.raises(WorkError, match="gradients of recompute must be within"):
+        training_cost._require_agreement(wrong, exact)
+    wrong |= {"ours": [torch.tensor([float("nan"), 0.0])]}
+    with pytest.raises(WorkError, match="gradients of ours must be within"):
+        training_cost._require_agreement(wrong, exact)
 
 
 def test_the_three_ways_of_training_compute_the_same_gradients():
     config = training_cost.ZEROSCOPE | {"block_out_channels": (32, 32, 32, 64)}
     config |= {"attention_head_dim": 8, "cross_attention_dim": 16, "norm_num_groups": 8}
     config |= {"layers_per_block": 1}
+    exact = training_cost.run_released(
+        training_cost.prepare("cpu", (2, 8, 8), config, torch.float32)
+    )
     state = training_cost.prepare("cpu", (2, 8, 8), config)
     found = {
         "released": training_cost.run_released(state),
         "ours": training_cost.run_ours(state),
         "recompute": training_cost.run_ours(state, recompute=True),
     }
-    training_cost._require_agreement(found)
+    training_cost._require_agreement(found, exact)
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in found["released"])
+    wide = training_cost.prepare("cpu", (2, 8, 8), config, torch.float64)
+    same = [training_cost.run_ours(wide), training_cost.run_ours(wide, recompute=True)]
+    for gradients in same:
+        assert training_cost.worst_error(gradients, training_cost.run_released(wide)) < 1e-9
 
 
 def test_intervals_count_references_and_not_clips():
