@@ -127,6 +127,7 @@ BENCHES = Registry(
         "mixed_motion": "kinetiq.bench.mixed_motion",
         "moft": "kinetiq.bench.moft",
         "moft_cost": "kinetiq.bench.moft_cost",
+        "moft_taps": "kinetiq.bench.moft_taps",
         "shots": "kinetiq.bench.shots",
         "kernels": "kinetiq.bench.kernels",
         "compile": "kinetiq.bench.compile",

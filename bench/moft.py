@@ -32,6 +32,7 @@ from torch import Tensor
 from kinetiq.bench.figures import Figure
 from kinetiq.bench.harness import Bench, BenchOptions, Progress
 from kinetiq.bench.sprites import figure
+from kinetiq.clip import Clip
 from kinetiq.engine import Engine
 from kinetiq.errors import NonFiniteError
 from kinetiq.moft import (
@@ -147,16 +148,23 @@ def feature_figures(
         for one in progress.track(seeds, "calibrations")
     ]
     rng = np.random.default_rng([seed, 4])
-    pictures = [_picture(rng) for _ in range(sample.pictures)]
+    pictures = [picture_in_motions(rng) for _ in range(sample.pictures)]
     clips = [render_clip(scene) for picture in pictures for scene in picture]
+    features = read_features(engine, clips, channels.tap)
+    return channel_figures([channels, *others]) | motion_figures(features, channels)
+
+
+def read_features(engine: Engine, clips: Sequence[Clip], tap: str) -> Tensor:
+    """What a tap makes of clips, [clips, frames, h, w, channels], float32."""
     features = []
-    for first in progress.track(range(0, len(clips), _ROWS), "features"):
+    for first in range(0, len(clips), _ROWS):
         latents = torch.stack([engine.encode(clip) for clip in clips[first : first + _ROWS]])
-        features.append(reference_features(checkpoint, denoiser, latents).cpu())
-    return channel_figures([channels, *others]) | motion_figures(torch.cat(features), channels)
+        read = reference_features(engine.checkpoint, engine.denoiser, latents, tap)
+        features.append(read.cpu())
+    return torch.cat(features)
 
 
-def _picture(rng: np.random.Generator) -> list[Scene]:
+def picture_in_motions(rng: np.random.Generator) -> list[Scene]:
     """One shape on one background, in each motion of `CLASSES`."""
     sprite = world.sample_sprite(rng, motion="still", room=0.25)
     ground = float(rng.uniform(0.0, 360.0))
@@ -205,12 +213,12 @@ def motion_figures(features: Tensor, channels: MotionChannels) -> dict[str, Figu
         "_raw": middle(features).mean((-3, -2)),
     }
     hits = {name: neighbour_hits(point) for name, point in points.items()}
-    figures = {f"moft.neighbours{name}": _by_picture(hit, pictures) for name, hit in hits.items()}
-    figures["moft.neighbours_gain"] = _by_picture(hits[""] - hits["_raw"], pictures, low=-1.0)
+    figures = {f"moft.neighbours{name}": by_picture(hit, pictures) for name, hit in hits.items()}
+    figures["moft.neighbours_gain"] = by_picture(hits[""] - hits["_raw"], pictures, low=-1.0)
     if pictures > 1:
         for name, point in points.items():
             hit = neighbour_hits(point, other_pictures=True)
-            figures[f"moft.neighbours{name}_of_other_pictures"] = _by_picture(hit, pictures)
+            figures[f"moft.neighbours{name}_of_other_pictures"] = by_picture(hit, pictures)
     curves = middle_curve(features)
     grown = [channels.slopes(curve) for curve in curves]
     right = [
@@ -219,7 +227,7 @@ def motion_figures(features: Tensor, channels: MotionChannels) -> dict[str, Figu
         for axis, ways in AXES.items()
         if CLASSES[row % classes] in ways
     ]
-    figures["moft.sign_accuracy"] = _by_picture(np.asarray(right, dtype=float), pictures)
+    figures["moft.sign_accuracy"] = by_picture(np.asarray(right, dtype=float), pictures)
     still = torch.arange(len(features)) % classes == CLASSES.index("still")
     left_over = strength(points[""][still]) / strength(points[""][~still])
     figures["moft.still_strength"] = Figure(left_over, n=pictures)
@@ -241,7 +249,7 @@ def neighbour_hits(points: Tensor, *, other_pictures: bool = False) -> np.ndarra
     return hits.astype(float)
 
 
-def _by_picture(values: np.ndarray, pictures: int, low: float = 0.0) -> Figure:
+def by_picture(values: np.ndarray, pictures: int, low: float = 0.0) -> Figure:
     """The mean of values of which each picture has as many, in a row."""
     means = values.reshape(pictures, -1).mean(1)
     return figure(metrics.mean_with_interval(means, bounds=(low, 1.0)))
@@ -275,7 +283,7 @@ def steering_figures(
 
     generate(
         {
-            "plain": [_request(pair) for pair in pairs],
+            "plain": [request_of(pair) for pair in pairs],
             "plain_two": [_request_two(number, caption) for number, caption in enumerate(two)],
         },
         "plain",
@@ -288,24 +296,24 @@ def steering_figures(
     generate(
         {
             "direction": [
-                _request(pair, guidance(direction=asked(number)))
+                request_of(pair, guidance(direction=asked(number)))
                 for number, pair in enumerate(pairs)
             ],
             "published": [
-                _request(pair, MoftGuidance(direction=asked(number)), steps=PUBLISHED_STEPS)
+                request_of(pair, MoftGuidance(direction=asked(number)), steps=PUBLISHED_STEPS)
                 for number, pair in enumerate(pairs[: sample.rows])
             ],
-            "reference": [_request(pair, guidance(reference=pair.reference())) for pair in pairs],
+            "reference": [request_of(pair, guidance(reference=pair.reference())) for pair in pairs],
             "two": [
                 _request_two(number, caption, guidance(regions=layout.regions(size)))
                 for number, (caption, layout) in enumerate(zip(two, layouts, strict=True))
             ],
             "drag": [
-                _request(pair, guidance(points=[drag.points(size)]))
+                request_of(pair, guidance(points=[drag.points(size)]))
                 for pair, drag in zip(pairs, drags, strict=True)
             ],
             "diagonal": [
-                _request(pair, guidance(points=[drag.points(size)]))
+                request_of(pair, guidance(points=[drag.points(size)]))
                 for pair, drag in zip(pairs[: sample.rows], diagonals, strict=True)
             ],
         },
@@ -323,7 +331,8 @@ def steering_figures(
     )
 
 
-def _request(pair: TransferPair, control: Any = None, steps: int = STEPS) -> Request:
+def request_of(pair: TransferPair, control: Any = None, steps: int = STEPS) -> Request:
+    """A clip of a pair's prompt and seed."""
     return Request(pair.caption.text, control, seed=pair.seed, steps=steps)
 
 
@@ -654,11 +663,13 @@ def table_requests(
     rows = table_rows(shares)
     requests = {
         row: [
-            _request(pair, guidance(reference=pair.reference(), **rows[row])) for pair in straight
+            request_of(pair, guidance(reference=pair.reference(), **rows[row])) for pair in straight
         ]
         for row in dict.fromkeys(_sources(shares).values())
     }
-    synthesised = [_request(pair, guidance(direction=pair.sprite.path.motion)) for pair in straight]
+    synthesised = [
+        request_of(pair, guidance(direction=pair.sprite.path.motion)) for pair in straight
+    ]
     return {**requests, "ablation.synthesised": synthesised}
 
 

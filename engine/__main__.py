@@ -229,7 +229,9 @@ def demo(
     "the same from A to C; 0.76,0.72,0.2 by default.",
 )
 @click.option(
-    "--moft-tap", metavar="BLOCK", help="Whose output gradients compare; up_blocks.1 by default."
+    "--moft-tap",
+    metavar="PATH",
+    help="Block or temporal attention whose output gradients compare; up_blocks.1 by default.",
 )
 @fit_option("How clips to move like are brought to the clip's size; crop by default.")
 @motions_option(
@@ -898,7 +900,7 @@ def analyze_temporal(
     help="Image, or clip of as many frames, white where curves are wanted: it should hug what "
     "moves and its path; several times for several regions, the middle of the frame without.",
 )
-@click.option("--tap", help="Block whose output is read, such as up_blocks.1 (default).")
+@click.option("--tap", help="Block or temporal attention that is read; up_blocks.1 by default.")
 @click.option("--share", type=float, help="Of the channels that are kept; 0.04 by default.")
 @click.option("--out", type=PATH, help="Folder for moft.png and moft.json.")
 @fit_option("How the reference is brought to the model's size; crop by default.")

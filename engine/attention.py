@@ -64,6 +64,19 @@ class WordCapture:
 
 
 @dataclass
+class OutputCapture:
+    """Keeps what one temporal site adds to its input.
+
+    Args:
+        site: index of the site.
+        kept: [rows, frames, tokens, channels]; None before the forward pass.
+    """
+
+    site: int
+    kept: Tensor | None = None
+
+
+@dataclass
 class Signal:
     """What the forward pass that is under way was given; written by the denoiser alone."""
 
@@ -72,6 +85,7 @@ class Signal:
     before_temporal: dict[str, Tensor] = field(default_factory=dict)  # by temporal transformer
     capture: KeyValueCapture | None = None
     word_capture: WordCapture | None = None
+    output_capture: OutputCapture | None = None
 
 
 _PROJECTIONS = ("to_q", "to_k", "to_v")
@@ -210,13 +224,20 @@ class TemporalTransformer(nn.Module):
         position = None if block.pos_embed is None else block.pos_embed.pe[0, : tokens.shape[1]]
         for (name, norm, attention), site in zip(layers, sites, strict=True):
             _refuse(attention, None, {})
-            if self._signal.controls == ControlTensors() and _fuses(norm, attention, tokens):
+            capture = self._signal.output_capture
+            if capture is not None and capture.site != site:
+                capture = None
+            plain = self._signal.controls == ControlTensors() and capture is None
+            if plain and _fuses(norm, attention, tokens):
                 tokens = _fused(norm, attention, position, tokens)
                 continue
             normed = norm(tokens)
             if position is not None:
                 normed = normed + position[:, None].to(normed.dtype)
-            tokens = tokens + self._attend(attention, f"{path}.{name}", site, normed)
+            added = self._attend(attention, f"{path}.{name}", site, normed)
+            if capture is not None:
+                capture.kept = added
+            tokens = tokens + added
         lora = self._signal.controls.lora
         return tokens + _feed_forward(block.ff, f"{path}.ff", block.norm3(tokens), lora)
 

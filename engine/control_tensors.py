@@ -255,15 +255,22 @@ class ControlTensors:
 def at_site(mask: Tensor, tokens: int) -> Tensor:
     """A latent-sized mask [rows, frames, h, w] at a site's resolution, [rows, frames, tokens].
 
-    The network halves the latents level by level, rounding up; the mask is averaged over the
-    area of each token.
+    The mask is averaged over the area of each token.
     """
-    height, width = mask.shape[-2:]
+    size = size_at(mask.shape[-2], mask.shape[-1], tokens)
+    if size != tuple(mask.shape[-2:]):
+        mask = F.interpolate(mask, size=size, mode="area")
+    return mask.flatten(2)
+
+
+def size_at(height: int, width: int, tokens: int) -> tuple[int, int]:
+    """Height and width of a site's tokens, where the latents have `height` and `width`.
+
+    The network halves the latents level by level, rounding up.
+    """
     while height * width > tokens:
         height, width = (height + 1) // 2, (width + 1) // 2
-    if (height, width) != tuple(mask.shape[-2:]):
-        mask = F.interpolate(mask, size=(height, width), mode="area")
-    return mask.flatten(2)
+    return height, width
 
 
 def no_injection(sites: int, rows: int) -> Tensor:

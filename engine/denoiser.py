@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from kinetiq.attention import (
     CrossProcessor,
     KeyValueCapture,
+    OutputCapture,
     Signal,
     SpatialProcessor,
     TemporalTransformer,
     WordCapture,
 )
-from kinetiq.control_tensors import ControlTensors, KeyValueBank
+from kinetiq.control_tensors import ControlTensors, KeyValueBank, size_at
 from kinetiq.convolution import CentreTapConvolution, find_centre_taps
 from kinetiq.errors import RequestError
 from kinetiq.families import (
@@ -32,7 +33,7 @@ from kinetiq.families import (
     temporal_transformers,
 )
 from kinetiq.skips import attach_skips, list_skips
-from kinetiq.taps import DEFAULT_TAP, find_tap, run_to_tap
+from kinetiq.taps import DEFAULT_TAP, Tap, find_tap, run_to_tap
 
 NO_CONTROLS = ControlTensors()
 
@@ -80,7 +81,7 @@ class Denoiser(Protocol):
     def features(
         self, latents: Tensor, timesteps: Tensor, text: Tensor, controls: ControlTensors, tap: str
     ) -> Tensor:
-        """Return what one block of the network makes of its input; see `kinetiq.taps`.
+        """Return what one block or temporal attention makes of its input; see `kinetiq.taps`.
 
         The arguments but the last are those of `predict`. Nothing behind the tap is run, and what
         is returned can be differentiated.
@@ -90,10 +91,10 @@ class Denoiser(Protocol):
             timesteps: likewise.
             text: likewise.
             controls: likewise; they act as there.
-            tap: module path of the block.
+            tap: module path of the block or attention.
 
         Returns:
-            [rows, frames, h, w, channels], at the size of the block, in any strides.
+            [rows, frames, h, w, channels], at the size of the tap, in any strides.
         """
         ...
 
@@ -232,20 +233,38 @@ class EagerDenoiser:
         controls: ControlTensors = NO_CONTROLS,
         tap: str = DEFAULT_TAP,
     ) -> Tensor:
-        """Return the output of one block; see `Denoiser.features`.
+        """Return the output of one block or temporal attention; see `Denoiser.features`.
 
         Raises:
-            RequestError: our modules are not in the network, or it has no such block.
+            RequestError: our modules are not in the network, or it has no such tap.
         """
-        found = find_tap(self.network, tap)
-        with self._given("features", latents, controls):
+        found = find_tap(self.network, tap, self.sites)
+        with self._given("features", latents, controls), self._capturing(found) as capture:
             hidden = run_to_tap(
                 self.network,
                 found,
                 lambda: self.network(latents, timesteps, text, return_dict=False),
             )
-        rows: Tensor = hidden.unflatten(0, (-1, latents.shape[2]))
-        return rows.movedim(2, -1)
+        if capture is None:
+            rows: Tensor = hidden.unflatten(0, (-1, latents.shape[2]))
+            return rows.movedim(2, -1)
+        if capture.kept is None:
+            raise RequestError(f"tap: {found.name} must be run by the network, and was not")
+        size = size_at(latents.shape[-2], latents.shape[-1], capture.kept.shape[2])
+        return capture.kept.unflatten(2, size)
+
+    @contextmanager
+    def _capturing(self, tap: Tap) -> Iterator[OutputCapture | None]:
+        """Keep what a tap's attention adds; None where the tap is a block."""
+        if not tap.is_attention:
+            yield None
+            return
+        place = [site.name for site in self.sites].index(tap.name)
+        capture = self.signal.output_capture = OutputCapture(place)
+        try:
+            yield capture
+        finally:
+            self.signal.output_capture = None
 
     @contextmanager
     def keeping(self, sites: Collection[int], rows: Tensor) -> Iterator[Mapping[int, KeyValueBank]]:
@@ -263,7 +282,10 @@ class EagerDenoiser:
         Raises:
             RequestError: the network has no such block.
         """
-        block = self.network.get_submodule(find_tap(self.network, tap).name) if tap else None
+        found = find_tap(self.network, tap, self.sites) if tap else None
+        if found is not None and found.is_attention:
+            raise RequestError(f"tap: must be a block where rows are watched, got {tap!r}")
+        block = None if found is None else self.network.get_submodule(found.name)
         capture = WordCapture(rows, words) if words.shape[1] else None
         watched = Watched({} if capture is None else capture.kept)
 

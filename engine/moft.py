@@ -313,12 +313,12 @@ def reference_features(
         checkpoint: the model.
         denoiser: runs its network.
         latents: clean and scaled, [clips, channels, frames, h, w].
-        tap: a block; `kinetiq.taps.DEFAULT_TAP` if None.
+        tap: where features are read (`kinetiq.taps`); None: `DEFAULT_TAP`.
         depth: share of the timesteps, 0 to 1.
         progress: told of ("inverting", done, total).
 
     Returns:
-        [clips, frames, h, w, channels] at the size of the block, float32.
+        [clips, frames, h, w, channels] at the size of the tap, float32.
 
     Raises:
         RequestError: the network has no such tap, or `depth` is not from 0 to 1.
@@ -438,7 +438,7 @@ def calibrate(
     Args:
         checkpoint: the model.
         denoiser: runs its network.
-        tap: a block; `kinetiq.taps.DEFAULT_TAP` if None.
+        tap: where features are read (`kinetiq.taps`); None: `DEFAULT_TAP`.
         pictures: still images to pan, the first frame of each; None: they are drawn, for the
             embedded model from its own world, for others as smooth textures with shapes.
         stills: how many are drawn.
@@ -674,7 +674,7 @@ def load_channels(
     Args:
         checkpoint: the model.
         denoiser: runs its network.
-        tap: a block; `kinetiq.taps.DEFAULT_TAP` if None.
+        tap: where features are read (`kinetiq.taps`); None: `DEFAULT_TAP`.
         progress: told of ("calibrating", done, total).
 
     Raises:

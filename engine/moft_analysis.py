@@ -129,7 +129,7 @@ def analyze_moft(
             the middle half of the frame, where the pans are read that slopes are counted in. A mask
             should hug what moves and its path: the more it holds of what stands still, the smaller
             its slopes.
-        tap: a block; `kinetiq.taps.DEFAULT_TAP` if None.
+        tap: where features are read (`kinetiq.taps`); None: `DEFAULT_TAP`.
         share: of the channels that are kept, for each axis.
         depth: share of the timesteps at which features are read.
         frames: the model's default if None, as are the next two.

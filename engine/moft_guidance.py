@@ -219,7 +219,8 @@ class MoftGuidance:
             which keeps it. The last two are the paper's ablation.
         guided_frames: how many frames, from the first, take gradients; None: all.
         shared_keys_values: whether guidance uses the keys and values of the clip without guidance.
-        tap: block whose output is read; None: the family's.
+        tap: module path of the block or of the temporal self-attention whose output is read;
+            None: the second up block.
         recompute: whether activations are computed again in the backward pass: True, False, or
             "auto": where a clip does not fit into memory otherwise.
 
@@ -380,7 +381,7 @@ class ResolvedMoftGuidance:
     """Guidance as data for one clip.
 
     Args:
-        tap: module path of the block that is read.
+        tap: module path of what is read.
         targets: the motions that are wanted.
         paths: [drags, frames, 2], where each dragged point is at each frame, (x, y) as shares of
             the width and the height.
@@ -513,12 +514,12 @@ def _shared_sites(control: MoftGuidance, tap: Tap, sites: tuple[Site, ...]) -> t
     found = tuple(
         index
         for index, site in enumerate(sites)
-        if site.kind is SiteKind.SPATIAL and site.name.startswith(f"{tap.name}.")
+        if site.kind is SiteKind.SPATIAL and site.name.startswith(f"{tap.block}.")
     )
     if not found:
         raise RequestError(
-            f"shared_keys_values: the tap's block must have spatial self-attention, and {tap.name} "
-            "has none; give shared_keys_values=False or another tap"
+            "shared_keys_values: the tap's block must have spatial self-attention, and "
+            f"{tap.block} has none; give shared_keys_values=False or another tap"
         )
     return found
 

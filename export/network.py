@@ -34,7 +34,7 @@ from kinetiq.export.metadata import (
 from kinetiq.export.nodes import DOMAIN, DOMAIN_VERSION, KINDS, NODES
 from kinetiq.export.packages import require_packages
 from kinetiq.files import check_target, replacing
-from kinetiq.taps import find_tap
+from kinetiq.taps import DEFAULT_TAP, find_tap
 
 OPSETS = (OPSET,)
 """The opsets that a network can be exported with; 23 is the first with `Attention`."""
@@ -106,6 +106,8 @@ def export_onnx(
         )
     precision = precision_of(checkpoint.dtype if dtype is None else dtype)
     found = None if tap is None else find_tap(checkpoint.unet, tap)
+    if found is not None and found.is_attention:
+        raise RequestError(f"export: tap must be a block, such as {DEFAULT_TAP}, got {tap!r}")
     require_packages("onnx", "onnx_ir", "onnxscript")
     check_target(path, "export")
     with (

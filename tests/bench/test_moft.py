@@ -106,7 +106,8 @@ def test_the_features_are_of_pictures_in_every_motion_and_of_other_pans(monkeypa
         seeds.append((stills, seed))
         return known_channels()
 
-    def features(_, __, latents):
+    def features(_, __, latents, tap):
+        assert tap == channels.tap
         return known_features(channels, looks=1.0)[: len(latents)]
 
     engine = SimpleNamespace(

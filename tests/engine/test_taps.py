@@ -8,6 +8,8 @@ from torch import nn
 import kinetiq as kq
 from kinetiq.control_tensors import ControlTensors, DeviationControl, QueryControl, no_injection
 from kinetiq.denoiser import NO_CONTROLS, EagerDenoiser
+from kinetiq.families import SiteKind
+from kinetiq.kernels import frame_attention_with_motion, motion_feature
 from kinetiq.recomputation import Recomputation, Recomputed
 from kinetiq.taps import DEFAULT_TAP, Tap, find_tap, list_taps, run_to_tap
 
@@ -69,6 +71,50 @@ def test_features_are_what_the_block_returns_in_a_prediction(denoiser, name, wid
             assert torch.equal(got[row, frame], wanted[3 * row + frame].permute(1, 2, 0))
 
 
+def temporal_taps(denoiser):
+    return [site.name for site in denoiser.sites if site.kind is SiteKind.TEMPORAL]
+
+
+def added_by(denoiser, name, *given):
+    """What a temporal attention returns in an ordinary prediction, behind its projection."""
+    seen = []
+    handle = denoiser.network.get_submodule(f"{name}.to_out.1").register_forward_hook(
+        lambda _, __, output: seen.append(output)
+    )
+    denoiser.predict(*given)
+    handle.remove()
+    return seen[0]
+
+
+def test_temporal_attentions_are_taps_of_what_they_add(denoiser):
+    given = (*sample(), steering(denoiser, 2))
+    for name in temporal_taps(denoiser):
+        wanted = added_by(denoiser, name, *given)  # [rows, frames, tokens, channels]
+        got = denoiser.features(*given, name)
+        found = find_tap(denoiser.network, name)
+        assert found.is_attention and got.shape[-1] == found.channels
+        assert got.shape[:2] == (2, 3) and got.shape[2] == got.shape[3]
+        assert torch.equal(got.flatten(2, 3), wanted)
+
+
+def test_what_an_attention_adds_holds_what_the_operator_projects_on_the_way(denoiser):
+    name = next(tap for tap in temporal_taps(denoiser) if tap.startswith("up_blocks.1."))
+    attention, channels = denoiser.network.get_submodule(name), torch.tensor([3, 0, 17])
+    projected = {}
+    for part in ("to_q", "to_k", "to_v"):
+        attention.get_submodule(part).register_forward_hook(
+            lambda _, __, output, part=part: projected.update({part: output})
+        )
+    features = denoiser.features(*sample(), NO_CONTROLS, name)
+    _, motion = frame_attention_with_motion(
+        *projected.values(),
+        attention.to_out[0].weight.T[:, channels].contiguous(),
+        heads=attention.heads,
+    )
+    wanted = motion_feature(features.flatten(2, 3), channels)
+    assert (motion - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
 def test_controls_act_on_features(denoiser):
     plain = denoiser.features(*sample())
     steered = denoiser.features(*sample(), steering(denoiser, 2))
@@ -108,19 +154,40 @@ def test_features_can_be_differentiated_in_float64(denoiser):
     )
 
 
-def test_recomputed_features_have_the_same_gradient(denoiser):
+@pytest.mark.parametrize("attention", [False, True])
+def test_recomputed_features_have_the_same_gradient(denoiser, attention):
     latents, timesteps, text = sample()
     controls = steering(denoiser, 2)
+    tap = temporal_taps(denoiser)[-3] if attention else DEFAULT_TAP
 
     def gradient():
         given = latents.clone().requires_grad_()
-        denoiser.features(given, timesteps, text, controls).square().sum().backward()
+        denoiser.features(given, timesteps, text, controls, tap).square().sum().backward()
         return given.grad
 
     wanted = gradient()
     with Recomputation(denoiser, ()).active():
         assert any(isinstance(module, Recomputed) for module in denoiser.network.modules())
         assert torch.equal(gradient(), wanted)
+
+
+def test_nothing_behind_a_tapped_attention_but_its_transformer_is_run(denoiser):
+    network, called = denoiser.network, []
+    for name, module in network.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    tap = next(tap for tap in temporal_taps(denoiser) if tap.startswith("up_blocks.1."))
+    denoiser.features(*sample(), NO_CONTROLS, tap)
+    assert called[-1] == tap.partition(".transformer_blocks.")[0]
+    assert denoiser.signal.output_capture is None
+
+
+def test_rows_are_watched_at_blocks_alone(denoiser):
+    tap = temporal_taps(denoiser)[0]
+    with (
+        pytest.raises(kq.RequestError, match=r"^tap: must be a block where rows are watched"),
+        denoiser.watching(torch.tensor([0]), torch.zeros(1, 0), tap),
+    ):
+        pass
 
 
 def test_it_leaves_the_network_and_the_signal_as_they_were(denoiser):
@@ -139,7 +206,7 @@ def test_it_leaves_the_network_and_the_signal_as_they_were(denoiser):
 
 def test_an_unknown_tap_is_refused_with_the_known_ones(denoiser):
     kind = type(denoiser.network).__name__
-    said = rf"^tap: must be a block of this {kind}: {', '.join(NAMES)}; got 'up_blocks.3'$"
+    said = rf"^tap: must be a block of this {kind}: {', '.join(NAMES)}; or one of its temporal .* got 'up_blocks.3'$"
     with pytest.raises(kq.RequestError, match=said):
         denoiser.features(*sample(), NO_CONTROLS, "up_blocks.3")
     with pytest.raises(kq.RequestError, match=r"got 'up_blocks.1.resnets.0'$"):
