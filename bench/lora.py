@@ -44,7 +44,6 @@ VARIANTS = (
     Variant("k", "k", {}),
     Variant("k_highway", "k", {"highway": "all"}),
     Variant("k_highway_phase", "k", {"highway": "all", "until": 0.5}),
-    Variant("k_out", "k_out", {}),
 )
 
 
