@@ -159,6 +159,10 @@ def test_the_three_ways_of_training_compute_the_same_gradients():
         assert training_cost.worst_error(gradients, training_cost.run_released(wide)) < 1e-9
 
 
+def test_a_motion_of_the_embedded_model_is_trained_for_the_clock():
+    assert training_cost.train_embedded("cpu", quick=True) > 0
+
+
 def test_intervals_count_references_and_not_clips():
     values = [0.0] * 4 + [1.0] * 4
     figure = learned.mean_by_reference(values, prompts=4, bounds=(0.0, 1.0))
