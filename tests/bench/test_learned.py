@@ -110,12 +110,34 @@ def test_keys_are_compared_with_all_projections_where_both_move_alike():
         for scale, fidelity in zip(lora.SCALES, values, strict=True):
             name = f"{variant.name}.scale_{round(100 * scale):03d}"
             scores[name] = lora_scores(fidelity, 0.5 if variant.name == "all" else 0.25)
-    assert lora.nearest_in_fidelity(scores, "k", "all") == ("k.scale_100", "all.scale_075")
-    figures = lora.figures_of(scores)
+    assert lora.settings_to_compare(scores, "k", "all") == ("k.scale_100", "all.scale_075")
+    figures = lora.figures_of(scores, prompts=4)
     assert figures["lora.k.motion_fidelity"].value == 0.59
     assert figures["lora.k_leak_saved"].value == 0.25
     assert figures["lora.k_fidelity_gap_where_compared"].value == pytest.approx(0.01)
+    assert figures["lora.k_fidelity_where_compared"].value == 0.59
+    assert figures["lora.k_other_scale_where_compared"].value == 0.75
+    assert figures["lora.k_leak_saved"].n == figures["lora.k.motion_fidelity"].n == 2  # references
     assert figures["lora.k_highway_leak_saved"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("reached", "compared"),
+    [
+        # Where both hardly move a pair may be nearer, which says nothing of a LoRA that moves.
+        ({"all": (0.2, 0.62), "k": (0.2, 0.6)}, ("k.scale_100", "all.scale_100")),
+        ({"all": (0.2, 0.9), "k": (0.3, 0.5)}, ("k.scale_050", "all.scale_050")),
+    ],
+)
+def test_loras_are_compared_where_they_move_and_where_none_are_equal_at_the_nearest(
+    reached, compared
+):
+    scores = {
+        f"{name}.scale_{scale}": lora_scores(fidelity, 0.5)
+        for name, pair in reached.items()
+        for scale, fidelity in zip(("050", "100"), pair, strict=True)
+    }
+    assert lora.settings_to_compare(scores, "k", "all") == compared
 
 
 def test_random_motions_act_and_differ(engine):
