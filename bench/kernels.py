@@ -260,6 +260,7 @@ class Machine:
             call = make()
             return call, call()
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # which may still be drawing the inputs
         with torch.cuda.stream(stream):  # where a gradient's forward direction must have run too
             call = make()
             for _ in range(3):  # what is loaded or chosen at first use must not be captured
@@ -452,7 +453,9 @@ def builders(
             found["guided_step"][name].append(functools.partial(step_case, name, latents, inputs))
     if not gpu:
         found["frame_attention"]["animatediff"] += [
-            functools.partial(frame_case, site, inputs) for site in (SPEEDUP, *LONG)
+            functools.partial(frame_case, site, inputs, backward=backward)
+            for site in (SPEEDUP, *LONG)
+            for backward in (False, True)
         ]
     return found
 

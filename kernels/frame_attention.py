@@ -48,8 +48,11 @@ from kinetiq.kernels.query_attention import (
     check_blend,
     check_device,
     check_kind,
+    check_range,
     check_rows,
+    is_count,
     is_recorded,
+    require_index,
     split_head_dim,
     take_rows,
 )
@@ -382,11 +385,14 @@ def _attend_in_place(
 ) -> tuple[Tensor, list[Tensor]]:
     """Softmax attention over frames, chunk by chunk, and the weights of each if they are kept."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    if query.shape[1] >= _MANY and not keep:
-        # So many scores a sequence are not worth writing, and copies to permute are little beside.
-        q, k, v = (_by_sequence(t.to(wide), heads) for t in (query, key, value))
-        return _by_frame(F.scaled_dot_product_attention(q, k, v)).to(query.dtype), []
     out = make_room((query, key, value), query.shape)
+    if query.shape[1] >= _MANY and 2 * (query.shape[-1] // heads) < query.shape[1] and not keep:
+        # Scores that outweigh what they are made of are not worth writing. PyTorch's fused
+        # attention writes none, and is taken for tensors of four axes alone.
+        for *own, o in zip(query, key, value, out, strict=True):
+            *qkv, place = (t.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for t in (*own, o))
+            place.copy_(F.scaled_dot_product_attention(*(t.to(wide) for t in qkv)))
+        return out, []
     kept = []
     for *own, o in _chunks((query, key, value, out), heads, recorded=keep):
         q, k, v = (_together(t.to(wide)) for t in own)
@@ -408,15 +414,17 @@ def _differentiate_in_place(
     """The gradients of q, k and v, chunk by chunk; `kept` are the weights of each."""
     wide = torch.promote_types(query.dtype, torch.float32)
     given = (grad, query, key, value)
-    of_query, of_key, of_value = (make_room(given, query.shape) for _ in range(3))
+    of_query = make_room(given, query.shape)
+    of_key, of_value = of_query.new_empty(query.shape), of_query.new_empty(query.shape)
+    scale = (query.shape[-1] // heads) ** -0.5
     chunks = _chunks((*given, of_query, of_key, of_value), heads, recorded=True)
     for index, (*own, of_q, of_k, of_v) in enumerate(chunks):
         g, q, k, v = (_together(t.to(wide)) for t in own)
         weights = _weights(q, k) if kept is None else kept[index]
-        of_scores = _differentiate_weights(g, v, weights) * q.shape[-1] ** -0.5
+        of_scores = _differentiate_weights(g, v, weights)
         of_v.copy_(torch.bmm(weights, g))
-        of_k.copy_(torch.bmm(of_scores, q))
-        of_q.copy_(torch.bmm(of_scores.mT, k))
+        of_k.copy_(_scaled_product(of_scores, q, scale))
+        of_q.copy_(_scaled_product(of_scores.mT, k, scale))
     return of_query, of_key, of_value
 
 
@@ -452,12 +460,16 @@ def _weights(query: Tensor, key: Tensor) -> Tensor:
     would fill only a part of one with the few frames of a last axis. Where frames are many the
     queries come first in memory, and what is returned is a view.
     """
-    frames = query.shape[1]
-    left, right = (query, key) if frames >= _MANY else (key, query)
-    unused = key.new_zeros(()).expand(1, frames, frames)
-    # This product scales for nothing, which `bmm` cannot.
-    scores = torch.baddbmm(unused, left, right.mT, beta=0, alpha=query.shape[-1] ** -0.5)
-    return scores.softmax(2).mT if frames >= _MANY else scores.softmax(1)
+    many = query.shape[1] >= _MANY
+    left, right = (query, key) if many else (key, query)
+    scores = _scaled_product(left, right.mT, query.shape[-1] ** -0.5)
+    return scores.softmax(2).mT if many else scores.softmax(1)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """The batched product times a number, at the cost of the product alone."""
+    unused = left.new_zeros(()).expand(1, 1, 1)
+    return torch.baddbmm(unused, left, right, beta=0, alpha=scale)
 
 
 def _differentiate_weights(grad: Tensor, value: Tensor, weights: Tensor) -> Tensor:
@@ -617,23 +629,6 @@ def _known_scores(scores, frame, frames, SCALE: tl.constexpr):
 
 
 @triton.jit
-def _operands(
-    query, key, value, frames, tokens, query_bank_ptr, key_bank_ptr, value_bank_ptr,
-    motion, deviation, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Queries, keys and values with all that changes them; banks are contiguous."""
-    width = tl.full((), WIDTH, tl.int64)
-    query_bank = (query_bank_ptr, frames * width, width, 0, 1)
-    key_bank = (key_bank_ptr, frames * width, width, 0, 1)
-    value_bank = (value_bank_ptr, frames * tokens * width, tokens * width, width, 1)
-    return (
-        (query, query_bank, motion, deviation),
-        (key, key_bank, motion, deviation),
-        (value, value_bank, motion, deviation),
-    )
-
-
-@triton.jit
 def _query_tiles(
     operand, choice, row, place, frame, KIND: tl.constexpr, D: tl.constexpr,
     MAIN: tl.constexpr, TAIL: tl.constexpr, CHOICE: tl.constexpr, SHARE: tl.constexpr,
@@ -781,11 +776,14 @@ def _frame_attention_kernel(
     query = (query_ptr, query_by_row, query_by_frame, query_by_token, query_by_channel)
     key = (key_ptr, key_by_row, key_by_frame, key_by_token, key_by_channel)
     value = (value_ptr, value_by_row, value_by_frame, value_by_token, value_by_channel)
-    of_query, of_key, of_value = _operands(
-        query, key, value, frames, tokens, query_bank_ptr, key_bank_ptr, value_bank_ptr,
-        (motion_slot_ptr, motion_scale_ptr),
-        (deviation_row_ptr, deviation_blend_ptr, deviation_parts_ptr), HEADS * D,
-    )  # fmt: skip
+    # Written out in both directions: Triton before 3.7 cannot return a tuple that holds None.
+    motion = (motion_slot_ptr, motion_scale_ptr)
+    deviation = (deviation_row_ptr, deviation_blend_ptr, deviation_parts_ptr)
+    width = tl.full((), HEADS * D, tl.int64)
+    by_frame, by_slot = frames * width, frames * tokens * width  # of banks, which are contiguous
+    of_query = (query, (query_bank_ptr, by_frame, width, 0, 1), motion, deviation)
+    of_key = (key, (key_bank_ptr, by_frame, width, 0, 1), motion, deviation)
+    of_value = (value, (value_bank_ptr, by_slot, tokens * width, width, 1), motion, deviation)
     choice = (query_row_ptr, query_blend_ptr)
     kind: tl.constexpr = query_ptr.dtype.element_ty
     if projection_ptr is None:
@@ -858,11 +856,14 @@ def _frame_attention_backward_kernel(
     query = (query_ptr, query_by_row, query_by_frame, query_by_token, query_by_channel)
     key = (key_ptr, key_by_row, key_by_frame, key_by_token, key_by_channel)
     value = (value_ptr, value_by_row, value_by_frame, value_by_token, value_by_channel)
-    of_query, of_key, of_value = _operands(
-        query, key, value, frames, tokens, query_bank_ptr, key_bank_ptr, value_bank_ptr,
-        (motion_slot_ptr, motion_scale_ptr),
-        (deviation_row_ptr, deviation_blend_ptr, deviation_parts_ptr), HEADS * D,
-    )  # fmt: skip
+    # Written out in both directions: Triton before 3.7 cannot return a tuple that holds None.
+    motion = (motion_slot_ptr, motion_scale_ptr)
+    deviation = (deviation_row_ptr, deviation_blend_ptr, deviation_parts_ptr)
+    width = tl.full((), HEADS * D, tl.int64)
+    by_frame, by_slot = frames * width, frames * tokens * width  # of banks, which are contiguous
+    of_query = (query, (query_bank_ptr, by_frame, width, 0, 1), motion, deviation)
+    of_key = (key, (key_bank_ptr, by_frame, width, 0, 1), motion, deviation)
+    of_value = (value, (value_bank_ptr, by_slot, tokens * width, width, 1), motion, deviation)
     choice = (query_row_ptr, query_blend_ptr)
     kind: tl.constexpr = query_ptr.dtype.element_ty
     every = tl.arange(0, FRAMES)
@@ -1368,11 +1369,7 @@ def check_motion(
         raise ShapeError(
             f"{where}: motion_slot needs query_bank, key_bank or value_bank, got motion_slot alone"
         )
-    if list(motion_slot.shape) != [rows] or motion_slot.dtype != torch.int64:
-        raise ShapeError(
-            f"{where}: motion_slot must be int64 [rows = {rows}], "
-            f"got {motion_slot.dtype} {list(motion_slot.shape)}"
-        )
+    require_index(where, "motion_slot", motion_slot, rows)
     if motion_scale is not None and (
         list(motion_scale.shape) != [rows] or not motion_scale.is_floating_point()
     ):
@@ -1390,22 +1387,11 @@ def check_motion(
                 f"{', '.join(map(str, (frames, *places, width)))}], got {list(bank.shape)}"
             )
         check_kind(where, name, bank, query)
-        _check_slots(where, motion_slot, slots)
-
-
-def _check_slots(where: str, motion_slot: Tensor, slots: int) -> None:
-    """Require slots that a bank has; on a GPU that is checked when controls are resolved."""
-    if motion_slot.device.type != "cpu" or torch.compiler.is_compiling() or not motion_slot.numel():
-        return
-    low, high = (int(bound) for bound in motion_slot.aminmax())
-    if low < 0 or high >= slots:
-        raise ShapeError(
-            f"{where}: motion_slot must have values from 0 to {slots - 1}, got {low} to {high}"
-        )
+        check_range(where, "motion_slot", motion_slot, slots)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, heads: int, controls: _Ordered) -> None:
-    if query.ndim != 4 or heads < 1 or query.shape[-1] % heads:
+    if query.ndim != 4 or not is_count(heads) or query.shape[-1] % heads:
         raise ShapeError(
             f"{_WHERE}: query must be [rows, frames, tokens, heads * d] with heads = "
             f"{heads}, got {list(query.shape)}"

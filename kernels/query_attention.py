@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kinetiq.errors import ShapeError
 from kinetiq.kernels._autograd import differentiate, keep_types, make_room
@@ -1140,7 +1141,9 @@ def _attend(
     scores = (query.to(wider) * query.shape[-1] ** -0.5) @ key.to(wider).transpose(-1, -2)
     if mask is not None:
         scores = scores + mask
-    return scores.softmax(-1).to(value.dtype) @ value
+    # In the wider type: with an odd number of keys some CPUs' products in bfloat16 read into the
+    # next line of weights, which brings a NaN from one query to its neighbour.
+    return (scores.softmax(-1) @ value.to(wider)).to(value.dtype)
 
 
 def _dense_last(tensor: Tensor) -> Tensor:
@@ -1258,10 +1261,15 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def is_count(number: object) -> bool:
+    """Whether this is a whole number above zero, such as one of heads."""
+    return isinstance(number, int) and not isinstance(number, bool) and number > 0
+
+
 def _check(inputs: Inputs) -> None:
     where = "query_attention"
     query, key, value, query_row, query_blend, key_rows, key_log_mask, heads = inputs
-    if query.ndim != 4 or heads < 1 or query.shape[-1] % heads:
+    if query.ndim != 4 or not is_count(heads) or query.shape[-1] % heads:
         raise ShapeError(
             f"{where}: query must be [rows, frames, tokens, heads * d] with heads = {heads}, "
             f"got {list(query.shape)}"
@@ -1295,11 +1303,6 @@ def _check(inputs: Inputs) -> None:
             f"{where}: query and key must have at least one frame, key and channel, got "
             f"{list(query.shape)} and {list(key.shape)}"
         )
-    check_rows(where, "query_row", query_row, rows)
-    check_blend(where, "query_blend", query_blend, (rows, frames, tokens))
-    if query_blend is not None and query_row is None:
-        raise ShapeError(f"{where}: query_blend needs query_row, got query_blend alone")
-    _check_further(where, key, key_rows, key_log_mask)
     controls = {
         "query_row": query_row,
         "query_blend": query_blend,
@@ -1308,6 +1311,11 @@ def _check(inputs: Inputs) -> None:
     }
     for name, control in controls.items():
         check_device(where, name, control, query)
+    check_rows(where, "query_row", query_row, rows)
+    check_blend(where, "query_blend", query_blend, (rows, frames, tokens))
+    if query_blend is not None and query_row is None:
+        raise ShapeError(f"{where}: query_blend needs query_row, got query_blend alone")
+    _check_further(where, key, key_rows, key_log_mask)
 
 
 def _check_further(
@@ -1321,7 +1329,7 @@ def _check_further(
                 f"{where}: key_rows must be int64 [rows = {rows}, n], "
                 f"got {key_rows.dtype} {list(key_rows.shape)}"
             )
-        _check_range(where, "key_rows", key_rows, rows)
+        check_range(where, "key_rows", key_rows, rows)
     if key_log_mask is None:
         return
     if key_rows is None:
@@ -1342,8 +1350,10 @@ def check_kind(where: str, name: str, tensor: Tensor, query: Tensor) -> None:
         )
 
 
-def check_device(where: str, name: str, control: Tensor | None, query: Tensor) -> None:
-    """Require `control`, if there is one, to be on the device of `query`."""
+def check_device(where: str, name: str, control: object, query: Tensor) -> None:
+    """Require `control`, if there is one, to be a tensor on the device of `query`."""
+    if control is not None and not isinstance(control, Tensor):
+        raise ShapeError(f"{where}: {name} must be a tensor, got {control!r}")
     if control is not None and control.device != query.device:
         raise ShapeError(
             f"{where}: {name} must be on {query.device} like query, got {control.device}; "
@@ -1357,23 +1367,46 @@ def check_rows(where: str, name: str, index: Tensor | None, rows: int) -> None:
     Values on a GPU are not read, since that would wait for it: they are checked when controls are
     resolved.
     """
-    if index is not None and (list(index.shape) != [rows] or index.dtype != torch.int64):
+    if index is not None:
+        require_index(where, name, index, rows)
+        check_range(where, name, index, rows)
+
+
+def require_index(where: str, name: str, index: Tensor, rows: int) -> None:
+    """Require int64 [rows]."""
+    if list(index.shape) != [rows] or index.dtype != torch.int64:
         raise ShapeError(
             f"{where}: {name} must be int64 [rows = {rows}], got {index.dtype} {list(index.shape)}"
         )
-    if index is not None:
-        _check_range(where, name, index, rows)
 
 
-def _check_range(where: str, name: str, index: Tensor, rows: int) -> None:
-    if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
-        return
-    values = index.flatten().tolist()
-    low, high = min(values), max(values)
-    if low < 0 or high >= rows:
+def check_range(where: str, name: str, index: Tensor, limit: int) -> None:
+    """Require values from 0 to below `limit`, as far as they may be looked at."""
+    values = known_values(where, name, index)
+    if values and (min(values) < 0 or max(values) >= limit):
         raise ShapeError(
-            f"{where}: {name} must have values from 0 to {rows - 1}, got {low} to {high}"
+            f"{where}: {name} must have values from 0 to {limit - 1}, "
+            f"got {min(values)} to {max(values)}"
         )
+
+
+def known_values(where: str, name: str, index: Tensor) -> list[int]:
+    """The values of an index on a CPU; none on a GPU or in a trace, where nobody may look.
+
+    Raises:
+        ShapeError: the index is batched by vmap, so that it has no values to choose rows by.
+    """
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
+        return []
+    if isinstance(index, FakeTensor):
+        return []
+    try:
+        return list(index.flatten().tolist())
+    except RuntimeError as error:
+        raise ShapeError(
+            f"{where}: {name} must hold numbers that can be read, got an index that vmap batches; "
+            "give its batch as rows instead"
+        ) from error
 
 
 def check_blend(where: str, name: str, blend: Tensor | None, full: tuple[int, int, int]) -> None:

@@ -51,7 +51,7 @@ from kinetiq.kernels.frame_attention import (
     frame_attention,
     frame_attention_reference,
 )
-from kinetiq.kernels.query_attention import is_recorded, split_head_dim
+from kinetiq.kernels.query_attention import is_count, is_recorded, split_head_dim
 
 MAX_FRAMES = 128  # all frames of a position must fit on the chip, in the separate operators too
 MAX_HEAD_DIM = 256
@@ -309,26 +309,30 @@ def _by_positions(*inputs: Any) -> Tensor:
     rows, frames, tokens, width = x.shape
     moved = [] if slots is None else slots.tolist()
     shares = [1.0] * rows if scales is None else scales.tolist()
-    y = make_room((x, norm_weight, norm_bias, *weights, out_weight, out_bias), x.shape)
-    if y.numel() == 0:
-        return y
-    few = max(CACHED // (rows * frames * width), 1)
     wide = torch.promote_types(x.dtype, torch.float32)  # a share may be beyond float16
+
+    def some(start: int, end: int) -> Tensor:
+        own = x[:, :, start:end]
+        normed = F.layer_norm(own, (width,), norm_weight, norm_bias, eps)
+        if position is not None:
+            normed += position[:frames, None].to(normed.dtype)
+        query, key, value = (F.linear(normed, weight) for weight in weights)
+        for part, bank in zip((query, key, value), banks, strict=True):
+            if bank is not None:
+                bias = bank.unsqueeze(2) if bank.ndim == 3 else bank[:, :, start:end]
+                for row, slot, share in zip(part, moved, shares, strict=True):
+                    if slot > 0:
+                        row.add_(bias[slot].to(wide), alpha=share)
+        out = F.linear(attend_on_cpu(query, key, value, heads), out_weight, out_bias)
+        return out.add_(own)
+
+    few = max(CACHED // max(rows * frames * width, 1), 1)
     with keep_types(x):
-        for start in range(0, tokens, few):
-            some = slice(start, start + few)
-            normed = F.layer_norm(x[:, :, some], (width,), norm_weight, norm_bias, eps)
-            if position is not None:
-                normed += position[:frames, None].to(normed.dtype)
-            query, key, value = (F.linear(normed, weight) for weight in weights)
-            for part, bank in zip((query, key, value), banks, strict=True):
-                if bank is not None:
-                    bias = bank.unsqueeze(2) if bank.ndim == 3 else bank[:, :, some]
-                    for own, slot, share in zip(part, moved, shares, strict=True):
-                        if slot > 0:
-                            own.add_(bias[slot].to(wide), alpha=share)
-            out = F.linear(attend_on_cpu(query, key, value, heads), out_weight, out_bias)
-            y[:, :, some] = out.add_(x[:, :, some])
+        if x.numel() and tokens <= few:
+            return some(0, tokens)
+        y = make_room((x, norm_weight, norm_bias, *weights, out_weight, out_bias), x.shape)
+        for start in range(0, tokens if y.numel() else 0, few):
+            y[:, :, start : start + few] = some(start, start + few)
     return y
 
 
@@ -633,7 +637,7 @@ _temporal_block.register_autograd(_backward, setup_context=_save)
 def _check(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, heads: int, position: Tensor | None
 ) -> None:
-    if x.ndim != 4 or min(x.shape[1:]) < 1 or heads < 1 or x.shape[-1] % heads:
+    if x.ndim != 4 or min(x.shape[1:]) < 1 or not is_count(heads) or x.shape[-1] % heads:
         raise ShapeError(
             f"temporal_block: x must be [rows, frames, tokens, heads * d] with heads = {heads} "
             f"and at least one frame and token, got {list(x.shape)}"

@@ -284,3 +284,14 @@ def test_says_what_is_wrong(change, message):
     given_ = {"query": ZEROS, "key": ZEROS, "value": ZEROS, "heads": 2} | change
     with pytest.raises(kq.ShapeError, match="^frame_attention: .*" + message):
         frame_attention(**given_)
+
+
+@pytest.mark.parametrize(("frames", "d", "fused"), [(64, 8, True), (64, 40, False), (16, 8, False)])
+def test_many_frames_of_few_channels_write_no_scores_on_a_cpu(frames, d, fused, cpu_rng):
+    given = [torch.randn(2, frames, 3, 2 * d, generator=cpu_rng) for _ in range(3)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        operator.frame_attention(*given, heads=2)
+    called = {event.key for event in profiler.key_averages()}
+    flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert (flash in called) is fused
+    assert "aten::_scaled_dot_product_attention_math" not in called

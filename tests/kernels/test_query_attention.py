@@ -8,6 +8,7 @@ import torch
 from closeness import assert_as_good_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import kinetiq as kq
 from kinetiq.kernels import query_attention
@@ -356,6 +357,8 @@ ZEROS = torch.zeros(2, 3, 4, 6)
         ({"query": torch.zeros(2, 4, 6)}, r"query must be .* with heads = 2, got \[2, 4, 6\]"),
         ({"heads": 4}, r"with heads = 4, got \[2, 3, 4, 6\]"),
         ({"heads": 0}, r"with heads = 0, got \[2, 3, 4, 6\]"),
+        ({"heads": 2.0}, r"with heads = 2.0, got \[2, 3, 4, 6\]"),
+        ({"query_row": [0, 1]}, r"query_row must be a tensor, got \[0, 1\]"),
         (
             {"key": ZEROS[:1]},
             r"key must be \[rows = 2, frames or 1, keys, 6\] .* got \[1, 3, 4, 6\]",
@@ -380,3 +383,18 @@ def test_says_what_is_wrong(change, message):
     given_ = {"query": ZEROS, "key": ZEROS, "value": ZEROS, "heads": 2} | change
     with pytest.raises(kq.ShapeError, match="^query_attention: .*" + message):
         query_attention(**given_)
+
+
+def test_an_index_that_vmap_batches_is_refused_in_words():
+    rows = torch.tensor([[0, 1], [1, 0]])
+    attend = lambda row: query_attention(ZEROS, ZEROS, ZEROS, heads=2, query_row=row)
+    with pytest.raises(kq.ShapeError, match=r"query_row must hold numbers .* vmap batches"):
+        torch.vmap(attend)(rows)
+
+
+def test_a_trace_does_not_look_at_the_values_of_an_index():
+    row = torch.tensor([1, 0])
+    attend = lambda *given: query_attention(*given[:3], heads=2, query_row=given[3])
+    given = (*(torch.randn(2, 3, 4, 6) for _ in range(3)), row)
+    traced = make_fx(attend, tracing_mode="fake")(*given)
+    assert torch.equal(traced(*given), attend(*given))
