@@ -20,6 +20,8 @@ from kinetiq.export.engine_profile import Bounds
 from kinetiq.export.functions import OPSET
 from kinetiq.export.metadata import precision_of, read_metadata
 from kinetiq.export.nodes import KINDS
+from kinetiq.export.plugin_choice import CHOICE_FILE, OPERATORS
+from kinetiq.export.plugin_ptx import PLAIN_SHARED
 from kinetiq.taps import DEFAULT_TAP
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -69,7 +71,9 @@ def onnx(
     from kinetiq.export.network import check_kinds, export_onnx
 
     kinds = check_kinds(KINDS if controls == _ALL else _split(controls))
-    checkpoint = load_checkpoint(model, motion_adapter=motion_adapter, dtype=precision_of(dtype))
+    checkpoint = load_checkpoint(
+        model, motion_adapter=motion_adapter, dtype=precision_of(dtype), half_on_cpu=True
+    )
     made = export_onnx(
         checkpoint, out, opset=opset, tap=None if tap == _NONE else tap, controls=kinds
     )
@@ -155,26 +159,51 @@ def check(
         sys.exit(1)
 
 
-@export.command()
-@click.argument("network", type=_FILE)
-@click.option("--out", type=_FILE, help="The engine; by default, beside the network.")
-@click.option("--rtx", is_flag=True, help="For TensorRT for RTX, which needs no GPU to build.")
-@click.option("--target", help="Architecture of the GPU for --rtx, such as sm_89.")
-@click.option(
+_profile = click.option(
     "--profile",
     "profiles",
     multiple=True,
     metavar="AXIS=LEAST:BEST:MOST",
     help="What a named axis may be, such as rows=1:2:4.",
 )
-@click.option("--controls", help="Kinds of control to keep, joined by commas.")
-@click.option("--level", type=click.IntRange(0, 5), help="How long to look for faster kernels.")
+_kept = click.option("--controls", help="Kinds of control to keep, joined by commas.")
+_level = click.option(
+    "--level", type=click.IntRange(0, 5), help="How long to look for faster kernels."
+)
+_shared = click.option(
+    "--shared-bytes",
+    type=click.IntRange(1),
+    help=f"The most shared memory of a block that our kernels may take; {PLAIN_SHARED} by default.",
+)
+
+
+@export.command()
+@click.argument("network", type=_FILE)
+@click.option("--out", type=_FILE, help="The engine; by default, beside the network.")
+@click.option("--rtx", is_flag=True, help="For TensorRT for RTX, which needs no GPU to build.")
+@click.option("--target", help="Architecture of the GPU for --rtx, such as sm_89.")
+@click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    metavar="OPERATOR",
+    help=f"Run this operator by our kernel, of {', '.join(OPERATORS)}; can be repeated. {_ALL}, or "
+    f"{_NONE} for TensorRT's own attention. By default, what the record of the GPU says.",
+)
+@click.option("--route", help="Which PTX our kernels are, such as sm_80 or sm_90a on sm_90.")
+@_shared
+@_profile
+@_kept
+@_level
 @_json
 def tensorrt(
     network: Path,
     out: Path | None,
     rtx: bool,
     target: str | None,
+    plugins: tuple[str, ...],
+    route: str | None,
+    shared_bytes: int | None,
     profiles: tuple[str, ...],
     controls: str | None,
     level: int | None,
@@ -191,6 +220,14 @@ def tensorrt(
             "export: --rtx and --target go together, since an engine for an RTX is built without "
             "one; leave both out to build for the GPU at hand"
         )
+    operators = _operators(plugins)
+    ours = {"--plugin": operators, "--route": route, "--shared-bytes": shared_bytes}
+    given = [name for name, value in ours.items() if value is not None]
+    if rtx and given:
+        raise RequestError(
+            f"export: {given[0]} is for full TensorRT, since TensorRT for RTX runs none of our "
+            "kernels; leave it out, or leave out --rtx"
+        )
     path = out or network.with_suffix(".engine" if target is None else f".{target}.engine")
     if target is not None:
         from kinetiq.export.engine_rtx import build_rtx_engine
@@ -199,8 +236,56 @@ def tensorrt(
     else:
         from kinetiq.export.engine_tensorrt import build_engine
 
-        made = build_engine(network, path, **options)
+        made = build_engine(
+            network,
+            path,
+            plugins=operators,
+            route=route,
+            shared_bytes=shared_bytes or PLAIN_SHARED,
+            **options,
+        )
     _say_engine(made, as_json)
+
+
+@export.command()
+@click.argument("network", type=_FILE)
+@click.option("--path", type=_FILE, help="File of choices to change; the package's own.")
+@_shared
+@_profile
+@_kept
+@_json
+def tune(
+    network: Path,
+    path: Path | None,
+    shared_bytes: int | None,
+    profiles: tuple[str, ...],
+    controls: str | None,
+    as_json: bool,
+) -> None:
+    """Find which operators our kernels make faster, on the GPU at hand.
+
+    Builds engines of full TensorRT from NETWORK with and without each operator's plugin, by every
+    route, times them at the best sizes of the profile, and writes what was fastest to the file from
+    which `kinetiq export tensorrt` takes its defaults.
+    """
+    from kinetiq.export.plugin_choice import write_record
+    from kinetiq.export.plugin_tuning import tune_plugins
+
+    target, record = tune_plugins(
+        network,
+        bounds=_bounds(profiles),
+        controls=None if controls is None else _split(controls),
+        shared_bytes=shared_bytes or PLAIN_SHARED,
+    )
+    if as_json:
+        click.echo(json.dumps({"target": target, **asdict(record)}))
+    else:
+        for name, seconds in record.seconds.items():
+            click.echo(f"{name:<48} {1e3 * seconds:.2f} ms")
+        for name, why in record.refused.items():
+            click.echo(f"{name:<48} {why}")
+        click.echo(f"{target}: {record.choice.name}")
+    write_record(path or CHOICE_FILE, target, record)
 
 
 def _say_engine(made: EngineFile, as_json: bool) -> None:
@@ -211,13 +296,19 @@ def _say_engine(made: EngineFile, as_json: bool) -> None:
         "runtime": record.runtime,
         "version": record.version,
         "target": record.target,
+        "plugins": list(record.plugins),
+        "route": record.route,
+        "attentions": record.attentions,
+        "fused": record.fused,
     }
     if as_json:
         click.echo(json.dumps(said))
         return
+    kernels = f", our kernels by {record.route}: {', '.join(record.plugins)}" * bool(record.plugins)
+    fused = "" if record.fused is None else f", {record.fused} fused kernels of attention"
     click.echo(
         f"{click.format_filename(made.path)}: for {record.runtime} {record.version} on "
-        f"{record.target}, {size / 1e6:.1f} MB"
+        f"{record.target}, {size / 1e6:.1f} MB{fused}{kernels}"
     )
 
 
@@ -225,6 +316,15 @@ def _split(controls: str) -> tuple[str, ...]:
     if controls == _NONE:
         return ()
     return tuple(part.strip() for part in controls.split(",") if part.strip())
+
+
+def _operators(plugins: tuple[str, ...]) -> tuple[str, ...] | None:
+    """What was asked for, None where nothing was."""
+    if not plugins:
+        return None
+    if len(plugins) > 1 and not {_ALL, _NONE}.isdisjoint(plugins):
+        raise RequestError(f"export: --plugin {_ALL} or {_NONE} must stand alone, got {plugins}")
+    return {_ALL: OPERATORS, _NONE: ()}.get(plugins[0], plugins)
 
 
 def _bounds(profiles: tuple[str, ...]) -> dict[str, Bounds]:

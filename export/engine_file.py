@@ -35,6 +35,7 @@ class EngineRecord:
         profile: sizes that the engine takes.
         network: what was built.
         plugins: names of the nodes that run our own kernels; the others run their functions.
+        route: which PTX those kernels are, of `plugin_ptx.ROUTES`; None where there are none.
         attentions: how many attentions must be one kernel each.
         fused: how many kernels the runtime reports that do a whole attention; None if it does not.
     """
@@ -47,6 +48,7 @@ class EngineRecord:
     profile: Profile
     network: NetworkMetadata
     plugins: tuple[str, ...]
+    route: str | None
     attentions: int
     fused: int | None
 

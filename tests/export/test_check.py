@@ -124,6 +124,14 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, exported):
         (("check", tmp_path / "missing.onnx"), "cannot be read: No such file"),
         (("tensorrt", exported(), "--rtx"), "--rtx and --target go together"),
         (("tensorrt", exported(), "--profile", "rows"), "must be AXIS=LEAST:BEST:MOST"),
+        (
+            ("tensorrt", exported(), "--rtx", "--target", "sm_89", "--plugin", "all"),
+            "--plugin is for full TensorRT",
+        ),
+        (
+            ("tensorrt", exported(), "--rtx", "--target", "sm_89", "--shared-bytes", "9"),
+            "--shared-bytes is for full TensorRT",
+        ),
     ):
         result = run(*arguments)
         assert result.exit_code == 2, result.output
