@@ -12,10 +12,10 @@ from typing import Any
 
 import click
 
-from kinetiq.checkpoint import load_checkpoint
+from kinetiq.checkpoint import load_checkpoint, parse_device
 from kinetiq.command_line import PlainGroup
 from kinetiq.errors import RequestError
-from kinetiq.export.engine_file import EngineFile
+from kinetiq.export.engine_file import SUFFIX, EngineFile, read_engine
 from kinetiq.export.engine_profile import Bounds
 from kinetiq.export.functions import OPSET
 from kinetiq.export.metadata import precision_of, read_metadata
@@ -104,6 +104,8 @@ def onnx(
     "--runtime", "runtimes", multiple=True, help="onnxruntime or openvino; all by default."
 )
 @click.option("--nodes", is_flag=True, help="Name the first node that differs, in each runtime.")
+@click.option("--device", help="cpu (default), or cuda for the CUDA provider of onnxruntime.")
+@click.option("--trust", multiple=True, help="Checksum of an engine that you vouch for.")
 @_json
 def check(
     network: Path,
@@ -111,19 +113,44 @@ def check(
     motion_adapter: str | None,
     runtimes: tuple[str, ...],
     nodes: bool,
+    device: str | None,
+    trust: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Compare an exported NETWORK with its model.
 
-    Under every runtime that is installed, at three shapes, without controls and with all.
+    Under every runtime that is installed, at three shapes, without controls and with all. NETWORK
+    may be an engine, which is run by its own runtime on the GPU that it is for.
     """
-    from kinetiq.export.check import check_network, find_first_difference, installed_runtimes
+    from kinetiq.export.check import (
+        check_engine_file,
+        check_network,
+        find_first_difference,
+        installed_runtimes,
+        require_nodes,
+    )
 
-    metadata = read_metadata(network)
+    is_engine = network.with_name(network.name + SUFFIX).exists()
+    place = parse_device(device or ("cuda" if is_engine else "cpu"))
+    if is_engine and (nodes or runtimes):
+        raise RequestError(
+            f"check: {'--nodes' if nodes else '--runtime'} must be left out for an engine, which "
+            "its own runtime runs as a whole; check the network that it was built from"
+        )
+    metadata = (
+        read_engine(network, trust=trust)[0].record.network if is_engine else read_metadata(network)
+    )
+    if nodes:
+        require_nodes(metadata)
     checkpoint = load_checkpoint(model or metadata.checkpoint, motion_adapter=motion_adapter)
-    used = runtimes or installed_runtimes(metadata.precision)
+    used = runtimes or installed_runtimes(metadata.precision, place)
+    comparisons = (
+        check_engine_file(network, checkpoint, trust=trust, device=place)
+        if is_engine
+        else check_network(network, checkpoint, runtimes=used, device=place)
+    )
     found = []
-    for comparison in check_network(network, checkpoint, runtimes=used):
+    for comparison in comparisons:
         found.append(comparison)
         if not as_json:
             sizes = "x".join(map(str, asdict(comparison.shape).values()))
@@ -137,7 +164,8 @@ def check(
     differing = [
         difference
         for name in (used if nodes else ())
-        if (difference := find_first_difference(network, checkpoint, name)) is not None
+        if (difference := find_first_difference(network, checkpoint, name, device=place))
+        is not None
     ]
     passed = all(comparison.passed for comparison in found) and not differing
     if as_json:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kinetiq.errors import CheckpointError
+from kinetiq.errors import CheckpointError, OutputError
 from kinetiq.export.engine_profile import Bounds, Profile
 from kinetiq.export.metadata import NetworkMetadata, decode_metadata, encode_metadata
 from kinetiq.files import make_cache, replacing, write_text
@@ -135,8 +135,16 @@ def vouch(checksum: str) -> None:
     """
     folder = _trusted().parent
     make_cache(folder, "engine", " to keep the checksums of engines in")
-    every = sorted(vouched_for() | {checksum})
-    write_text(_trusted(), "".join(f"{one}\n" for one in every), "engine")
+    if checksum in vouched_for():
+        return
+    try:
+        with _trusted().open("a", encoding="utf-8") as file:  # builds side by side add theirs too
+            file.write(f"{checksum}\n")
+    except OSError as error:
+        raise OutputError(
+            f"engine: {_trusted()} must be writable, to keep the checksums of engines in: "
+            f"{error.strerror}"
+        ) from error
 
 
 def vouched_for() -> set[str]:

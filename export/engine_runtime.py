@@ -170,11 +170,12 @@ class EngineDenoiser(GraphDenoiser):
         if self._captured is None:
             return self._enqueue(self._context, given)[output]
         key = tuple((name, tuple(tensor.shape)) for name, tensor in given.items())
-        if key not in self._captured:
+        captured = self._captured.pop(key, None)
+        if captured is None:
             if len(self._captured) == _GRAPHS:
-                del self._captured[next(iter(self._captured))]
-            self._captured[key] = self._capture(given)
-        captured = self._captured[key]
+                del self._captured[next(iter(self._captured))]  # what was used longest ago
+            captured = self._capture(given)
+        self._captured[key] = captured
         for name, tensor in given.items():
             captured.inputs[name].copy_(tensor)
         captured.graph.replay()
