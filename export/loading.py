@@ -12,12 +12,14 @@ from kinetiq.checkpoint import Checkpoint, parse_device, resolve_device
 from kinetiq.denoiser import Denoiser
 from kinetiq.errors import CheckpointError, RequestError
 from kinetiq.export import onnxruntime_denoiser, openvino_denoiser
+from kinetiq.export.engine_profile import Bounds
 from kinetiq.export.engine_rtx import build_rtx_engine
 from kinetiq.export.engine_runtime import open_engine, require_gpu
 from kinetiq.export.engine_tensorrt import build_engine, find_gpu
 from kinetiq.export.functions import OPSET
 from kinetiq.export.metadata import NetworkMetadata, precision_of, read_metadata
 from kinetiq.export.network import export_onnx
+from kinetiq.families import FAMILIES
 from kinetiq.files import make_cache
 from kinetiq.taps import DEFAULT_TAP, list_taps
 
@@ -130,10 +132,17 @@ def cached_engine(backend: str, checkpoint: Checkpoint) -> Path:
             make_cache(cache, "engine", " to keep engines in")
             _LOG.warning("building %s for %s, once", path, target)
             if backend == "tensorrt":
-                build_engine(network, path)
+                build_engine(network, path, bounds=_bounds(checkpoint))
             else:
-                build_rtx_engine(network, path, target=target)
+                build_rtx_engine(network, path, target=target, bounds=_bounds(checkpoint))
     return path
+
+
+def _bounds(checkpoint: Checkpoint) -> dict[str, Bounds]:
+    """No more frames than the network knows positions of, where that is fewer than is usual."""
+    usual = FAMILIES[checkpoint.family].frames
+    known = getattr(checkpoint.unet.config, "motion_max_seq_length", None) or 2 * usual
+    return {"frames": Bounds(1, min(usual, known), min(2 * usual, known))}
 
 
 def _load_engine(

@@ -75,6 +75,17 @@ def test_a_tiny_model_goes_through_every_runtime(folder, tmp_path):
     assert export.network_file(tmp_path, "float32").exists()
 
 
+@pytest.mark.slow
+def test_a_tiny_model_goes_through_the_parts_of_full_size(full_size):
+    figures = export.full_size_figures(full_size, Progress())
+    names = ("onnxruntime_fp32", "openvino_fp32", "openvino_bf16")
+    parts = ("", *(f"threads_{count}." for count in export.thread_counts()))
+    assert set(figures) == {f"export.{part}{name}.ratio" for part in parts for name in names}
+    cost = export.full_size_cost(full_size)
+    assert cost["export.full_size.seconds"].value > 0
+    assert 0.1 < cost["export.full_size.peak_gigabytes"].value < 10  # PyTorch, and little more
+
+
 OFF = {
     ("eager", "float32"): 0.0,
     ("eager", "float16"): 1e-3,

@@ -21,6 +21,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is n
 from kinetiq.backends import BACKENDS, EXPORTED, ON_GPU  # noqa: E402
 from kinetiq.errors import CheckpointError, MissingDependencyError, RequestError  # noqa: E402
 from kinetiq.export import loading  # noqa: E402
+from kinetiq.export.engine_profile import Bounds  # noqa: E402
 from kinetiq.export.onnxruntime_denoiser import OnnxruntimeDenoiser  # noqa: E402
 from kinetiq.export.openvino_denoiser import OpenvinoDenoiser  # noqa: E402
 
@@ -97,7 +98,8 @@ def gpu(monkeypatch):
     """A GPU for which engines can be built, but do not run; what was built, and opened."""
     builds, opened = [], []
 
-    def build(network, path, *, target="the GPU at hand"):
+    def build(network, path, *, bounds, target="the GPU at hand"):
+        assert bounds == {"frames": Bounds(1, 16, 32)}
         builds.append((network.name, path.name, target))
         path.write_bytes(b"plan")
 
@@ -137,6 +139,17 @@ def test_an_engine_is_built_once_for_a_gpu_and_a_version(cache, gpu, exported, m
     with pytest.raises(CheckpointError, match="must be an export of small-unet3d"):
         loading.load_denoiser("tensorrt", small_checkpoint("unet3d"), network=Path("a.engine"))
     assert len(gpu.builds) == 2
+
+
+@pytest.mark.parametrize(
+    ("known", "frames"), [(None, (1, 16, 32)), (32, (1, 16, 32)), (24, (1, 16, 24)), (8, (1, 8, 8))]
+)
+def test_an_engine_takes_no_more_frames_than_the_network_knows(known, frames):
+    config = types.SimpleNamespace(motion_max_seq_length=known)
+    checkpoint = types.SimpleNamespace(
+        family="animatediff", unet=types.SimpleNamespace(config=config)
+    )
+    assert loading._bounds(checkpoint) == {"frames": Bounds(*frames)}
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch, exported):

@@ -125,14 +125,17 @@ def test_a_network_with_all_controls(tmp_path, exported):
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 @pytest.mark.parametrize("family", [*tiny.NETWORKS, "sprites"])
 def test_a_network_for_each_target(tmp_path, tiny_folder, family, precision):
-    source = family if family == "sprites" else tiny_folder(family)
+    checkpoint = load_checkpoint(family if family == "sprites" else tiny_folder(family))
     network = tmp_path / "net.onnx"
-    export_onnx(load_checkpoint(source), network, dtype=precision)
+    sites = export_onnx(checkpoint, network, dtype=precision).metadata.sites
+    attentions = [checkpoint.unet.get_submodule(site.name) for site in sites]
+    # Heads of fewer than 16 columns have no kernel that does a whole attention.
+    expected = sum(one.to_q.out_features // one.heads >= 16 for one in attentions)
+    assert expected
     for target in TARGETS:
         path = tmp_path / f"{target}.engine"
         record = build_rtx_engine(network, path, target=target, bounds=SIZES).record
-        # Every site is an attention, and each of them one kernel.
-        assert record.attentions == record.fused == len(record.network.sites)
+        assert record.attentions == record.fused == expected
 
 
 @pytest.mark.slow
