@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from kinetiq.backend_choice import Ratios
 from kinetiq.bench.records import Record, newest
 
-_WORDS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_RATIO = re.compile(r"export\.(?:\w+\.)*(?P<backend>[a-z]+)_(?P<word>fp32|fp16|bf16)\.ratio")
+_WORDS = {"fp32": "float32", "bf16": "bfloat16"}  # no model is loaded in float16 on a CPU
+_RATIO = re.compile(rf"export\.(?:\w+\.)*(?P<backend>[a-z]+)_(?P<word>{'|'.join(_WORDS)})\.ratio")
 
 
 def draw_ratios(records: Sequence[Record]) -> Ratios:

@@ -20,7 +20,7 @@ from kinetiq.backends import EAGER
 
 RATIOS_FILE = Path(__file__).with_name("backend_ratios.json")
 Ratios = Mapping[str, Mapping[str, Mapping[str, float]]]
-PRECISIONS = ("float32", "float16", "bfloat16")
+PRECISIONS = ("float32", "bfloat16")  # that a model is loaded in on a CPU
 _EXPORTING = ("onnx", "onnx_ir", "onnxscript")
 _PACKAGES = {  # what a back end imports; all are of the extra "export"
     "onnxruntime": (*_EXPORTING, "onnxruntime"),

@@ -66,7 +66,7 @@ def require_gpu(runtime: str, device: torch.device, where: str | None = None) ->
         RequestError: the device is not a GPU.
     """
     if device.type != "cuda":
-        raise RequestError(f"{where or runtime}: the device must be a GPU, got {device}")
+        raise RequestError(f"{where or runtime}: the device must be a GPU, got {device}; name cuda")
     return load_gpu_runtime(
         runtime,
         where or runtime,
