@@ -16,6 +16,7 @@ import contextlib
 import functools
 import gc
 import importlib.util
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +72,10 @@ _THREADS = (1, 2)
 _PROMPT = "a red circle"
 _TIMESTEP = 500
 _GIGABYTE = 1e9
+_FULL_SIZE_TARGET = "sm_89"
+_NETWORK = "network.onnx"
 _SECONDS = "seconds"  # file in which a measured process leaves its time
+_BUILT = "built.json"  # file in which a build leaves seconds, fused attentions, and all of them
 
 
 @dataclass(frozen=True)
@@ -352,28 +356,55 @@ def fused_figures(folder: Path, progress: Progress) -> dict[str, Figure]:
         for precision in FUSED_IN:
             path = folder / f"{target}-{precision}.engine"
             record = build_rtx_engine(network_file(folder, precision), path, target=target).record
-            if record.fused is None or not record.attentions:
-                raise WorkError(
-                    f"bench export: the build for {target} in {precision} must say how many of its "
-                    f"attentions are fused, got {record.fused} of {record.attentions}"
-                )
-            shares.append(record.fused / record.attentions)
+            shares.append(_fused_share(record.fused, record.attentions, f"{target} in {precision}"))
             path.unlink()
         figures[f"export.attentions_fused.{target}"] = Figure(min(shares), n=len(shares))
     return figures
 
 
+def _fused_share(fused: int | None, attentions: int, what: str) -> float:
+    if fused is None or not attentions:
+        raise WorkError(
+            f"bench export: the build for {what} must say how many of its attentions are fused, "
+            f"got {fused} of {attentions}"
+        )
+    return fused / attentions
+
+
 def full_size_cost(model: FullSize) -> dict[str, Figure]:
-    """Seconds and memory of an export in float16; the peak is that of the whole process."""
-    with TemporaryDirectory(prefix="kinetiq-") as folder:
+    """Seconds and memory of an export in float16, and of an RTX's engine that is built from it.
+
+    Each happens in a process of its own, whose whole peak counts.
+    """
+    with TemporaryDirectory(prefix="kinetiq-") as name:
+        folder = Path(name)
         memory = peak_memory(
             functools.partial(random_checkpoint, model.family, dict(model.config), torch.float16),
-            functools.partial(_export_apart, Path(folder)),
+            functools.partial(_export_apart, folder),
         )
-        seconds = float((Path(folder) / _SECONDS).read_text(encoding="ascii"))
+        seconds = float((folder / _SECONDS).read_text(encoding="ascii"))
+        figures = {
+            "export.full_size.seconds": Figure(seconds, n=1, unit="s"),
+            "export.full_size.peak_gigabytes": Figure(memory.peak / _GIGABYTE, n=1, unit="GB"),
+        }
+        if importlib.util.find_spec(RTX) is not None:
+            figures |= full_size_engine(folder)
+    return figures
+
+
+def full_size_engine(folder: Path) -> dict[str, Figure]:
+    """What it takes to build an engine from the export in a folder, and its fused attentions.
+
+    Raises:
+        WorkError: the build failed, or does not say how many attentions it fused.
+    """
+    memory = peak_memory(functools.partial(Path, folder), _build_apart)
+    seconds, fused, attentions = json.loads((folder / _BUILT).read_text(encoding="ascii"))
+    share = _fused_share(fused, attentions, f"{_FULL_SIZE_TARGET} at full size")
     return {
-        "export.full_size.seconds": Figure(seconds, n=1, unit="s"),
-        "export.full_size.peak_gigabytes": Figure(memory.peak / _GIGABYTE, n=1, unit="GB"),
+        "export.full_size.engine_seconds": Figure(seconds, n=1, unit="s"),
+        "export.full_size.engine_peak_gigabytes": Figure(memory.peak / _GIGABYTE, n=1, unit="GB"),
+        "export.full_size.attentions_fused": Figure(share, n=attentions),
     }
 
 
@@ -407,8 +438,17 @@ def time_export(source: Checkpoint | Engine, path: Path) -> float:
 
 
 def _export_apart(folder: Path, checkpoint: Checkpoint) -> None:
-    seconds = time_export(checkpoint, folder / "network.onnx")
+    seconds = time_export(checkpoint, folder / _NETWORK)
     (folder / _SECONDS).write_text(str(seconds), encoding="ascii")
+
+
+def _build_apart(folder: Path) -> None:
+    began = time.perf_counter()
+    record = build_rtx_engine(
+        folder / _NETWORK, folder / "network.engine", target=_FULL_SIZE_TARGET
+    ).record
+    said = [time.perf_counter() - began, record.fused, record.attentions]
+    (folder / _BUILT).write_text(json.dumps(said), encoding="ascii")
 
 
 def full_size_figures(model: FullSize, progress: Progress) -> dict[str, Figure]:
@@ -433,7 +473,7 @@ def _full_size_ratios(
 ) -> tuple[dict[str, Figure], Tensor]:
     """The ratios of each runtime, and what eager PyTorch predicts."""
     subject = full_size_subject(model, "cpu", getattr(torch, precision))
-    network: ExportedNetwork = export_onnx(subject.engine, folder / "network.onnx")
+    network: ExportedNetwork = export_onnx(subject.engine, folder / _NETWORK)
     eager, step = subject.engine.denoiser, _full_size_step(model)
     usual = step.predict(eager, precision)
     figures: dict[str, Figure] = {}

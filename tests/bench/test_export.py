@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import exported
@@ -293,6 +294,7 @@ def test_the_cost_of_an_export_is_of_a_process_of_its_own(monkeypatch, full_size
         run(checkpoint)
         return PeakMemory(1, 4_500_000_000)
 
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(export, "peak_memory", peak)
     monkeypatch.setattr(export, "export_onnx", lambda _, path: written.append(path))
     monkeypatch.setattr(export.time, "perf_counter", iter((10.0, 12.5)).__next__)
@@ -301,6 +303,33 @@ def test_the_cost_of_an_export_is_of_a_process_of_its_own(monkeypatch, full_size
         "export.full_size.peak_gigabytes": Figure(4.5, n=1, unit="GB"),
     }
     assert not written[0].parent.exists()
+
+
+def test_the_full_size_engine_is_built_from_the_same_export(monkeypatch, full_size):
+    fused = [74]
+
+    def peak(prepare, run):
+        state = prepare()
+        run(state)
+        return PeakMemory(1, 9_000_000_000 if isinstance(state, Path) else 4_500_000_000)
+
+    def build(network, path, *, target):
+        assert network.read_bytes() == b"network" and target == "sm_89"
+        return SimpleNamespace(record=SimpleNamespace(fused=fused[0], attentions=74))
+
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(export, "peak_memory", peak)
+    monkeypatch.setattr(export, "random_checkpoint", lambda *_: "a checkpoint")
+    monkeypatch.setattr(export, "export_onnx", lambda _, path: path.write_bytes(b"network"))
+    monkeypatch.setattr(export, "build_rtx_engine", build)
+    figures = export.full_size_cost(full_size)
+    assert figures["export.full_size.peak_gigabytes"].value == 4.5
+    assert figures["export.full_size.engine_peak_gigabytes"].value == 9.0
+    assert figures["export.full_size.engine_seconds"].value >= 0
+    assert figures["export.full_size.attentions_fused"] == Figure(1.0, n=74)
+    fused[0] = None
+    with pytest.raises(WorkError, match=r"for sm_89 at full size must say .* got None of 74"):
+        export.full_size_cost(full_size)
 
 
 def test_fused_attentions_are_those_of_the_worse_type(monkeypatch, tmp_path):
