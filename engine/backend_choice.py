@@ -22,7 +22,7 @@ RATIOS_FILE = Path(__file__).with_name("backend_ratios.json")
 Ratios = Mapping[str, Mapping[str, Mapping[str, float]]]
 PRECISIONS = ("float32", "bfloat16")  # that a model is loaded in on a CPU
 _EXPORTING = ("onnx", "onnx_ir", "onnxscript")
-_PACKAGES = {  # what a back end imports; all are of the extra "export"
+_PACKAGES = {  # what a back end imports beyond the core; all are of the extra "export"
     "onnxruntime": (*_EXPORTING, "onnxruntime"),
     "openvino": (*_EXPORTING, "openvino"),
 }
@@ -110,4 +110,4 @@ def _say(choice: Choice) -> None:
 
 
 def _missing_packages(backend: str) -> list[str]:
-    return [name for name in _PACKAGES[backend] if importlib.util.find_spec(name) is None]
+    return [name for name in _PACKAGES.get(backend, ()) if importlib.util.find_spec(name) is None]

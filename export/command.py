@@ -22,6 +22,7 @@ from kinetiq.export.metadata import precision_of, read_metadata
 from kinetiq.export.nodes import KINDS
 from kinetiq.export.plugin_choice import CHOICE_FILE, OPERATORS
 from kinetiq.export.plugin_ptx import PLAIN_SHARED
+from kinetiq.files import check_target
 from kinetiq.taps import DEFAULT_TAP
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -299,6 +300,7 @@ def tune(
     from kinetiq.export.plugin_choice import write_record
     from kinetiq.export.plugin_tuning import tune_plugins
 
+    check_target(path or CHOICE_FILE, "export tune")
     target, record = tune_plugins(
         network,
         bounds=_bounds(profiles),

@@ -10,7 +10,7 @@ import torch
 import kinetiq as kq
 from kinetiq import backend_choice
 from kinetiq.backend_choice import PRECISIONS, Choice, choose_backend, cpu_kind, read_ratios
-from kinetiq.backends import BACKENDS, EAGER, EXPORTED
+from kinetiq.backends import BACKENDS, EAGER
 from kinetiq.errors import RequestError
 
 
@@ -87,7 +87,7 @@ def test_the_packages_data_is_of_known_words():
     for kinds in read_ratios().values():
         assert set(kinds) <= set(PRECISIONS)
         for found in kinds.values():
-            assert set(found) <= set(backend_choice._PACKAGES) <= set(EXPORTED)
+            assert set(found) <= set(BACKENDS) - {EAGER}
             assert all(ratio > 0 for ratio in found.values())
     assert json.loads(backend_choice.RATIOS_FILE.read_text()) == read_ratios()
 

@@ -179,6 +179,14 @@ def test_the_command_measures_and_writes(gpu, tmp_path):
     assert all(options["bounds"]["rows"].most == 2 for _, options in gpu.built)
 
 
+def test_a_file_that_cannot_be_written_is_said_before_the_work(gpu, tmp_path):
+    write_one_node(tmp_path / "net.onnx", "query_attention")
+    words = ["tune", str(tmp_path / "net.onnx"), "--path", str(tmp_path / "no" / "choice.json")]
+    result = CliRunner().invoke(command.export, words)
+    assert result.exit_code == 2 and "must exist to hold 'choice.json'" in result.stderr
+    assert not gpu.built
+
+
 def test_a_step_is_of_the_best_sizes(tmp_path):
     metadata = write_one_node(tmp_path / "net.onnx", "query_attention")
     own = [replace(metadata.inputs[0], name=n, axes=a) for n, a in (
