@@ -80,7 +80,8 @@ def make_group(registry: Registry) -> BenchGroup:
             "compared with their targets and recorded."
         ),
     )
-    for command in (_all_command(registry), _list_command(registry), _readme, _compare):
+    own = (_all_command(registry), _list_command(registry), _readme, _backends, _compare)
+    for command in own:
         group.add_command(command)
     return group
 
@@ -285,6 +286,34 @@ def _readme(check: bool, results: Path | None, path: Path | None) -> None:
         )
     write_text(path, drawn, "bench readme")
     click.echo(f"{path} drawn from {results}")
+
+
+@click.command("backends")
+@click.option("--check", is_flag=True, help="Change nothing; exit with 1 if it would change.")
+@click.option("--results", type=_FOLDER, help="Folder of records; bench/results of the checkout.")
+@click.option("--path", type=_FILE, help="File to write; the package's own.")
+def _backends(check: bool, results: Path | None, path: Path | None) -> None:
+    """Draw the data by which backend="auto" chooses from the records of bench export."""
+    from kinetiq.backend_choice import RATIOS_FILE
+    from kinetiq.bench.backends import draw_ratios, render_ratios
+
+    checkout = find_checkout()
+    if checkout is None and results is None:
+        raise RequestError(
+            "bench backends: must run in a checkout, found none; name the folder with --results"
+        )
+    folder = results or (checkout or Path()) / "bench" / "results"
+    path = path or RATIOS_FILE
+    drawn = render_ratios(draw_ratios(read_folder(folder)))
+    if path.exists() and path.read_text(encoding="utf-8") == drawn:
+        click.echo(f"{path} agrees with the records")
+        return
+    if check:
+        raise WorkError(
+            f"{path}: must agree with the records, but differs; run `kinetiq bench backends`"
+        )
+    write_text(path, drawn, "bench backends")
+    click.echo(f"{path} drawn from {folder}")
 
 
 @click.command("compare")

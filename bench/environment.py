@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from kinetiq.backend_choice import cpu_kind
+
 PACKAGES = (
     "kinetiq",
     "torch",
@@ -41,11 +43,15 @@ def describe_environment(device: str) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """CPU model, cores, threads in use, RAM in bytes, GPU and driver (None without one)."""
+    """CPU model and kind, cores, threads in use, RAM in bytes, GPU and driver (None without one).
+
+    The kind is the one by which back ends are chosen.
+    """
     has_gpu = torch.cuda.is_available()
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
+        "cpu_kind": cpu_kind(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "ram": _ram(),

@@ -4,19 +4,22 @@ The embedded model generates the same clips on every runtime: a plain one, one u
 and a batch in which all differ. In float32 the error of its latents against eager PyTorch counts;
 in narrower types the same over the error that eager PyTorch makes in that type. A step is timed in
 turn with eager PyTorch of the same precision, once its result is seen to be right: of the embedded
-network for a clip with guidance, of the full-size one for a single row of 8 frames of 256x256. How
-many threads both take is `export.threads`.
+network for a clip with guidance, of the full-size one for a single row of 8 frames of 256x256. Both
+take one thread, and then two; a figure without a number of threads is the worse of the two.
 
 Everything runs on the CPU, whatever the device. The full-size network takes 5.3 GB in a temporary
 folder, and in float32 about four times as much memory; of the runtimes one at a time is loaded.
 Engines of TensorRT for RTX are built where it is installed, for GPUs that need not be here.
 """
 
+import contextlib
 import functools
 import gc
 import importlib.util
+import json
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kinetiq.backends import EAGER
 from kinetiq.bench.figures import Figure
 from kinetiq.bench.harness import Bench, BenchOptions, Progress
 from kinetiq.bench.measure import TimeRatio, peak_memory, time_ratio
@@ -35,14 +39,15 @@ from kinetiq.bench.subjects import (
     full_size_subject,
     require_as_good,
 )
-from kinetiq.checkpoint import Checkpoint
+from kinetiq.checkpoint import Checkpoint, load_checkpoint
 from kinetiq.clip import Clip
-from kinetiq.denoiser import NO_CONTROLS, Denoiser
+from kinetiq.denoiser import NO_CONTROLS, Denoiser, EagerDenoiser
 from kinetiq.engine import Engine
 from kinetiq.errors import WorkError
 from kinetiq.export.check import installed_runtimes
 from kinetiq.export.engine_rtx import PACKAGE as RTX
 from kinetiq.export.engine_rtx import build_rtx_engine
+from kinetiq.export.loading import load_denoiser
 from kinetiq.export.network import ExportedNetwork, export_onnx
 from kinetiq.export.onnxruntime_denoiser import OnnxruntimeDenoiser
 from kinetiq.export.openvino_denoiser import OpenvinoDenoiser
@@ -63,10 +68,14 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")
 FULL_SIZE = replace(ANIMATEDIFF, frames=8, height=256, width=256)
 _FULL_SIZE_IN = ("float32", "bfloat16")
 _FULL_SIZE_REPEATS = 3  # pairs, of which each takes up to a minute
+_THREADS = (1, 2)
 _PROMPT = "a red circle"
 _TIMESTEP = 500
 _GIGABYTE = 1e9
+_FULL_SIZE_TARGET = "sm_89"
+_NETWORK = "network.onnx"
 _SECONDS = "seconds"  # file in which a measured process leaves its time
+_BUILT = "built.json"  # file in which a build leaves seconds, fused attentions, and all of them
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,7 @@ class Answers:
 def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
     """Measure the embedded model, then engines for GPUs, then the full-size network."""
     sample = QUICK if options.quick else FULL
-    figures = {"export.threads": Figure(torch.get_num_threads())}
+    figures: dict[str, Figure] = {}
     with TemporaryDirectory(prefix="kinetiq-") as name:
         folder = Path(name)
         figures |= embedded_figures("sprites", sample, folder, progress)
@@ -158,12 +167,12 @@ def embedded_figures(
     """
     figures: dict[str, Figure] = {}
     batches = make_batches(transfer_pairs(1)[0].reference(), sample.steps)
-    with Engine.load(source) as engine:
+    with load_engine(source, "float32") as engine:
         step = embedded_step(engine)
     exact: Answers | None = None
     for precision in progress.track(sample.precisions, "embedded"):
         network = network_file(folder, precision)
-        with Engine.load(source, dtype=precision) as eager:
+        with load_engine(source, precision) as eager:
             seconds = time_export(eager, network)
             if exact is None:
                 figures["export.seconds"] = Figure(seconds, n=1, unit="s")
@@ -171,15 +180,31 @@ def embedded_figures(
             exact = usual if exact is None else exact
             for runtime in supported_runtimes(precision):
                 name = f"{runtime}_{WORDS[precision]}"
-                with Engine.load(
-                    source, dtype=precision, backend=runtime, network=network
-                ) as engine:
+                with load_engine(source, precision, runtime, network) as engine:
                     ours = answer(engine, batches, step)
-                    figures |= error_figures(name, ours, usual, exact)
-                    require_as_good(name, ours.prediction, usual.prediction, exact.prediction)
-                    ratio = step_ratio(engine.denoiser, eager.denoiser, step, precision, sample)
-                figures[f"export.embedded.{name}.ratio"] = ratio.figure
+                figures |= error_figures(name, ours, usual, exact)
+                trial = Trial(
+                    name,
+                    functools.partial(RUNTIMES[runtime], network),
+                    eager.denoiser,
+                    step,
+                    precision,
+                    usual.prediction,
+                    exact.prediction,
+                )
+                figures |= trial.figures("export.embedded", sample.repeats)
     return figures
+
+
+def load_engine(
+    source: str | Path, precision: str, backend: str = EAGER, network: Path | None = None
+) -> Engine:
+    """A model on a CPU, in float16 too, which `Engine.load` refuses there."""
+    checkpoint = load_checkpoint(source, dtype=precision, half_on_cpu=True)
+    if backend == EAGER:
+        return Engine(checkpoint, EagerDenoiser(checkpoint.unet).attach())
+    denoiser = load_denoiser(backend, checkpoint, network=network)
+    return Engine(checkpoint, denoiser, backend=backend)
 
 
 def network_file(folder: Path, precision: str) -> Path:
@@ -248,16 +273,71 @@ def supported_runtimes(precision: str) -> tuple[str, ...]:
     return found
 
 
-def step_ratio(
-    ours: Denoiser, eager: Denoiser, step: Step, precision: str, sample: Sample
-) -> TimeRatio:
-    """Time a step on a runtime and by eager PyTorch in turn; both have run before."""
-    return time_ratio(
-        functools.partial(step.predict, ours, precision),
-        functools.partial(step.predict, eager, precision),
-        repeats=sample.repeats,
-        warmup=0,
-    )
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A step on a runtime, against eager PyTorch of the same precision.
+
+    Args:
+        name: of the runtime and the precision.
+        open: makes the runtime's denoiser, with as many threads as PyTorch has then.
+        eager: has run before.
+        step: that is timed.
+        precision: of both.
+        usual: what eager makes of it.
+        exact: what eager makes of it in float32.
+    """
+
+    name: str
+    open: Callable[[], Denoiser]
+    eager: Denoiser
+    step: Step
+    precision: str
+    usual: Tensor
+    exact: Tensor
+
+    def figures(self, prefix: str, repeats: int) -> dict[str, Figure]:
+        """The ratio for each number of threads, and the worst of them.
+
+        Raises:
+            WorkError: the step is not right.
+        """
+        ratios = {count: self._ratio(count, repeats) for count in thread_counts()}
+        worst = max(ratios.values(), key=lambda ratio: ratio.ratio)
+        return {
+            f"{prefix}.{self.name}.ratio": worst.figure,
+            **{
+                f"{prefix}.threads_{count}.{self.name}.ratio": ratio.figure
+                for count, ratio in ratios.items()
+            },
+        }
+
+    def _ratio(self, threads: int, repeats: int) -> TimeRatio:
+        with using_threads(threads):
+            denoiser = self.open()
+            ours = self.step.predict(denoiser, self.precision)
+            require_as_good(self.name, ours, self.usual, self.exact)
+            return time_ratio(
+                functools.partial(self.step.predict, denoiser, self.precision),
+                functools.partial(self.step.predict, self.eager, self.precision),
+                repeats=repeats,
+                warmup=0,
+            )
+
+
+def thread_counts() -> tuple[int, ...]:
+    """Numbers of threads that are measured, those that the machine has cores for."""
+    return tuple(count for count in _THREADS if count <= (os.cpu_count() or 1))
+
+
+@contextlib.contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Inside, PyTorch has this number of threads, and what is compiled then as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def fused_figures(folder: Path, progress: Progress) -> dict[str, Figure]:
@@ -276,28 +356,55 @@ def fused_figures(folder: Path, progress: Progress) -> dict[str, Figure]:
         for precision in FUSED_IN:
             path = folder / f"{target}-{precision}.engine"
             record = build_rtx_engine(network_file(folder, precision), path, target=target).record
-            if record.fused is None or not record.attentions:
-                raise WorkError(
-                    f"bench export: the build for {target} in {precision} must say how many of its "
-                    f"attentions are fused, got {record.fused} of {record.attentions}"
-                )
-            shares.append(record.fused / record.attentions)
+            shares.append(_fused_share(record.fused, record.attentions, f"{target} in {precision}"))
             path.unlink()
         figures[f"export.attentions_fused.{target}"] = Figure(min(shares), n=len(shares))
     return figures
 
 
+def _fused_share(fused: int | None, attentions: int, what: str) -> float:
+    if fused is None or not attentions:
+        raise WorkError(
+            f"bench export: the build for {what} must say how many of its attentions are fused, "
+            f"got {fused} of {attentions}"
+        )
+    return fused / attentions
+
+
 def full_size_cost(model: FullSize) -> dict[str, Figure]:
-    """Seconds and memory of an export in float16; the peak is that of the whole process."""
-    with TemporaryDirectory(prefix="kinetiq-") as folder:
+    """Seconds and memory of an export in float16, and of an RTX's engine that is built from it.
+
+    Each happens in a process of its own, whose whole peak counts.
+    """
+    with TemporaryDirectory(prefix="kinetiq-") as name:
+        folder = Path(name)
         memory = peak_memory(
             functools.partial(random_checkpoint, model.family, dict(model.config), torch.float16),
-            functools.partial(_export_apart, Path(folder)),
+            functools.partial(_export_apart, folder),
         )
-        seconds = float((Path(folder) / _SECONDS).read_text(encoding="ascii"))
+        seconds = float((folder / _SECONDS).read_text(encoding="ascii"))
+        figures = {
+            "export.full_size.seconds": Figure(seconds, n=1, unit="s"),
+            "export.full_size.peak_gigabytes": Figure(memory.peak / _GIGABYTE, n=1, unit="GB"),
+        }
+        if importlib.util.find_spec(RTX) is not None:
+            figures |= full_size_engine(folder)
+    return figures
+
+
+def full_size_engine(folder: Path) -> dict[str, Figure]:
+    """What it takes to build an engine from the export in a folder, and its fused attentions.
+
+    Raises:
+        WorkError: the build failed, or does not say how many attentions it fused.
+    """
+    memory = peak_memory(functools.partial(Path, folder), _build_apart)
+    seconds, fused, attentions = json.loads((folder / _BUILT).read_text(encoding="ascii"))
+    share = _fused_share(fused, attentions, f"{_FULL_SIZE_TARGET} at full size")
     return {
-        "export.full_size.seconds": Figure(seconds, n=1, unit="s"),
-        "export.full_size.peak_gigabytes": Figure(memory.peak / _GIGABYTE, n=1, unit="GB"),
+        "export.full_size.engine_seconds": Figure(seconds, n=1, unit="s"),
+        "export.full_size.engine_peak_gigabytes": Figure(memory.peak / _GIGABYTE, n=1, unit="GB"),
+        "export.full_size.attentions_fused": Figure(share, n=attentions),
     }
 
 
@@ -331,8 +438,17 @@ def time_export(source: Checkpoint | Engine, path: Path) -> float:
 
 
 def _export_apart(folder: Path, checkpoint: Checkpoint) -> None:
-    seconds = time_export(checkpoint, folder / "network.onnx")
+    seconds = time_export(checkpoint, folder / _NETWORK)
     (folder / _SECONDS).write_text(str(seconds), encoding="ascii")
+
+
+def _build_apart(folder: Path) -> None:
+    began = time.perf_counter()
+    record = build_rtx_engine(
+        folder / _NETWORK, folder / "network.engine", target=_FULL_SIZE_TARGET
+    ).record
+    said = [time.perf_counter() - began, record.fused, record.attentions]
+    (folder / _BUILT).write_text(json.dumps(said), encoding="ascii")
 
 
 def full_size_figures(model: FullSize, progress: Progress) -> dict[str, Figure]:
@@ -345,11 +461,8 @@ def full_size_figures(model: FullSize, progress: Progress) -> dict[str, Figure]:
     exact: Tensor | None = None
     for precision in progress.track(_FULL_SIZE_IN, "full size"):
         with TemporaryDirectory(prefix="kinetiq-") as folder:
-            ratios, usual = _full_size_ratios(model, precision, Path(folder), exact)
-        figures |= {
-            f"export.{runtime}_{WORDS[precision]}.ratio": ratio.figure
-            for runtime, ratio in ratios.items()
-        }
+            found, usual = _full_size_ratios(model, precision, Path(folder), exact)
+        figures |= found
         exact = usual if exact is None else exact
         gc.collect()  # networks refer to themselves, and the next one needs the room
     return figures
@@ -357,22 +470,26 @@ def full_size_figures(model: FullSize, progress: Progress) -> dict[str, Figure]:
 
 def _full_size_ratios(
     model: FullSize, precision: str, folder: Path, exact: Tensor | None
-) -> tuple[dict[str, TimeRatio], Tensor]:
-    """The ratio of each runtime, and what eager PyTorch predicts."""
+) -> tuple[dict[str, Figure], Tensor]:
+    """The ratios of each runtime, and what eager PyTorch predicts."""
     subject = full_size_subject(model, "cpu", getattr(torch, precision))
-    network: ExportedNetwork = export_onnx(subject.engine, folder / "network.onnx")
+    network: ExportedNetwork = export_onnx(subject.engine, folder / _NETWORK)
     eager, step = subject.engine.denoiser, _full_size_step(model)
     usual = step.predict(eager, precision)
-    ratios = {}
+    figures: dict[str, Figure] = {}
     for runtime in supported_runtimes(precision):
-        denoiser = RUNTIMES[runtime](network.path)
-        ours = step.predict(denoiser, precision)
-        name = f"full-size {runtime}_{WORDS[precision]}"
-        require_as_good(name, ours, usual, usual if exact is None else exact)
-        sample = replace(FULL, repeats=_FULL_SIZE_REPEATS)
-        ratios[runtime] = step_ratio(denoiser, eager, step, precision, sample)
-        del denoiser  # before the next one is loaded
-    return ratios, usual
+        trial = Trial(
+            f"{runtime}_{WORDS[precision]}",
+            functools.partial(RUNTIMES[runtime], network.path),
+            eager,
+            step,
+            precision,
+            usual,
+            usual if exact is None else exact,
+        )
+        figures |= trial.figures("export", _FULL_SIZE_REPEATS)
+        gc.collect()  # before the next one is loaded
+    return figures, usual
 
 
 def _full_size_step(model: FullSize) -> Step:

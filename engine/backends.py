@@ -1,7 +1,8 @@
 """The back ends that can run a denoiser, by name.
 
-All but "eager" run a network that was exported, and are a part of `kinetiq.export`, which is
-imported only when one of them is asked for; nothing of the engine depends on it.
+Those of `EXPORTED` run a network that was exported, and are a part of `kinetiq.export`, which is
+imported only when one of them is asked for; nothing of the engine depends on it. "auto" is none of
+them, but the one that `kinetiq.backend_choice` chooses.
 """
 
 import importlib
@@ -12,11 +13,15 @@ from typing import TYPE_CHECKING
 from kinetiq.errors import RequestError
 
 if TYPE_CHECKING:
+    import torch
+
     from kinetiq.checkpoint import Checkpoint
     from kinetiq.denoiser import Denoiser
 
 EAGER = "eager"
-EXPORTED = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
+AUTO = "auto"
+ON_GPU = ("tensorrt", "tensorrt-rtx")  # which run nowhere else
+EXPORTED = ("onnxruntime", "openvino", *ON_GPU)
 BACKENDS = (EAGER, *EXPORTED)
 _LOADER = "kinetiq.export.loading"  # by name: the engine must not import what is built on it
 
@@ -25,14 +30,31 @@ def check_backend(
     backend: str, network: str | os.PathLike[str] | None, trust: str | Collection[str]
 ) -> None:
     """Raise a `RequestError` unless a back end, and what it is to run, have a meaning."""
-    if backend not in BACKENDS:
-        raise RequestError(f"load: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == EAGER and (network is not None or trust):
+    if backend not in (*BACKENDS, AUTO):
+        raise RequestError(
+            f"load: backend must be one of {', '.join(BACKENDS)}, or {AUTO}, got {backend!r}"
+        )
+    if backend not in EXPORTED and (network is not None or trust):
         given = "network" if network is not None else "trust"
         raise RequestError(
             f"load: {given} needs a backend that runs an exported network, "
-            f"{', '.join(EXPORTED)}, got {EAGER!r}"
+            f"{', '.join(EXPORTED)}, got {backend!r}"
         )
+
+
+def usual_device(backend: str) -> str:
+    """The device that a back end runs on where none is asked for."""
+    return "cuda" if backend in ON_GPU else "cpu"
+
+
+def check_machine(backend: str, device: "str | torch.device") -> None:
+    """Raise, before a model is loaded, unless a back end of `EXPORTED` can run here.
+
+    Raises:
+        MissingDependencyError: a package or a device is missing.
+        RequestError: it does not run on such a device.
+    """
+    importlib.import_module(_LOADER).check_machine(backend, device)
 
 
 def load_exported(
@@ -41,7 +63,7 @@ def load_exported(
     network: str | os.PathLike[str] | None,
     trust: str | Collection[str],
 ) -> "Denoiser":
-    """The denoiser of a back end other than "eager"; see `kinetiq.export.loading`."""
+    """The denoiser of a back end of `EXPORTED`; see `kinetiq.export.loading`."""
     denoiser: Denoiser = importlib.import_module(_LOADER).load_denoiser(
         backend, checkpoint, network=network, trust=trust
     )

@@ -102,6 +102,7 @@ def load_checkpoint(
     variant: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    half_on_cpu: bool = False,
 ) -> Checkpoint:
     """Load a diffusers text-to-video pipeline.
 
@@ -113,10 +114,11 @@ def load_checkpoint(
             being named; the one named here wins.
         device: "cpu", "cuda" or "cuda:<index>".
         dtype: a value or a key of `DTYPES`, for all components; None is float32. float16 is
-            refused on a CPU.
+            refused on a CPU unless `half_on_cpu`.
         variant: of the weights files, as in "fp16" for `model.fp16.safetensors`.
         revision: branch, tag or commit of a hub repository.
         local_files_only: use what is downloaded already and leave the network alone.
+        half_on_cpu: take float16 on a CPU too, for what is exported or compared.
 
     Raises:
         CheckpointError: the source, a component or a weights file is missing, cannot be read or
@@ -125,7 +127,7 @@ def load_checkpoint(
         MissingDependencyError: the device is not there.
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
-    if device.type == "cpu" and dtype == torch.float16:
+    if device.type == "cpu" and dtype == torch.float16 and not half_on_cpu:
         raise RequestError(
             "load: dtype must be float32 or bfloat16 on a CPU, got float16 (slow and imprecise "
             "there); pass one of them, or device='cuda'"
@@ -209,12 +211,11 @@ def embedded_folder() -> Path:
     return folder
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that `device` names.
+def parse_device(device: str | torch.device) -> torch.device:
+    """The device that `device` names, whether it is there or not.
 
     Raises:
         RequestError: it is neither a CPU nor a CUDA device.
-        MissingDependencyError: it is a CUDA device that this machine or this PyTorch lacks.
     """
     try:
         found = torch.device(device)
@@ -224,6 +225,17 @@ def resolve_device(device: str | torch.device) -> torch.device:
         ) from error
     if found.type not in ("cpu", "cuda"):
         raise RequestError(f"device: must be 'cpu', 'cuda' or 'cuda:<index>', got {str(found)!r}")
+    return found
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device that `device` names.
+
+    Raises:
+        RequestError: it is neither a CPU nor a CUDA device.
+        MissingDependencyError: it is a CUDA device that this machine or this PyTorch lacks.
+    """
+    found = parse_device(device)
     if found.type == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ _PACKAGES: dict[str, tuple[str | None, str]] = {
 def examine() -> dict[str, Any]:
     """Versions, devices and back ends, as plain data."""
     from kinetiq import __version__
+    from kinetiq.backend_choice import PRECISIONS, choose_backend
     from kinetiq.backends import BACKENDS
 
     packages = []
@@ -54,6 +56,7 @@ def examine() -> dict[str, Any]:
         "system": platform.platform(),
         "devices": _devices(),
         "backends": list(BACKENDS),
+        "auto": {precision: asdict(choose_backend(precision)) for precision in PRECISIONS},
         "models": ["sprites"],
         "packages": packages,
     }
@@ -68,6 +71,12 @@ def render(findings: dict[str, Any]) -> str:
         *(f"  {device['name']:<8} {device['description']}" for device in findings["devices"]),
         "",
         f"back ends  {', '.join(findings['backends'])}",
+        "",
+        "backend auto on the CPU",
+        *(
+            f"  {precision:<9} {chosen['backend']:<12} {chosen['why']}"
+            for precision, chosen in findings["auto"].items()
+        ),
         "",
         "packages",
     ]

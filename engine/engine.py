@@ -12,7 +12,16 @@ import attrs
 import torch
 from torch import Tensor
 
-from kinetiq.backends import EAGER, check_backend, load_exported
+from kinetiq.backend_choice import take_backend
+from kinetiq.backends import (
+    AUTO,
+    EAGER,
+    EXPORTED,
+    check_backend,
+    check_machine,
+    load_exported,
+    usual_device,
+)
 from kinetiq.board_run import BoardLatents
 from kinetiq.checkpoint import Checkpoint, load_checkpoint
 from kinetiq.clip import Clip
@@ -118,7 +127,7 @@ class Engine:
         source: str | Path,
         *,
         motion_adapter: str | Path | None = None,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         backend: str = EAGER,
         network: str | Path | None = None,
@@ -133,11 +142,14 @@ class Engine:
             source: "sprites" (embedded), a diffusers folder, or a hub id.
             motion_adapter: folder or hub id of an AnimateDiff motion adapter, where `source` is
                 an image model.
-            device: "cpu", "cuda" or "cuda:<index>".
+            device: "cpu", "cuda" or "cuda:<index>"; None: a GPU for the back ends that run on
+                nothing else, and the CPU for the others.
             dtype: "float32", "bfloat16" or "float16"; None is float32.
-            backend: what runs the denoiser; one of `kinetiq.backends.BACKENDS`.
+            backend: what runs the denoiser; one of `kinetiq.backends.BACKENDS`, or "auto" for the
+                fastest that was recorded to be exact here; see `kinetiq.backend_choice`.
             network: an export of the model that the back end runs, or an engine of TensorRT. None:
-                the model is exported to the user's cache, once.
+                the model is exported to the user's cache, once, and an engine for the GPU at hand
+                is built there.
             trust: SHA-256 checksums of engines that you vouch for, since an engine is code.
             variant: of the weights files, such as "fp16".
             revision: branch, tag or commit of a hub repository.
@@ -146,9 +158,12 @@ class Engine:
         Raises:
             CheckpointError: the model cannot be loaded.
             RequestError: an option has no meaning.
-            MissingDependencyError: the device is not there.
+            MissingDependencyError: the device, or a package of the back end, is not there.
         """
         check_backend(backend, network, trust)
+        device = usual_device(backend) if device is None else device
+        if backend in EXPORTED:
+            check_machine(backend, device)
         checkpoint = load_checkpoint(
             source,
             motion_adapter=motion_adapter,
@@ -158,7 +173,9 @@ class Engine:
             revision=revision,
             local_files_only=local_files_only,
         )
-        if backend != EAGER:
+        if backend == AUTO:
+            backend = take_backend(checkpoint.dtype, checkpoint.device)
+        if backend in EXPORTED:
             denoiser = load_exported(backend, checkpoint, network, trust)
             return cls(checkpoint, denoiser, backend=backend)
         return cls(checkpoint, EagerDenoiser(checkpoint.unet).attach())

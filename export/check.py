@@ -9,8 +9,8 @@ import contextlib
 import importlib.util
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kinetiq.checkpoint import Checkpoint
 from kinetiq.denoiser import Denoiser, EagerDenoiser
 from kinetiq.errors import CheckpointError, MissingDependencyError, RequestError
+from kinetiq.export.engine_profile import Profile
+from kinetiq.export.engine_runtime import open_engine
 from kinetiq.export.example import (
     Example,
     ExampleShape,
@@ -35,12 +37,16 @@ from kinetiq.export.nodes import DOMAIN, NODES
 from kinetiq.export.onnxruntime_denoiser import OnnxruntimeDenoiser
 from kinetiq.export.openvino_denoiser import OpenvinoDenoiser
 from kinetiq.export.specialisation import keep_controls
+from kinetiq.export.specialising_denoiser import SpecialisingDenoiser
 from kinetiq.taps import find_tap
 
 TOLERANCE = 1e-4  # of the largest value, in float32
 SLACK = 2.0  # times eager's own error, in narrower types
 _FLOAT = 1  # onnx.TensorProto.FLOAT
-_RUNTIMES = {"onnxruntime": OnnxruntimeDenoiser, "openvino": OpenvinoDenoiser}
+_RUNTIMES: Mapping[str, Callable[[Path, torch.device], SpecialisingDenoiser]] = {
+    "onnxruntime": OnnxruntimeDenoiser,
+    "openvino": OpenvinoDenoiser,
+}
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,15 @@ class Comparison:
         return self.relative_error <= self.allowed
 
 
-def installed_runtimes(precision: str) -> tuple[str, ...]:
-    """The runtimes here that run a network of this precision on a CPU."""
-    found = [name for name in _RUNTIMES if importlib.util.find_spec(name) is not None]
-    if precision == "bfloat16":
-        found = [name for name in found if name != "onnxruntime"]
-    return tuple(found)
+def installed_runtimes(precision: str, device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """The runtimes here that run a network of this precision on a device."""
+    if torch.device(device).type != "cpu":
+        found = ["onnxruntime"]
+    elif precision == "bfloat16":
+        found = ["openvino"]
+    else:
+        found = list(_RUNTIMES)
+    return tuple(name for name in found if importlib.util.find_spec(name) is not None)
 
 
 def check_network(
@@ -85,6 +94,7 @@ def check_network(
     *,
     runtimes: Collection[str] | None = None,
     shapes: Collection[ExampleShape] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Comparison]:
     """Compare a network with its model, under each runtime, shape, and with and without controls.
 
@@ -93,31 +103,87 @@ def check_network(
         checkpoint: the model, loaded in float32 on a CPU.
         runtimes: "onnxruntime", "openvino"; None: those that are installed.
         shapes: of batches; None: those of `example_shapes`.
+        device: that the runtimes run on.
 
     Raises:
         CheckpointError: the network is damaged, or another model's.
-        MissingDependencyError: no runtime is installed.
+        MissingDependencyError: no runtime is installed, or the device is missing.
+        RequestError: a runtime is not known, or cannot run this.
     """
     metadata = read_metadata(path)
-    if metadata.fingerprint != checkpoint.fingerprint:
-        raise CheckpointError(
-            f"check: {path} must be an export of {checkpoint.name}, "
-            f"got one of {metadata.checkpoint} with another fingerprint"
-        )
-    names = installed_runtimes(metadata.precision) if runtimes is None else tuple(runtimes)
+    _require_same(path, metadata, checkpoint)
+    names = installed_runtimes(metadata.precision, device) if runtimes is None else tuple(runtimes)
     if not names:
         raise MissingDependencyError(
             f"check: needs onnxruntime or openvino to run {metadata.precision}, and none is "
             'installed: pip install ".[export]"'
         )
-    denoisers: dict[str, Denoiser] = {}
-    for name in names:
-        if name not in _RUNTIMES:
-            raise RequestError(
-                f"check: runtimes must be among {', '.join(_RUNTIMES)}, got {name!r}"
-            )
-        denoisers[name] = _RUNTIMES[name](Path(path))
-    for shape in example_shapes(metadata) if shapes is None else shapes:
+    denoisers = {name: _open(name, path, device) for name in names}
+    every = example_shapes(metadata) if shapes is None else shapes
+    yield from _compare_all(checkpoint, metadata, every, denoisers)
+
+
+def check_engine_file(
+    path: str | os.PathLike[str],
+    checkpoint: Checkpoint,
+    *,
+    trust: str | Collection[str] = (),
+    device: torch.device | str = "cuda",
+) -> Iterator[Comparison]:
+    """Compare an engine with its model, at three shapes of its profile.
+
+    Args:
+        path: of the plan.
+        checkpoint: the model, loaded in float32 on a CPU.
+        trust: checksums that the caller vouches for.
+        device: the GPU.
+
+    Raises:
+        CheckpointError: see `engine_runtime.open_engine`; or it is another model's.
+        MissingDependencyError: the runtime or a GPU is missing.
+    """
+    denoiser = open_engine(path, trust=trust, device=device)
+    _require_same(path, denoiser.metadata, checkpoint)
+    profile = denoiser.file.record.profile
+    shapes = [shape_inside(shape, profile) for shape in example_shapes(denoiser.metadata)]
+    denoisers = {denoiser.file.record.runtime: denoiser}
+    yield from _compare_all(checkpoint, denoiser.metadata, shapes, denoisers)
+
+
+def shape_inside(shape: ExampleShape, profile: Profile) -> ExampleShape:
+    """The shape inside a profile that is nearest."""
+    nearest = {
+        axis: min(max(length, profile.bounds[axis].least), profile.bounds[axis].most)
+        for axis, length in asdict(shape).items()
+    }
+    return ExampleShape(**nearest)
+
+
+def _require_same(
+    path: str | os.PathLike[str], metadata: NetworkMetadata, checkpoint: Checkpoint
+) -> None:
+    if metadata.fingerprint != checkpoint.fingerprint:
+        raise CheckpointError(
+            f"check: {path} must be an export of {checkpoint.name}, "
+            f"got one of {metadata.checkpoint} with another fingerprint"
+        )
+
+
+def _open(
+    name: str, path: str | os.PathLike[str], device: torch.device | str
+) -> SpecialisingDenoiser:
+    if name not in _RUNTIMES:
+        raise RequestError(f"check: runtimes must be among {', '.join(_RUNTIMES)}, got {name!r}")
+    return _RUNTIMES[name](Path(path), torch.device(device))
+
+
+def _compare_all(
+    checkpoint: Checkpoint,
+    metadata: NetworkMetadata,
+    shapes: Collection[ExampleShape],
+    denoisers: Mapping[str, Denoiser],
+) -> Iterator[Comparison]:
+    for shape in shapes:
         for kinds in ((), metadata.controls) if metadata.controls else ((),):
             yield from _compare(checkpoint.unet, metadata, shape, kinds, denoisers)
 
@@ -127,7 +193,7 @@ def _compare(
     metadata: NetworkMetadata,
     shape: ExampleShape,
     kinds: tuple[str, ...],
-    denoisers: dict[str, Denoiser],
+    denoisers: Mapping[str, Denoiser],
 ) -> Iterator[Comparison]:
     dtype: torch.dtype = getattr(torch, metadata.precision)
     example = make_example(network, metadata, shape, kinds)
@@ -149,8 +215,8 @@ def _ask(denoiser: Denoiser, output: str, example: Example, tap: str | None) -> 
     given = (example.latents, example.timesteps, example.text, example.controls)
     with torch.inference_mode():
         if output == "features" and tap is not None:
-            return denoiser.features(*given, tap).float()
-        return denoiser.predict(*given).float()
+            return denoiser.features(*given, tap).float().cpu()
+        return denoiser.predict(*given).float().cpu()
 
 
 def _error(got: Tensor, exact: Tensor) -> tuple[float, float]:
@@ -185,6 +251,7 @@ def find_first_difference(
     runtime: str,
     *,
     shape: ExampleShape | None = None,
+    device: torch.device | str = "cpu",
     allowed: float = TOLERANCE,
 ) -> NodeDifference | None:
     """Compare what each of our nodes returns, in the order in which they run, with all controls.
@@ -197,6 +264,7 @@ def find_first_difference(
         checkpoint: the model, loaded in float32 on a CPU.
         runtime: "onnxruntime" or "openvino".
         shape: of the batch; None: the second of `example_shapes`.
+        device: that the runtime runs on.
         allowed: relative error of a node.
 
     Returns:
@@ -204,22 +272,20 @@ def find_first_difference(
 
     Raises:
         CheckpointError: the network is damaged, or not of this model.
-        RequestError: the network is not in float32.
+        RequestError: the network is not in float32, or the runtime is not known.
     """
     model, metadata = read_network(path)
-    if metadata.precision != "float32":
-        raise RequestError(
-            f"check: nodes are compared in float32, got a network in {metadata.precision}; export "
-            "it with dtype float32"
-        )
+    require_nodes(metadata)
+    _require_same(path, metadata, checkpoint)
     used = example_shapes(metadata)[1] if shape is None else shape
     example = make_example(checkpoint.unet, metadata, used, metadata.controls)
-    denoiser = _RUNTIMES[runtime](Path(path))
+    denoiser = _open(runtime, path, device)
     kinds = frozenset(metadata.controls)
     inputs = denoiser.inputs_of(
         example.latents, example.timesteps, example.text, example.controls, kinds
     )
-    expected = _record_nodes(checkpoint.unet, metadata, inputs)
+    on_cpu = {name: tensor.cpu() for name, tensor in inputs.items()}
+    expected = _record_nodes(checkpoint.unet, metadata, on_cpu)
     cut = keep_controls(model, kinds, outputs=("prediction",))
     nodes = [node for node in cut.graph.node if node.domain == DOMAIN]
     for node in nodes:
@@ -231,6 +297,15 @@ def find_first_difference(
         if not relative <= allowed:
             return NodeDifference(runtime, node.name, node.op_type, number, relative, allowed)
     return None
+
+
+def require_nodes(metadata: NetworkMetadata) -> None:
+    """Raise a `RequestError` unless nodes of the network can be compared one by one."""
+    if metadata.precision != "float32":
+        raise RequestError(
+            f"check: nodes are compared in float32, got a network in {metadata.precision}; export "
+            "it with dtype float32"
+        )
 
 
 def _record_nodes(

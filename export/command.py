@@ -12,14 +12,17 @@ from typing import Any
 
 import click
 
-from kinetiq.checkpoint import load_checkpoint
+from kinetiq.checkpoint import load_checkpoint, parse_device
 from kinetiq.command_line import PlainGroup
 from kinetiq.errors import RequestError
-from kinetiq.export.engine_file import EngineFile
+from kinetiq.export.engine_file import SUFFIX, EngineFile, read_engine
 from kinetiq.export.engine_profile import Bounds
 from kinetiq.export.functions import OPSET
 from kinetiq.export.metadata import precision_of, read_metadata
 from kinetiq.export.nodes import KINDS
+from kinetiq.export.plugin_choice import CHOICE_FILE, OPERATORS
+from kinetiq.export.plugin_ptx import PLAIN_SHARED
+from kinetiq.files import check_target
 from kinetiq.taps import DEFAULT_TAP
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -69,7 +72,9 @@ def onnx(
     from kinetiq.export.network import check_kinds, export_onnx
 
     kinds = check_kinds(KINDS if controls == _ALL else _split(controls))
-    checkpoint = load_checkpoint(model, motion_adapter=motion_adapter, dtype=precision_of(dtype))
+    checkpoint = load_checkpoint(
+        model, motion_adapter=motion_adapter, dtype=precision_of(dtype), half_on_cpu=True
+    )
     made = export_onnx(
         checkpoint, out, opset=opset, tap=None if tap == _NONE else tap, controls=kinds
     )
@@ -100,6 +105,8 @@ def onnx(
     "--runtime", "runtimes", multiple=True, help="onnxruntime or openvino; all by default."
 )
 @click.option("--nodes", is_flag=True, help="Name the first node that differs, in each runtime.")
+@click.option("--device", help="cpu (default), or cuda for the CUDA provider of onnxruntime.")
+@click.option("--trust", multiple=True, help="Checksum of an engine that you vouch for.")
 @_json
 def check(
     network: Path,
@@ -107,19 +114,44 @@ def check(
     motion_adapter: str | None,
     runtimes: tuple[str, ...],
     nodes: bool,
+    device: str | None,
+    trust: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Compare an exported NETWORK with its model.
 
-    Under every runtime that is installed, at three shapes, without controls and with all.
+    Under every runtime that is installed, at three shapes, without controls and with all. NETWORK
+    may be an engine, which is run by its own runtime on the GPU that it is for.
     """
-    from kinetiq.export.check import check_network, find_first_difference, installed_runtimes
+    from kinetiq.export.check import (
+        check_engine_file,
+        check_network,
+        find_first_difference,
+        installed_runtimes,
+        require_nodes,
+    )
 
-    metadata = read_metadata(network)
+    is_engine = network.with_name(network.name + SUFFIX).exists()
+    place = parse_device(device or ("cuda" if is_engine else "cpu"))
+    if is_engine and (nodes or runtimes):
+        raise RequestError(
+            f"check: {'--nodes' if nodes else '--runtime'} must be left out for an engine, which "
+            "its own runtime runs as a whole; check the network that it was built from"
+        )
+    metadata = (
+        read_engine(network, trust=trust)[0].record.network if is_engine else read_metadata(network)
+    )
+    if nodes:
+        require_nodes(metadata)
     checkpoint = load_checkpoint(model or metadata.checkpoint, motion_adapter=motion_adapter)
-    used = runtimes or installed_runtimes(metadata.precision)
+    used = runtimes or installed_runtimes(metadata.precision, place)
+    comparisons = (
+        check_engine_file(network, checkpoint, trust=trust, device=place)
+        if is_engine
+        else check_network(network, checkpoint, runtimes=used, device=place)
+    )
     found = []
-    for comparison in check_network(network, checkpoint, runtimes=used):
+    for comparison in comparisons:
         found.append(comparison)
         if not as_json:
             sizes = "x".join(map(str, asdict(comparison.shape).values()))
@@ -133,7 +165,8 @@ def check(
     differing = [
         difference
         for name in (used if nodes else ())
-        if (difference := find_first_difference(network, checkpoint, name)) is not None
+        if (difference := find_first_difference(network, checkpoint, name, device=place))
+        is not None
     ]
     passed = all(comparison.passed for comparison in found) and not differing
     if as_json:
@@ -155,26 +188,51 @@ def check(
         sys.exit(1)
 
 
-@export.command()
-@click.argument("network", type=_FILE)
-@click.option("--out", type=_FILE, help="The engine; by default, beside the network.")
-@click.option("--rtx", is_flag=True, help="For TensorRT for RTX, which needs no GPU to build.")
-@click.option("--target", help="Architecture of the GPU for --rtx, such as sm_89.")
-@click.option(
+_profile = click.option(
     "--profile",
     "profiles",
     multiple=True,
     metavar="AXIS=LEAST:BEST:MOST",
     help="What a named axis may be, such as rows=1:2:4.",
 )
-@click.option("--controls", help="Kinds of control to keep, joined by commas.")
-@click.option("--level", type=click.IntRange(0, 5), help="How long to look for faster kernels.")
+_kept = click.option("--controls", help="Kinds of control to keep, joined by commas.")
+_level = click.option(
+    "--level", type=click.IntRange(0, 5), help="How long to look for faster kernels."
+)
+_shared = click.option(
+    "--shared-bytes",
+    type=click.IntRange(1),
+    help=f"The most shared memory of a block that our kernels may take; {PLAIN_SHARED} by default.",
+)
+
+
+@export.command()
+@click.argument("network", type=_FILE)
+@click.option("--out", type=_FILE, help="The engine; by default, beside the network.")
+@click.option("--rtx", is_flag=True, help="For TensorRT for RTX, which needs no GPU to build.")
+@click.option("--target", help="Architecture of the GPU for --rtx, such as sm_89.")
+@click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    metavar="OPERATOR",
+    help=f"Run this operator by our kernel, of {', '.join(OPERATORS)}; can be repeated. {_ALL}, or "
+    f"{_NONE} for TensorRT's own attention. By default, what the record of the GPU says.",
+)
+@click.option("--route", help="Which PTX our kernels are, such as sm_80 or sm_90a on sm_90.")
+@_shared
+@_profile
+@_kept
+@_level
 @_json
 def tensorrt(
     network: Path,
     out: Path | None,
     rtx: bool,
     target: str | None,
+    plugins: tuple[str, ...],
+    route: str | None,
+    shared_bytes: int | None,
     profiles: tuple[str, ...],
     controls: str | None,
     level: int | None,
@@ -191,6 +249,14 @@ def tensorrt(
             "export: --rtx and --target go together, since an engine for an RTX is built without "
             "one; leave both out to build for the GPU at hand"
         )
+    operators = _operators(plugins)
+    ours = {"--plugin": operators, "--route": route, "--shared-bytes": shared_bytes}
+    given = [name for name, value in ours.items() if value is not None]
+    if rtx and given:
+        raise RequestError(
+            f"export: {given[0]} is for full TensorRT, since TensorRT for RTX runs none of our "
+            "kernels; leave it out, or leave out --rtx"
+        )
     path = out or network.with_suffix(".engine" if target is None else f".{target}.engine")
     if target is not None:
         from kinetiq.export.engine_rtx import build_rtx_engine
@@ -199,8 +265,57 @@ def tensorrt(
     else:
         from kinetiq.export.engine_tensorrt import build_engine
 
-        made = build_engine(network, path, **options)
+        made = build_engine(
+            network,
+            path,
+            plugins=operators,
+            route=route,
+            shared_bytes=shared_bytes or PLAIN_SHARED,
+            **options,
+        )
     _say_engine(made, as_json)
+
+
+@export.command()
+@click.argument("network", type=_FILE)
+@click.option("--path", type=_FILE, help="File of choices to change; the package's own.")
+@_shared
+@_profile
+@_kept
+@_json
+def tune(
+    network: Path,
+    path: Path | None,
+    shared_bytes: int | None,
+    profiles: tuple[str, ...],
+    controls: str | None,
+    as_json: bool,
+) -> None:
+    """Find which operators our kernels make faster, on the GPU at hand.
+
+    Builds engines of full TensorRT from NETWORK with and without each operator's plugin, by every
+    route, times them at the best sizes of the profile, and writes what was fastest to the file from
+    which `kinetiq export tensorrt` takes its defaults.
+    """
+    from kinetiq.export.plugin_choice import write_record
+    from kinetiq.export.plugin_tuning import tune_plugins
+
+    check_target(path or CHOICE_FILE, "export tune")
+    target, record = tune_plugins(
+        network,
+        bounds=_bounds(profiles),
+        controls=None if controls is None else _split(controls),
+        shared_bytes=shared_bytes or PLAIN_SHARED,
+    )
+    if as_json:
+        click.echo(json.dumps({"target": target, **asdict(record)}))
+    else:
+        for name, seconds in record.seconds.items():
+            click.echo(f"{name:<48} {1e3 * seconds:.2f} ms")
+        for name, why in record.refused.items():
+            click.echo(f"{name:<48} {why}")
+        click.echo(f"{target}: {record.choice.name}")
+    write_record(path or CHOICE_FILE, target, record)
 
 
 def _say_engine(made: EngineFile, as_json: bool) -> None:
@@ -211,13 +326,19 @@ def _say_engine(made: EngineFile, as_json: bool) -> None:
         "runtime": record.runtime,
         "version": record.version,
         "target": record.target,
+        "plugins": list(record.plugins),
+        "route": record.route,
+        "attentions": record.attentions,
+        "fused": record.fused,
     }
     if as_json:
         click.echo(json.dumps(said))
         return
+    kernels = f", our kernels by {record.route}: {', '.join(record.plugins)}" * bool(record.plugins)
+    fused = "" if record.fused is None else f", {record.fused} fused kernels of attention"
     click.echo(
         f"{click.format_filename(made.path)}: for {record.runtime} {record.version} on "
-        f"{record.target}, {size / 1e6:.1f} MB"
+        f"{record.target}, {size / 1e6:.1f} MB{fused}{kernels}"
     )
 
 
@@ -225,6 +346,15 @@ def _split(controls: str) -> tuple[str, ...]:
     if controls == _NONE:
         return ()
     return tuple(part.strip() for part in controls.split(",") if part.strip())
+
+
+def _operators(plugins: tuple[str, ...]) -> tuple[str, ...] | None:
+    """What was asked for, None where nothing was."""
+    if not plugins:
+        return None
+    if len(plugins) > 1 and not {_ALL, _NONE}.isdisjoint(plugins):
+        raise RequestError(f"export: --plugin {_ALL} or {_NONE} must stand alone, got {plugins}")
+    return {_ALL: OPERATORS, _NONE: ()}.get(plugins[0], plugins)
 
 
 def _bounds(profiles: tuple[str, ...]) -> dict[str, Bounds]:

@@ -93,7 +93,8 @@ def save_plan(
     target: str,
     profile: Profile,
     metadata: NetworkMetadata,
-    plugins: Collection[str],
+    plugins: Collection[str] = (),
+    route: str | None = None,
 ) -> EngineFile:
     """Write what was built, and for what."""
     record = EngineRecord(
@@ -105,6 +106,7 @@ def save_plan(
         profile=profile,
         network=metadata,
         plugins=tuple(sorted(plugins)),
+        route=route,
         attentions=plan.attentions,
         fused=plan.fused,
     )

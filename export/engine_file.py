@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kinetiq.errors import CheckpointError
+from kinetiq.errors import CheckpointError, OutputError
 from kinetiq.export.engine_profile import Bounds, Profile
 from kinetiq.export.metadata import NetworkMetadata, decode_metadata, encode_metadata
 from kinetiq.files import make_cache, replacing, write_text
@@ -35,6 +35,7 @@ class EngineRecord:
         profile: sizes that the engine takes.
         network: what was built.
         plugins: names of the nodes that run our own kernels; the others run their functions.
+        route: which PTX those kernels are, of `plugin_ptx.ROUTES`; None where there are none.
         attentions: how many attentions must be one kernel each.
         fused: how many kernels the runtime reports that do a whole attention; None if it does not.
     """
@@ -47,6 +48,7 @@ class EngineRecord:
     profile: Profile
     network: NetworkMetadata
     plugins: tuple[str, ...]
+    route: str | None
     attentions: int
     fused: int | None
 
@@ -133,8 +135,16 @@ def vouch(checksum: str) -> None:
     """
     folder = _trusted().parent
     make_cache(folder, "engine", " to keep the checksums of engines in")
-    every = sorted(vouched_for() | {checksum})
-    write_text(_trusted(), "".join(f"{one}\n" for one in every), "engine")
+    if checksum in vouched_for():
+        return
+    try:
+        with _trusted().open("a", encoding="utf-8") as file:  # builds side by side add theirs too
+            file.write(f"{checksum}\n")
+    except OSError as error:
+        raise OutputError(
+            f"engine: {_trusted()} must be writable, to keep the checksums of engines in: "
+            f"{error.strerror}"
+        ) from error
 
 
 def vouched_for() -> set[str]:

@@ -4,18 +4,19 @@ It has no plugins of ours (its builder ends the process where one is added), so 
 function body; the attention in it becomes one fused kernel.
 """
 
-import importlib
 import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from kinetiq.errors import MissingDependencyError, RequestError
+from kinetiq.errors import RequestError
 from kinetiq.export.engine_builder import build_plan, save_plan
 from kinetiq.export.engine_file import EngineFile
 from kinetiq.export.engine_profile import Bounds, make_profile
 from kinetiq.export.engine_source import read_source
+from kinetiq.export.packages import load_gpu_runtime
 from kinetiq.files import check_target
 
+RUNTIME = "tensorrt-rtx"
 PACKAGE = "tensorrt_rtx"
 _OLDEST_BF16 = 80
 
@@ -46,7 +47,7 @@ def build_rtx_engine(
         MissingDependencyError: TensorRT for RTX is not installed.
         WorkError: the build failed.
     """
-    package = load_rtx()
+    package = load_gpu_runtime(RUNTIME, "export")
     known = targets(package)
     if target not in known:
         raise RequestError(
@@ -76,23 +77,7 @@ def build_rtx_engine(
         target=target,
         profile=profile,
         metadata=metadata,
-        plugins=(),
     )
-
-
-def load_rtx() -> Any:
-    """The package of TensorRT for RTX.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-    """
-    try:
-        return importlib.import_module(PACKAGE)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"export: needs TensorRT for RTX, and {PACKAGE} cannot be imported "
-            f'({error}): pip install ".[rtx]"'
-        ) from error
 
 
 def targets(package: Any) -> dict[str, Any]:

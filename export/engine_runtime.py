@@ -1,6 +1,5 @@
 """Engines of TensorRT and TensorRT for RTX as denoisers."""
 
-import importlib
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -9,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinetiq.errors import CheckpointError, MissingDependencyError, RequestError, WorkError
+from kinetiq.errors import CheckpointError, RequestError, WorkError
 from kinetiq.export.denoiser import GraphDenoiser
 from kinetiq.export.engine_file import EngineFile, read_engine
+from kinetiq.export.packages import load_gpu_runtime
 
-_INSTALL = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}  # runtime → the extra that brings it
 _CHANNELS = "feature_channels"
 _GRAPHS = 2  # shapes whose launches are kept; each has its own memory for activations
 
@@ -23,6 +22,7 @@ def open_engine(
     *,
     trust: str | Collection[str] = (),
     device: str | torch.device = "cuda",
+    runtime: str | None = None,
     graphs: bool = True,
 ) -> "EngineDenoiser":
     """An engine as a denoiser, on the GPU that it was built for.
@@ -31,35 +31,47 @@ def open_engine(
         path: of the plan; its record lies beside it.
         trust: checksums that the caller vouches for; see `engine_file`.
         device: the GPU.
+        runtime: what it must be for, "tensorrt" or "tensorrt-rtx"; None: either.
         graphs: whether launches are captured once for each shape and replayed.
 
     Raises:
         CheckpointError: the files are damaged, nobody vouches for them, or they were built for
             another runtime, version or GPU.
         MissingDependencyError: the runtime or a GPU is missing.
+        RequestError: the device is not a GPU.
         WorkError: the runtime refuses the plan.
     """
     file, plan = read_engine(path, trust=trust)
-    record = file.record
-    module = record.runtime.replace("-", "_")
-    try:
-        package = importlib.import_module(module)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"engine {file.path}: needs {record.runtime} {record.version}, and {module} cannot be "
-            f'imported ({error}): pip install ".[{_INSTALL[record.runtime]}]"'
-        ) from error
-    place = torch.device(device)
-    if place.type != "cuda":
-        raise RequestError(f"engine {file.path}: the device must be a GPU, got {place}")
-    if not torch.cuda.is_available():
-        raise MissingDependencyError(
-            f"engine {file.path}: needs a GPU of architecture {record.target}, and PyTorch finds "
-            "none; run the network on a CPU with backend='onnxruntime' or 'openvino'"
+    if runtime not in (None, file.record.runtime):
+        raise CheckpointError(
+            f"engine {file.path}: must be for {runtime}, got one for {file.record.runtime}"
         )
+    place = torch.device(device)
+    package = require_gpu(file.record.runtime, place, f"engine {file.path}")
     major, minor = torch.cuda.get_device_capability(place)
     check_engine(file, package.__version__, f"sm_{major}{minor}")
     return EngineDenoiser(file, plan, package, place, graphs=graphs)
+
+
+def require_gpu(runtime: str, device: torch.device, where: str | None = None) -> Any:
+    """The package of a runtime that can run on a device.
+
+    Args:
+        runtime: "tensorrt" or "tensorrt-rtx".
+        device: a GPU.
+        where: what the message of an error begins with; None: the runtime.
+
+    Raises:
+        MissingDependencyError: the package, or a GPU, is missing.
+        RequestError: the device is not a GPU.
+    """
+    if device.type != "cuda":
+        raise RequestError(f"{where or runtime}: the device must be a GPU, got {device}; name cuda")
+    return load_gpu_runtime(
+        runtime,
+        where or runtime,
+        "run the network on a CPU with backend='onnxruntime' or 'openvino'",
+    )
 
 
 def check_engine(file: EngineFile, version: str, architecture: str) -> None:
@@ -158,11 +170,12 @@ class EngineDenoiser(GraphDenoiser):
         if self._captured is None:
             return self._enqueue(self._context, given)[output]
         key = tuple((name, tuple(tensor.shape)) for name, tensor in given.items())
-        if key not in self._captured:
+        captured = self._captured.pop(key, None)
+        if captured is None:
             if len(self._captured) == _GRAPHS:
-                del self._captured[next(iter(self._captured))]
-            self._captured[key] = self._capture(given)
-        captured = self._captured[key]
+                del self._captured[next(iter(self._captured))]  # what was used longest ago
+            captured = self._capture(given)
+        self._captured[key] = captured
         for name, tensor in given.items():
             captured.inputs[name].copy_(tensor)
         captured.graph.replay()

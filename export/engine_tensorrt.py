@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from kinetiq.errors import MissingDependencyError, RequestError
+from kinetiq.errors import RequestError
 from kinetiq.export.engine_builder import build_plan, save_plan
 from kinetiq.export.engine_file import EngineFile
 from kinetiq.export.engine_profile import Bounds, Profile, make_profile
 from kinetiq.export.engine_source import leave_to_functions, node_names, read_source
+from kinetiq.export.packages import load_gpu_runtime
+from kinetiq.export.plugin_choice import check_operators, choose_by_record
 from kinetiq.export.plugin_compiler import PluginCompiler
 from kinetiq.export.plugin_layers import KINDS
 from kinetiq.export.plugin_ptx import PLAIN_SHARED, find_route
@@ -20,7 +22,7 @@ from kinetiq.export.plugins import compiling, register_plugins
 from kinetiq.files import check_target
 from kinetiq.kernels.frame_attention import MAX_FRAMES
 
-PACKAGE = "tensorrt"
+RUNTIME = "tensorrt"
 _TOGETHER = 32  # frames that one program can hold, which moving deviations takes
 
 
@@ -43,9 +45,11 @@ def build_engine(
         bounds: least, best and most of axes by name; see `engine_profile.make_profile`.
         controls: kinds of control to keep; None: all of the network's but "reduced", whose queries
             are made by several kernels.
-        plugins: names of the nodes that are to run our kernels, of `plugin_layers.KINDS`; None: all
-            that can at these sizes. The others run their function bodies.
-        route: which PTX to embed, of `plugin_ptx.ROUTES`; None: the first for this GPU.
+        plugins: the operators whose nodes are to run our kernels, of `plugin_choice.OPERATORS`;
+            None: those that the record of this GPU says, of which only those nodes that can at
+            these sizes. The others run their function bodies.
+        route: which PTX to embed, of `plugin_ptx.ROUTES`; None: the one that the record of this GPU
+            says, or else its first.
         shared_bytes: of a block, the most that our kernels may take.
         level: how long to look for faster kernels, 0 to 5; None: the builder's own.
 
@@ -58,10 +62,13 @@ def build_engine(
     """
     package = load_tensorrt()
     target = find_gpu()
+    recorded = choose_by_record(target)
+    chosen = find_route(target, recorded.route if route is None else route)
     check_target(path, "engine")
     model, metadata = read_source(network, controls, unusual=("reduced",))
     profile = make_profile(metadata, bounds or {})
-    ours = choose_plugins(node_names(model), profile, plugins)
+    able = choose_nodes(node_names(model), profile, plugins)
+    ours = able if plugins is not None else of_operators(able, recorded.operators)
     leave_to_functions(model, node_names(model) - ours)
 
     def configure(config: Any) -> None:
@@ -71,9 +78,9 @@ def build_engine(
     with ExitStack() as stack:
         flags, compilation = 0, None
         if ours:
-            register_plugins(importlib.import_module(f"{PACKAGE}.plugin"))
+            register_plugins(importlib.import_module(f"{RUNTIME}.plugin"))
             flags = 1 << int(package.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
-            compiler = stack.enter_context(PluginCompiler(find_route(target, route)))
+            compiler = stack.enter_context(PluginCompiler(chosen))
             compilation = stack.enter_context(compiling(compiler, shared_bytes))
         try:
             plan = build_plan(
@@ -91,6 +98,7 @@ def build_engine(
         profile=profile,
         metadata=metadata,
         plugins=ours,
+        route=chosen.name if ours else None,
     )
 
 
@@ -100,19 +108,11 @@ def load_tensorrt() -> Any:
     Raises:
         MissingDependencyError: it, or a GPU, is missing; the message names all that is.
     """
-    missing = []
-    try:
-        package = importlib.import_module(PACKAGE)
-    except ImportError as error:
-        missing.append(f'TensorRT, which cannot be imported ({error}): pip install ".[tensorrt]"')
-    if not torch.cuda.is_available():
-        missing.append(
-            "an NVIDIA GPU that PyTorch can use; on a machine without one, build for TensorRT for "
-            "RTX: --rtx --target sm_89"
-        )
-    if missing:
-        raise MissingDependencyError(f"export: needs {', and '.join(missing)}")
-    return package
+    return load_gpu_runtime(
+        RUNTIME,
+        "export",
+        "on a machine without one, build for TensorRT for RTX: --rtx --target sm_89",
+    )
 
 
 def find_gpu() -> str:
@@ -121,18 +121,18 @@ def find_gpu() -> str:
     return f"sm_{major}{minor}"
 
 
-def choose_plugins(
-    names: Collection[str], profile: Profile, asked: Collection[str] | None = None
+def choose_nodes(
+    names: Collection[str], profile: Profile, operators: Collection[str] | None = None
 ) -> set[str]:
-    """Names of the nodes that become plugins.
+    """Names of the nodes that can be plugins.
 
     Args:
         names: of the nodes that the network has.
         profile: the sizes that the engine takes.
-        asked: which are wanted; None: all that can be one kernel at these sizes.
+        operators: whose nodes are wanted; None: of all, those that can be one kernel.
 
     Raises:
-        RequestError: one that is asked for is not known, or cannot be one kernel.
+        RequestError: an operator is not known, or has nodes of which none can be one kernel.
     """
     frames = profile.bounds["frames"].most
     able = {
@@ -141,12 +141,19 @@ def choose_plugins(
         if kind.operator == "query_attention"  # which goes frame by frame
         or frames <= (_TOGETHER if "deviation_row" in kind.inputs else MAX_FRAMES)
     }
-    if asked is None:
-        return able.intersection(names)
-    unable = sorted(set(asked) - able)
-    if isinstance(asked, str) or unable:
-        raise RequestError(
-            f"export: at {frames} frames plugins must be among {', '.join(sorted(able))}, "
-            f"got {asked if isinstance(asked, str) else ', '.join(unable)}"
-        )
-    return set(asked).intersection(names)
+    found = able.intersection(names)
+    if operators is None:
+        return found
+    wanted = check_operators(operators)
+    for operator in wanted:
+        if of_operators(names, (operator,)) and not of_operators(found, (operator,)):
+            raise RequestError(
+                f"export: {operator} must be one kernel to be a plugin, and at {frames} frames it "
+                "is not; make the profile's frames fewer, or leave it to its function body"
+            )
+    return of_operators(found, wanted)
+
+
+def of_operators(names: Collection[str], operators: Collection[str]) -> set[str]:
+    """The nodes among these whose kernels are of these operators."""
+    return {name for name in names if name in KINDS and KINDS[name].operator in operators}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -254,6 +254,19 @@ def _outside(model: Any, where: str) -> Iterator[tuple[str, int, int]]:
                 f"{where}: weights must lie beside it, got {name!r} for {tensor.name!r}"
             )
         yield name, int(said.get("offset", 0)), int(said["length"])
+    # A runtime would read these too, and no checksum covers them.
+    nodes = [*model.graph.node, *(node for one in model.functions for node in one.node)]
+    if any(tensor.external_data for tensor in _tensors_inside(nodes)):
+        raise CheckpointError(f"{where}: only initialisers of its graph may lie beside it")
+
+
+def _tensors_inside(nodes: Iterable[Any]) -> Iterator[Any]:
+    """Tensors in attributes of nodes, and in graphs there."""
+    for given in (given for node in nodes for given in node.attribute):
+        yield from (given.t, *given.tensors)
+        for graph in (given.g, *given.graphs):
+            yield from graph.initializer
+            yield from _tensors_inside(graph.node)
 
 
 def _hash_part(digest: Any, path: Path, offset: int, length: int, where: str) -> None:

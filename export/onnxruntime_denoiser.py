@@ -39,8 +39,7 @@ class OnnxruntimeDenoiser(SpecialisingDenoiser):
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
         place = torch.device(device)
-        require_packages("onnx", "onnxruntime")
-        _require_provider(place)
+        require_runtime(place)
         super().__init__(path, _NAME, place)
         require_support(self.metadata.precision, place)
 
@@ -93,6 +92,17 @@ class OnnxruntimeDenoiser(SpecialisingDenoiser):
         """Finish what PyTorch was asked, since onnxruntime's stream does not wait for it."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
+
+
+def require_runtime(device: torch.device) -> None:
+    """Raise unless onnxruntime runs networks on a device here.
+
+    Raises:
+        MissingDependencyError: it, or its CUDA provider, is missing.
+        RequestError: the device is neither a CPU nor a CUDA device.
+    """
+    require_packages("onnx", "onnxruntime")
+    _require_provider(device)
 
 
 def require_support(precision: str, device: torch.device) -> None:

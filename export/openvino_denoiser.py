@@ -46,8 +46,7 @@ class OpenvinoDenoiser(SpecialisingDenoiser):
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
         place = torch.device(device)
-        require_packages("onnx", "openvino")
-        require_support(place)
+        require_runtime(place)
         super().__init__(path, _NAME, place)
 
     def compile(self, model: Any, folder: Path) -> Any:
@@ -144,8 +143,14 @@ def _request(compiled: Any, given: Mapping[str, Any]) -> Any:
     return request
 
 
-def require_support(device: torch.device) -> None:
-    """Raise a `RequestError` unless OpenVINO runs networks on a device here."""
+def require_runtime(device: torch.device) -> None:
+    """Raise unless OpenVINO runs networks on a device here.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+        RequestError: the device is not a CPU.
+    """
+    require_packages("onnx", "openvino")
     if device.type != "cpu":
         raise RequestError(f"{_NAME}: device must be cpu, got {device}; use backend='onnxruntime'")
 

@@ -61,8 +61,13 @@ def find_route(target: str, name: str | None = None) -> Route:
     for route in ROUTES[target]:
         if name in (None, route.name):
             return route
-    known = ", ".join(route.name for route in ROUTES[target])
+    known = ", ".join(route_names(target))
     raise RequestError(f"plugins: the route to {target} must be one of {known}, got {name!r}")
+
+
+def route_names(target: str) -> list[str]:
+    """The names of a target's routes, the one that is usual first."""
+    return [route.name for route in ROUTES[target]]
 
 
 def parameters(ptx: str) -> tuple[str, list[str]]:

@@ -202,7 +202,7 @@ def test_help_lists_benches_with_their_summaries(invoke):
     assert result.exit_code == 0
     assert "works well" in result.stdout
     assert "cannot run here: bench absent" in result.stdout
-    for name in ("all", "list", "readme", "compare"):
+    for name in ("all", "list", "readme", "backends", "compare"):
         assert f"  {name} " in result.stdout
 
 
@@ -217,7 +217,7 @@ def test_list_shows_needs(invoke):
 
 
 def test_no_bench_has_the_name_of_a_command():
-    own = {"all", "list", "readme", "compare", "tune"}
+    own = {"all", "list", "readme", "backends", "compare", "tune"}
     assert set(command.bench.commands) == own
     assert not own & set(command.BENCHES.modules)
 

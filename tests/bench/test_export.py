@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import exported
@@ -59,12 +60,13 @@ def answers(*latents, prediction=0.0):
 @pytest.mark.slow
 def test_a_tiny_model_goes_through_every_runtime(folder, tmp_path):
     figures = export.embedded_figures(folder, SAMPLE, tmp_path, Progress())
+    timed = ("embedded", *(f"embedded.threads_{count}" for count in export.thread_counts()))
     assert set(figures) == {"export.seconds"} | {
         name
         for runtime in export.RUNTIMES
         for name in (
             f"export.{runtime}_fp32.latent_error",
-            f"export.embedded.{runtime}_fp32.ratio",
+            *(f"export.{part}.{runtime}_fp32.ratio" for part in timed),
         )
     }
     for runtime in export.RUNTIMES:
@@ -72,6 +74,17 @@ def test_a_tiny_model_goes_through_every_runtime(folder, tmp_path):
         assert 0 < error.value <= 1e-4 and error.n == 6
         assert figures[f"export.embedded.{runtime}_fp32.ratio"].value > 0
     assert export.network_file(tmp_path, "float32").exists()
+
+
+@pytest.mark.slow
+def test_a_tiny_model_goes_through_the_parts_of_full_size(full_size):
+    figures = export.full_size_figures(full_size, Progress())
+    names = ("onnxruntime_fp32", "openvino_fp32", "openvino_bf16")
+    parts = ("", *(f"threads_{count}." for count in export.thread_counts()))
+    assert set(figures) == {f"export.{part}{name}.ratio" for part in parts for name in names}
+    cost = export.full_size_cost(full_size)
+    assert cost["export.full_size.seconds"].value > 0
+    assert 0.1 < cost["export.full_size.peak_gigabytes"].value < 10  # PyTorch, and little more
 
 
 OFF = {
@@ -86,6 +99,9 @@ OFF = {
 }
 
 
+BY_WORD = {word: precision for precision, word in export.WORDS.items()}
+
+
 class MadeUp:
     """An engine whose clips and predictions are off as its precision and its runtime are."""
 
@@ -97,9 +113,9 @@ class MadeUp:
         self.denoiser = self
 
     @classmethod
-    def load(cls, source, *, dtype="float32", backend="eager", network=None):
-        cls.loaded.append((source, dtype, backend, network and network.name))
-        return cls(dtype, backend)
+    def load(cls, source, precision, backend="eager", network=None):
+        cls.loaded.append((source, precision, backend, network and network.name))
+        return cls(precision, backend)
 
     def __enter__(self):
         return self
@@ -119,7 +135,13 @@ class MadeUp:
 
 def test_every_type_is_judged_by_eagers_own_error(monkeypatch, tmp_path):
     monkeypatch.setattr(MadeUp, "loaded", [])
-    monkeypatch.setattr(export, "Engine", MadeUp)
+    monkeypatch.setattr(export, "load_engine", MadeUp.load)
+    opened = {
+        name: lambda network, name=name: MadeUp(BY_WORD[network.stem[-4:]], name)
+        for name in export.RUNTIMES
+    }
+    monkeypatch.setattr(export, "RUNTIMES", opened)
+    monkeypatch.setattr(export, "thread_counts", lambda: (1, 2))
     monkeypatch.setattr(export, "embedded_step", lambda _: export.Step(*torch.ones(2, 2, 3)))
     monkeypatch.setattr(export, "time_export", lambda engine, _: 1e4 * engine.off_by + 7.0)
     figures = export.embedded_figures("model", export.FULL, tmp_path, Progress())
@@ -133,8 +155,10 @@ def test_every_type_is_judged_by_eagers_own_error(monkeypatch, tmp_path):
     assert value["export.openvino_bf16.error_ratio"] == pytest.approx(1.5, rel=1e-3)
     timed = ("onnxruntime_fp32", "openvino_fp32", "onnxruntime_fp16", "openvino_fp16")
     for name in (*timed, "openvino_bf16"):
-        assert figures[f"export.embedded.{name}.ratio"].n == export.FULL.repeats
-    assert len(figures) == 1 + 2 * 5
+        of_threads = [figures[f"export.embedded.threads_{n}.{name}.ratio"] for n in (1, 2)]
+        assert figures[f"export.embedded.{name}.ratio"] == max(of_threads, key=lambda f: f.value)
+        assert {figure.n for figure in of_threads} == {export.FULL.repeats}
+    assert len(figures) == 1 + (1 + 3) * 5
     assert MadeUp.loaded[1:4] == [
         ("model", "float32", "eager", None),
         ("model", "float32", "onnxruntime", "embedded-fp32.onnx"),
@@ -189,8 +213,9 @@ def test_a_runtime_without_a_type_is_left_out_in_words(capsys):
 class Network:
     """A denoiser that is off by a part of the largest value, and says who was asked."""
 
-    def __init__(self, name, off, asked):
+    def __init__(self, name, off, asked, threads):
         self.name, self.off, self.asked = name, off, asked
+        threads.append((name, torch.get_num_threads()))
 
     def predict(self, latents, timesteps, text, controls):
         assert controls is export.NO_CONTROLS
@@ -204,11 +229,14 @@ class Network:
 def networks(monkeypatch, full_size):
     """Full-size networks that are made up: how far off each is, and who was asked."""
     off = {"onnxruntime": 1e-5, "openvino": 2e-5}
-    asked, exports = [], []
+    asked, exports, threads = [], [], []
+    monkeypatch.setattr(export, "thread_counts", lambda: (1, 2))
 
     def subject(model, device, dtype):
         assert model is full_size and device == "cpu"
-        return SimpleNamespace(engine=SimpleNamespace(denoiser=Network("eager", 0.0, asked)))
+        return SimpleNamespace(
+            engine=SimpleNamespace(denoiser=Network("eager", 0.0, asked, threads))
+        )
 
     def write(engine, path):
         path.write_bytes(b"network")
@@ -218,34 +246,40 @@ def networks(monkeypatch, full_size):
     def open_as(name):
         def load(path):
             assert path.read_bytes() == b"network"
-            return Network(name, off[name], asked)
+            return Network(name, off[name], asked, threads)
 
         return load
 
     monkeypatch.setattr(export, "full_size_subject", subject)
     monkeypatch.setattr(export, "export_onnx", write)
     monkeypatch.setattr(export, "RUNTIMES", {name: open_as(name) for name in off})
-    return SimpleNamespace(off=off, asked=asked, exports=exports)
+    return SimpleNamespace(
+        off=off, asked=asked, exports=exports, threads=threads, before=torch.get_num_threads()
+    )
 
 
 def test_the_full_size_step_is_checked_and_timed_in_turn(networks, full_size):
     figures = export.full_size_figures(full_size, Progress())
     names = ("onnxruntime_fp32", "openvino_fp32", "openvino_bf16")
-    assert set(figures) == {f"export.{name}.ratio" for name in names}
+    parts = ("", "threads_1.", "threads_2.")
+    assert set(figures) == {f"export.{part}{name}.ratio" for part in parts for name in names}
     assert {figure.n for figure in figures.values()} == {3}
     assert not any(path.exists() for path in networks.exports) and len(networks.exports) == 2
     wide, narrow = torch.float32, torch.bfloat16
     expected = [("eager", wide)]
     for name in ("onnxruntime", "openvino"):
-        expected += [(name, wide)] + [(name, wide), ("eager", wide)] * 3
-    expected += [("eager", narrow), ("openvino", narrow)]
-    expected += [("openvino", narrow), ("eager", narrow)] * 3
+        expected += ([(name, wide)] + [(name, wide), ("eager", wide)] * 3) * 2
+    expected += [("eager", narrow)]
+    expected += ([("openvino", narrow)] + [("openvino", narrow), ("eager", narrow)] * 3) * 2
     assert networks.asked == expected
+    threads = {(name, count) for name, count in networks.threads if name != "eager"}
+    assert threads == {(name, count) for name in networks.off for count in (1, 2)}
+    assert torch.get_num_threads() == networks.before
 
 
 def test_a_step_that_is_wrong_is_not_timed(networks, full_size):
     networks.off["openvino"] = 2e-4
-    with pytest.raises(WorkError, match="full-size openvino_fp32: our network must err at most"):
+    with pytest.raises(WorkError, match="openvino_fp32: our network must err at most"):
         export.full_size_figures(full_size, Progress())
     assert networks.asked[-1][0] == "openvino"  # once
 
@@ -260,6 +294,7 @@ def test_the_cost_of_an_export_is_of_a_process_of_its_own(monkeypatch, full_size
         run(checkpoint)
         return PeakMemory(1, 4_500_000_000)
 
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(export, "peak_memory", peak)
     monkeypatch.setattr(export, "export_onnx", lambda _, path: written.append(path))
     monkeypatch.setattr(export.time, "perf_counter", iter((10.0, 12.5)).__next__)
@@ -268,6 +303,33 @@ def test_the_cost_of_an_export_is_of_a_process_of_its_own(monkeypatch, full_size
         "export.full_size.peak_gigabytes": Figure(4.5, n=1, unit="GB"),
     }
     assert not written[0].parent.exists()
+
+
+def test_the_full_size_engine_is_built_from_the_same_export(monkeypatch, full_size):
+    fused = [74]
+
+    def peak(prepare, run):
+        state = prepare()
+        run(state)
+        return PeakMemory(1, 9_000_000_000 if isinstance(state, Path) else 4_500_000_000)
+
+    def build(network, path, *, target):
+        assert network.read_bytes() == b"network" and target == "sm_89"
+        return SimpleNamespace(record=SimpleNamespace(fused=fused[0], attentions=74))
+
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(export, "peak_memory", peak)
+    monkeypatch.setattr(export, "random_checkpoint", lambda *_: "a checkpoint")
+    monkeypatch.setattr(export, "export_onnx", lambda _, path: path.write_bytes(b"network"))
+    monkeypatch.setattr(export, "build_rtx_engine", build)
+    figures = export.full_size_cost(full_size)
+    assert figures["export.full_size.peak_gigabytes"].value == 4.5
+    assert figures["export.full_size.engine_peak_gigabytes"].value == 9.0
+    assert figures["export.full_size.engine_seconds"].value >= 0
+    assert figures["export.full_size.attentions_fused"] == Figure(1.0, n=74)
+    fused[0] = None
+    with pytest.raises(WorkError, match=r"for sm_89 at full size must say .* got None of 74"):
+        export.full_size_cost(full_size)
 
 
 def test_fused_attentions_are_those_of_the_worse_type(monkeypatch, tmp_path):
@@ -310,12 +372,11 @@ def test_what_is_measured(monkeypatch, quick, rtx):
         part = {f"export.{name}": Figure(1.0)}
         monkeypatch.setattr(export, name, lambda *_, part=part: part)
     figures = export.measure(BenchOptions(quick=quick), Progress())
-    expected = {"export.threads", "export.seconds"}
+    expected = {"export.seconds"}
     if not quick:
         expected |= {"export.full_size_cost", "export.full_size_figures"}
         expected |= {"export.fused_figures"} if rtx else set()
     assert set(figures) == expected
-    assert figures["export.threads"].value == torch.get_num_threads()
     (sample,) = samples
     assert sample.precisions[0] == "float32"
     assert quick or {*export.FUSED_IN} <= {*sample.precisions}

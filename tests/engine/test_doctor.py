@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 import kinetiq
-from kinetiq import doctor
+from kinetiq import backend_choice, doctor
+from kinetiq.backend_choice import Choice, choose_backend
 from kinetiq.backends import BACKENDS
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
@@ -45,11 +47,15 @@ def test_says_what_is_here():
         "system",
         "devices",
         "backends",
+        "auto",
         "models",
         "packages",
     }
     assert findings["kinetiq"] == kinetiq.__version__
     assert findings["backends"] == list(BACKENDS)
+    assert set(findings["auto"]) == {"float32", "bfloat16"}
+    for precision, chosen in findings["auto"].items():
+        assert chosen == asdict(choose_backend(precision))
     assert findings["devices"][0]["name"] == "cpu"
     assert findings["models"] == ["sprites"]
     assert package(findings, "torch") == {
@@ -102,6 +108,16 @@ def test_renders_a_line_for_each(bare):
     assert '  onnx           missing    pip install ".[export]" for export' in lines
     assert any(line.startswith("  cpu ") and line.endswith(" threads") for line in lines)
     assert f"back ends  {', '.join(BACKENDS)}" in lines
+
+
+def test_says_which_back_end_auto_is_and_why(monkeypatch):
+    monkeypatch.setattr(
+        backend_choice, "choose_backend", lambda precision: Choice("openvino", f"for {precision}")
+    )
+    lines = doctor.render(doctor.examine()).splitlines()
+    place = lines.index("backend auto on the CPU")
+    assert lines[place + 1] == "  float32   openvino     for float32"
+    assert lines[place + 2] == "  bfloat16  openvino     for bfloat16"
 
 
 def test_names_each_gpu(monkeypatch):

@@ -1,9 +1,14 @@
 """Back ends behind `Engine.load`: the same requests, with the same results."""
 
+import contextlib
 import importlib.util
 import shutil
+import sys
+import types
+from pathlib import Path
 
 import pytest
+import torch
 from exported import small_checkpoint
 from tiny import write_tiny_folder
 
@@ -13,9 +18,10 @@ pytest.importorskip("onnx", reason="the extra 'export' is not installed")
 pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
 
-from kinetiq.backends import BACKENDS, EXPORTED  # noqa: E402
+from kinetiq.backends import BACKENDS, EXPORTED, ON_GPU  # noqa: E402
 from kinetiq.errors import CheckpointError, MissingDependencyError, RequestError  # noqa: E402
 from kinetiq.export import loading  # noqa: E402
+from kinetiq.export.engine_profile import Bounds  # noqa: E402
 from kinetiq.export.onnxruntime_denoiser import OnnxruntimeDenoiser  # noqa: E402
 from kinetiq.export.openvino_denoiser import OpenvinoDenoiser  # noqa: E402
 
@@ -68,12 +74,82 @@ def test_options_without_a_meaning_are_refused_before_anything_loads():
         loading.load_denoiser("onnxruntime", checkpoint)
     with pytest.raises(RequestError, match=r"^load: trust is for engines of TensorRT"):
         loading.load_denoiser("openvino", checkpoint, trust="00")
-    for backend in ("tensorrt", "tensorrt-rtx"):
-        with pytest.raises(
-            RequestError, match=rf"^load: backend '{backend}' needs network, an engine"
-        ):
-            loading.load_denoiser(backend, checkpoint)
+    for backend in ON_GPU:
+        with pytest.raises(RequestError, match=rf"^{backend}: the device must be a GPU, got cpu"):
+            kq.Engine.load("/no/such/folder", backend=backend, device="cpu")
     assert set(EXPORTED) | {"eager"} == set(BACKENDS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_without_a_gpu_an_engine_is_refused_before_anything_loads(backend, monkeypatch):
+    module = backend.replace("-", "_")
+    monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    words = rf"^{backend}: needs an NVIDIA GPU .*; run the network on a CPU with backend='onnxr"
+    for options in ({}, {"device": "cuda"}, {"network": "net.engine"}):
+        with pytest.raises(MissingDependencyError, match=words):
+            kq.Engine.load("/no/such/folder", backend=backend, **options)
+    with pytest.raises(RequestError, match=r"^device: must be 'cpu', 'cuda' or .*, got 'tpu'"):
+        kq.Engine.load("/no/such/folder", backend=backend, device="tpu")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU for which engines can be built, but do not run; what was built, and opened."""
+    builds, opened = [], []
+
+    def build(network, path, *, bounds, target="the GPU at hand"):
+        assert bounds == {"frames": Bounds(1, 16, 32)}
+        builds.append((network.name, path.name, target))
+        path.write_bytes(b"plan")
+
+    def open_engine(path, *, trust, device, runtime):
+        opened.append((path.name, trust, runtime))
+        checkpoint = small_checkpoint("animatediff")
+        return types.SimpleNamespace(
+            metadata=types.SimpleNamespace(
+                fingerprint=checkpoint.fingerprint, checkpoint=checkpoint.name
+            )
+        )
+
+    package = types.SimpleNamespace(__version__="1.7")
+    monkeypatch.setattr(loading, "require_gpu", lambda *_: package)
+    monkeypatch.setattr(loading, "find_gpu", lambda: "sm_89")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(loading, "build_engine", build)
+    monkeypatch.setattr(loading, "build_rtx_engine", build)
+    monkeypatch.setattr(loading, "open_engine", open_engine)
+    return types.SimpleNamespace(package=package, builds=builds, opened=opened)
+
+
+def test_an_engine_is_built_once_for_a_gpu_and_a_version(cache, gpu, exported, monkeypatch):
+    checkpoint = small_checkpoint("animatediff")
+    monkeypatch.setattr(loading, "export_onnx", lambda _, path, **__: shutil.copy(exported(), path))
+    for _ in range(2):
+        loading.load_denoiser("tensorrt", checkpoint)
+    stem = f"{checkpoint.fingerprint[:20]}-float32"
+    network, engine = f"{stem}-opset23.onnx", f"{stem}-tensorrt-1.7-sm_89.engine"
+    assert gpu.builds == [(network, engine, "the GPU at hand")]
+    assert gpu.opened == [(engine, (), "tensorrt")] * 2
+    assert (cache.parent / "engines" / engine).exists()
+    gpu.package.__version__ = "1.8"
+    loading.load_denoiser("tensorrt-rtx", checkpoint, trust="00")
+    assert gpu.builds[1] == (network, f"{stem}-tensorrt-rtx-1.8-sm_89.engine", "sm_89")
+    assert gpu.opened[-1][1:] == ("00", "tensorrt-rtx")
+    with pytest.raises(CheckpointError, match="must be an export of small-unet3d"):
+        loading.load_denoiser("tensorrt", small_checkpoint("unet3d"), network=Path("a.engine"))
+    assert len(gpu.builds) == 2
+
+
+@pytest.mark.parametrize(
+    ("known", "frames"), [(None, (1, 16, 32)), (32, (1, 16, 32)), (24, (1, 16, 24)), (8, (1, 8, 8))]
+)
+def test_an_engine_takes_no_more_frames_than_the_network_knows(known, frames):
+    config = types.SimpleNamespace(motion_max_seq_length=known)
+    checkpoint = types.SimpleNamespace(
+        family="animatediff", unet=types.SimpleNamespace(config=config)
+    )
+    assert loading._bounds(checkpoint) == {"frames": Bounds(*frames)}
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch, exported):

@@ -13,9 +13,17 @@ pytest.importorskip("openvino", reason="the extra 'export' is not installed")
 
 from dataclasses import replace  # noqa: E402
 
+from kinetiq.denoiser import EagerDenoiser  # noqa: E402
 from kinetiq.errors import CheckpointError, RequestError  # noqa: E402
+from kinetiq.export import check as check_module  # noqa: E402
 from kinetiq.export import command  # noqa: E402
-from kinetiq.export.check import check_network, find_first_difference  # noqa: E402
+from kinetiq.export.check import (  # noqa: E402
+    check_network,
+    find_first_difference,
+    installed_runtimes,
+)
+from kinetiq.export.engine_file import EngineRecord, write_engine  # noqa: E402
+from kinetiq.export.engine_profile import Bounds, make_profile  # noqa: E402
 from kinetiq.export.example import example_shapes  # noqa: E402
 from kinetiq.export.metadata import (  # noqa: E402
     KEY,
@@ -85,6 +93,77 @@ def test_what_cannot_be_checked_is_refused(exported):
         RequestError, match=r"^check: runtimes must be among onnxruntime, openvino, g"
     ):
         list(check_network(exported(), right, runtimes=("tensorflow",)))
+    with pytest.raises(RequestError, match=r"^check: runtimes must be among .*, got 'tensorflow'"):
+        find_first_difference(exported(), right, "tensorflow")
+    with pytest.raises(CheckpointError, match=r"^check: .* must be an export of small-unet3d, g"):
+        find_first_difference(exported(), checkpoint, "onnxruntime")
+
+
+def test_the_runtimes_of_a_device():
+    assert installed_runtimes("float32") == installed_runtimes("float16", "cpu")
+    assert installed_runtimes("float32") == ("onnxruntime", "openvino")
+    assert installed_runtimes("bfloat16") == ("openvino",)
+    assert installed_runtimes("bfloat16", "cuda") == ("onnxruntime",)
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch, exported):
+    """An engine that is made up: what it predicts is eager's, times its factor."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    metadata = read_metadata(exported())
+    bounds = {"rows": Bounds(1, 2, 2), "frames": Bounds(2, 2, 4), "width": Bounds(4, 4, 4)}
+    record = EngineRecord(
+        format=1,
+        kinetiq="0",
+        runtime="tensorrt",
+        version="11",
+        target="sm_90",
+        profile=make_profile(metadata, bounds),
+        network=metadata,
+        plugins=(),
+        route=None,
+        attentions=0,
+        fused=None,
+    )
+    file = write_engine(tmp_path / "net.engine", b"plan", record)
+    made_up = MadeUpEngine(file)
+    monkeypatch.setattr(check_module, "open_engine", lambda *_, **__: made_up)
+    return made_up
+
+
+class MadeUpEngine:
+    def __init__(self, file):
+        self.file, self.metadata, self.factor, self.shapes = file, file.record.network, 1.0, []
+        self._eager = EagerDenoiser(small_checkpoint("animatediff").unet)
+
+    def predict(self, latents, *given):
+        self.shapes.append(tuple(latents.shape))
+        return self.factor * self._eager.attach().predict(latents, *given)
+
+    def features(self, *given):
+        return self._eager.attach().features(*given)
+
+
+def test_an_engine_is_compared_inside_its_profile(engine, monkeypatch):
+    monkeypatch.setattr(
+        command, "load_checkpoint", lambda *_, **__: small_checkpoint("animatediff")
+    )
+    path = engine.file.path
+    result = run("check", path)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert len(lines) == 12 and all(line.startswith("ok   tensorrt") for line in lines)
+    assert engine.shapes[::2] == [(1, 4, 2, 4, 4), (2, 4, 4, 4, 4), (2, 4, 4, 8, 4)]
+    engine.factor = 1 + 2e-4
+    result = run("check", path)
+    assert result.exit_code == 1
+    assert sum(line.startswith("FAIL tensorrt") for line in result.stdout.splitlines()) == 6
+    for words, said in (
+        (("--nodes",), "--nodes must be left out for an engine"),
+        (("--runtime", "openvino"), "--runtime must be left out for an engine"),
+    ):
+        result = run("check", path, *words)
+        assert result.exit_code == 2 and said in result.stderr
 
 
 def run(*arguments):
@@ -107,6 +186,13 @@ def test_the_command_says_what_it_compared(exported, faulty, monkeypatch):
     assert not said["passed"] and said["differing_nodes"][0]["runtime"] == "onnxruntime"
 
 
+def test_nodes_of_a_narrower_network_are_refused_before_the_work(exported, monkeypatch):
+    monkeypatch.setattr(command, "load_checkpoint", None)  # which would be the work
+    result = run("check", exported(precision="float16"), "--nodes")
+    assert result.exit_code == 2
+    assert "nodes are compared in float32, got a network in float16" in result.stderr
+
+
 def test_bad_input_is_one_line_and_status_2(tmp_path, exported):
     for arguments, words in (
         (
@@ -124,6 +210,14 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, exported):
         (("check", tmp_path / "missing.onnx"), "cannot be read: No such file"),
         (("tensorrt", exported(), "--rtx"), "--rtx and --target go together"),
         (("tensorrt", exported(), "--profile", "rows"), "must be AXIS=LEAST:BEST:MOST"),
+        (
+            ("tensorrt", exported(), "--rtx", "--target", "sm_89", "--plugin", "all"),
+            "--plugin is for full TensorRT",
+        ),
+        (
+            ("tensorrt", exported(), "--rtx", "--target", "sm_89", "--shared-bytes", "9"),
+            "--shared-bytes is for full TensorRT",
+        ),
     ):
         result = run(*arguments)
         assert result.exit_code == 2, result.output

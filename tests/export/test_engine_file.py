@@ -35,6 +35,7 @@ def record():
         profile=make_profile(metadata, {"rows": Bounds(1, 2, 3)}),
         network=metadata,
         plugins=("query_attention",),
+        route="sm_80",
         attentions=2,
         fused=2,
     )

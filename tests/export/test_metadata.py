@@ -131,6 +131,40 @@ def test_weights_in_another_folder_are_never_opened(tmp_path):
         read_metadata(path)
 
 
+def outside_tensor():
+    tensor = onnx.TensorProto(name="t", data_type=1, dims=[1], data_location=1)
+    tensor.external_data.add(key="location", value="../secret")
+    return tensor
+
+
+def in_a_node(model):
+    model.graph.node.add(op_type="Constant", output=["c"]).attribute.add(
+        name="value", type=onnx.AttributeProto.TENSOR
+    ).t.CopyFrom(outside_tensor())
+
+
+def in_a_graph(model):
+    branch = model.graph.node.add(op_type="If", input=["x"], output=["c"]).attribute.add(
+        name="then_branch", type=onnx.AttributeProto.GRAPH
+    )
+    branch.g.initializer.append(outside_tensor())
+
+
+def in_a_function(model):
+    function = model.functions.add(name="f", domain="kinetiq")
+    function.node.add(op_type="Constant", output=["c"]).attribute.add(
+        name="values", type=onnx.AttributeProto.TENSORS
+    ).tensors.append(outside_tensor())
+
+
+@pytest.mark.parametrize("change", [in_a_node, in_a_graph, in_a_function])
+def test_weights_that_no_checksum_covers_are_refused(tmp_path, change):
+    path, _ = write(tmp_path)
+    edit(path, change)
+    with pytest.raises(CheckpointError, match=r"only initialisers of its graph may lie beside it"):
+        read_metadata(path)
+
+
 def test_foreign_and_broken_files_are_refused(tmp_path):
     path = tmp_path / "net.onnx"
     with pytest.raises(CheckpointError, match=r"^network .*net.onnx: cannot be read: No such file"):

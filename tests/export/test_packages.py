@@ -1,10 +1,13 @@
 import importlib.util
+import sys
+import types
 
 import pytest
+import torch
 
 from kinetiq.errors import MissingDependencyError
 from kinetiq.export.metadata import read_metadata
-from kinetiq.export.packages import require_packages
+from kinetiq.export.packages import load_gpu_runtime, require_packages
 
 
 def test_what_is_missing_is_named_with_the_command_that_brings_it():
@@ -17,3 +20,29 @@ def test_a_network_is_not_read_without_onnx(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError, match="needs onnx, "):
         read_metadata(tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [
+        ("tensorrt", r'needs TensorRT, and tensorrt cannot .*: pip install "\.\[tensorrt\]"'),
+        ("tensorrt-rtx", r'needs TensorRT for RTX, and tensorrt_rtx .*: pip install "\.\[rtx\]"'),
+    ],
+)
+def test_all_that_a_gpus_runtime_lacks_is_named(monkeypatch, runtime, words):
+    module = runtime.replace("-", "_")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDependencyError, match=rf"^here: {words}$"):
+        load_gpu_runtime(runtime, "here")
+    with pytest.raises(
+        MissingDependencyError, match=rf"^here: {words}; and an NVIDIA .*; do that$"
+    ):
+        load_gpu_runtime(runtime, "here", "do that")
+    package = types.ModuleType(module)
+    monkeypatch.setitem(sys.modules, module, package)
+    assert load_gpu_runtime(runtime, "here") is package
+    with pytest.raises(MissingDependencyError, match=r"^here: needs an NVIDIA GPU .*; do that$"):
+        load_gpu_runtime(runtime, "here", "do that")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert load_gpu_runtime(runtime, "here", "do that") is package

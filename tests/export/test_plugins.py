@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -9,12 +10,14 @@ import driver
 import fake_tensorrt
 import pytest
 import torch
+from click.testing import CliRunner
 from closeness import assert_as_good_as
 from one_node import write_one_node
 
 from kinetiq.errors import RequestError, WorkError
-from kinetiq.export import engine_tensorrt, plugins
+from kinetiq.export import command, engine_tensorrt, plugins
 from kinetiq.export.engine_tensorrt import build_engine, find_gpu
+from kinetiq.export.plugin_choice import PluginChoice
 from kinetiq.export.plugin_compiler import PluginCompiler
 from kinetiq.export.plugin_launch import TACTICS
 from kinetiq.export.plugin_layers import KINDS
@@ -239,8 +242,9 @@ def test_an_engine_has_our_kernels_inside(gpu, tmp_path):
     network, path = tmp_path / "net.onnx", tmp_path / "net.engine"
     metadata = write_one_node(network, "query_attention")
     record = build_engine(network, path).record
-    assert (record.plugins, record.target, record.runtime) == (
+    assert (record.plugins, record.route, record.target, record.runtime) == (
         ("query_attention",),
+        "sm_80",
         "sm_90",
         "tensorrt",
     )
@@ -249,13 +253,55 @@ def test_an_engine_has_our_kernels_inside(gpu, tmp_path):
     assert ".target sm_80\n" in built.ptx  # the route that every later GPU takes
 
     gpu.built.clear()
-    build_engine(network, path, route="sm_90a")
+    assert build_engine(network, path, route="sm_90a").record.route == "sm_90a"
     assert ".target sm_90a\n" in gpu.built[0].ptx
     assert "wgmma" in gpu.built[0].ptx  # the architecture's own instructions
 
     gpu.built.clear()
     record = build_engine(network, path, plugins=["frame_attention"]).record
-    assert (record.plugins, gpu.built) == ((), [])
+    assert (record.plugins, record.route, gpu.built) == ((), None, [])
+
+
+def test_what_is_recorded_of_a_gpu_is_what_it_gets(gpu, tmp_path, monkeypatch):
+    network, path = tmp_path / "net.onnx", tmp_path / "net.engine"
+    write_one_node(network, "query_attention")
+    for choice, plugins_inside in (
+        (PluginChoice(("query_attention",), "sm_90a"), ("query_attention",)),
+        (PluginChoice(("frame_attention",), "sm_80"), ()),
+        (PluginChoice(()), ()),
+    ):
+        monkeypatch.setattr(engine_tensorrt, "choose_by_record", lambda _, choice=choice: choice)
+        record = build_engine(network, path).record
+        assert record.plugins == plugins_inside
+        assert record.route == (choice.route if plugins_inside else None)
+        # What is asked for wins over what is recorded.
+        asked = build_engine(network, path, plugins=["query_attention"], route="sm_80").record
+        assert (asked.plugins, asked.route) == (("query_attention",), "sm_80")
+
+
+def test_the_command_builds_what_it_is_told(gpu, tmp_path):
+    network = tmp_path / "net.onnx"
+    write_one_node(network, "query_attention")
+
+    def build(*words):
+        result = CliRunner().invoke(command.export, ["tensorrt", str(network), "--json", *words])
+        assert result.exit_code == 0, result.output
+        said = json.loads(result.stdout)
+        return said["plugins"], said["route"]
+
+    assert build() == (["query_attention"], "sm_80")
+    assert build("--plugin", "none") == ([], None)
+    assert build("--plugin", "all", "--route", "sm_90a") == (["query_attention"], "sm_90a")
+    assert build("--plugin", "motion_feature", "--plugin", "frame_attention") == ([], None)
+    for words, status, message in (
+        (("--plugin", "none", "--plugin", "all"), 2, "must stand alone"),
+        (("--plugin", "attention"), 2, "plugins must be among query_attention, frame_attention"),
+        (("--route", "sm_86"), 2, "the route to sm_90 must be one of sm_80, sm_90a, got 'sm_86'"),
+        (("--shared-bytes", "1"), 2, "at most 1 bytes of shared memory"),
+    ):
+        result = CliRunner().invoke(command.export, ["tensorrt", str(network), *words])
+        assert result.exit_code == status, result.output
+        assert message in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_queries_that_no_kernel_makes_are_left_out(gpu, tmp_path):

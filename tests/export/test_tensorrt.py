@@ -17,11 +17,12 @@ from kinetiq.errors import (
     ShapeError,
     WorkError,
 )
-from kinetiq.export import engine_runtime, engine_source, engine_tensorrt
+from kinetiq.export import engine_source, engine_tensorrt
 from kinetiq.export.engine_file import FORMAT, EngineRecord, write_engine
 from kinetiq.export.engine_profile import Bounds, Profile, make_profile
 from kinetiq.export.engine_runtime import EngineDenoiser, check_engine, open_engine
 from kinetiq.export.metadata import TensorInfo
+from kinetiq.export.plugin_choice import OPERATORS
 from kinetiq.export.plugin_layers import KINDS
 
 LATENTS = TensorInfo("latents", "float32", ("rows", 4, "frames", "height", "width"))
@@ -43,7 +44,7 @@ def test_all_that_is_missing_is_named(tmp_path, monkeypatch):
     network = tmp_path / "net.onnx"
     write_one_node(network, "query_attention")
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    words = r'needs TensorRT.*pip install "\.\[tensorrt\]", and an NVIDIA GPU.*--rtx --target'
+    words = r'needs TensorRT.*pip install "\.\[tensorrt\]"; and an NVIDIA GPU.*--rtx --target'
     with pytest.raises(MissingDependencyError, match=words):
         engine_tensorrt.build_engine(network, tmp_path / "net.engine")
     monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("tensorrt"))
@@ -65,15 +66,21 @@ def frames_up_to(most):
 )
 def test_a_plugin_is_one_kernel(frames, absent):
     names = {*KINDS, "motion_addition"}
-    chosen = engine_tensorrt.choose_plugins(names, frames_up_to(frames))
+    chosen = engine_tensorrt.choose_nodes(names, frames_up_to(frames))
     # motion_feature holds all frames as well
     absent = absent | ({"motion_feature"} if frames > 128 else set())
     assert chosen == set(KINDS) - absent
-    asked = engine_tensorrt.choose_plugins({"query_attention"}, frames_up_to(8), list(KINDS))
+    asked = engine_tensorrt.choose_nodes({"query_attention"}, frames_up_to(8), OPERATORS)
     assert asked == {"query_attention"}
-    for wrong in ([*sorted(absent), "motion_addition"], "query_attention"):
-        with pytest.raises(RequestError, match=rf"at {frames} frames plugins must be among"):
-            engine_tensorrt.choose_plugins(names, frames_up_to(frames), wrong)
+    some = engine_tensorrt.choose_nodes(names, frames_up_to(frames), ("query_attention",))
+    assert some == {name for name in KINDS if name.startswith("query_attention")}
+    assert engine_tensorrt.choose_nodes(names, frames_up_to(frames), ()) == set()
+    if frames > 128:
+        with pytest.raises(RequestError, match=r"frame_attention must be one kernel .* 129 frames"):
+            engine_tensorrt.choose_nodes(names, frames_up_to(frames), ("frame_attention",))
+    for wrong in (("motion_addition",), "query_attention"):
+        with pytest.raises(RequestError, match=r"plugins must be among query_attention, frame_"):
+            engine_tensorrt.choose_nodes(names, frames_up_to(frames), wrong)
 
 
 def test_nodes_that_are_left_to_their_functions(tmp_path):
@@ -147,6 +154,7 @@ def make_record(**changes):
         "profile": make_profile(metadata, {"height": Bounds(2, 4, 4), "width": Bounds(2, 4, 4)}),
         "network": metadata,
         "plugins": (),
+        "route": None,
         "attentions": 0,
         "fused": 0,
     }
@@ -216,13 +224,16 @@ def test_an_engine_runs_where_it_was_built_for(file):
 @needs_no_gpu
 def test_opening_an_engine_without_what_it_needs(file, package, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(
-        MissingDependencyError, match=r'tensorrt 11\.4, .*pip install "\.\[tensorrt\]"'
-    ):
+    words = r'^engine .*net\.engine: needs TensorRT, .*pip install "\.\[tensorrt\]"; and an NVIDIA'
+    with pytest.raises(MissingDependencyError, match=words):
         open_engine(file.path)
-    monkeypatch.setattr(engine_runtime.importlib, "import_module", lambda _: package)
+    monkeypatch.setitem(sys.modules, "tensorrt", package)
     with pytest.raises(RequestError, match="the device must be a GPU, got cpu"):
         open_engine(file.path, device="cpu")
-    with pytest.raises(MissingDependencyError, match="needs a GPU of architecture sm_90"):
+    with pytest.raises(
+        MissingDependencyError, match=r"needs an NVIDIA GPU .*backend='onnxruntime'"
+    ):
         open_engine(file.path)
+    with pytest.raises(CheckpointError, match=r"must be for tensorrt-rtx, got one for tensorrt$"):
+        open_engine(file.path, runtime="tensorrt-rtx")
     assert not package.plans

@@ -10,8 +10,8 @@ from exported import small_checkpoint
 from one_node import write_one_node
 
 from kinetiq.checkpoint import load_checkpoint
-from kinetiq.errors import CheckpointError, MissingDependencyError, RequestError, WorkError
-from kinetiq.export import engine_builder, engine_rtx
+from kinetiq.errors import CheckpointError, RequestError, WorkError
+from kinetiq.export import engine_builder
 from kinetiq.export.engine_file import read_engine
 from kinetiq.export.engine_profile import Bounds
 from kinetiq.export.engine_rtx import build_rtx_engine
@@ -110,14 +110,6 @@ def test_what_cannot_be_built(tmp_path):
         build_rtx_engine(network, engine, target="sm_89")
 
 
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
-    with pytest.raises(
-        MissingDependencyError, match=r'needs TensorRT for RTX.*pip install "\.\[rtx\]"'
-    ):
-        engine_rtx.load_rtx()
-
-
 @pytest.mark.slow
 def test_a_network_with_all_controls(tmp_path, exported):
     # In float32, where no attention is one kernel, but every node and input is there.
@@ -133,13 +125,17 @@ def test_a_network_with_all_controls(tmp_path, exported):
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 @pytest.mark.parametrize("family", [*tiny.NETWORKS, "sprites"])
 def test_a_network_for_each_target(tmp_path, tiny_folder, family, precision):
-    source = family if family == "sprites" else tiny_folder(family)
+    checkpoint = load_checkpoint(family if family == "sprites" else tiny_folder(family))
     network = tmp_path / "net.onnx"
-    export_onnx(load_checkpoint(source), network, dtype=precision)
+    sites = export_onnx(checkpoint, network, dtype=precision).metadata.sites
+    attentions = [checkpoint.unet.get_submodule(site.name) for site in sites]
+    # Heads of fewer than 16 columns have no kernel that does a whole attention.
+    expected = sum(one.to_q.out_features // one.heads >= 16 for one in attentions)
+    assert expected
     for target in TARGETS:
         path = tmp_path / f"{target}.engine"
         record = build_rtx_engine(network, path, target=target, bounds=SIZES).record
-        assert record.attentions == record.fused > 0
+        assert record.attentions == record.fused == expected
 
 
 @pytest.mark.slow
@@ -148,8 +144,11 @@ def test_the_full_size_network(tmp_path):
     from diffusers import UNetMotionModel
 
     with torch.device("meta"):
-        unet = UNetMotionModel().half()
-    checkpoint = replace(small_checkpoint("animatediff"), unet=unet.to_empty(device="cpu"))
+        unet = UNetMotionModel(cross_attention_dim=768).half()
+    unet = unet.to_empty(device="cpu")
+    for parameter in unet.parameters():  # weights that are alike would be stored once
+        parameter.data.uniform_(-0.02, 0.02)
+    checkpoint = replace(small_checkpoint("animatediff"), unet=unet)
     export_onnx(checkpoint, tmp_path / "net.onnx")
     sizes = {
         "rows": Bounds(1, 2, 2),
