@@ -6,7 +6,7 @@ keeps its tensors [rows, frames, tokens, channels], so that no frame is moved in
 back. Both read what the current forward pass is given from a `Signal`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,7 @@ class Signal:
 
     frames: int = 1
     controls: ControlTensors = ControlTensors()  # noqa: RUF009  frozen, so safe to share
+    prompt_keys: Mapping[int, KeyValueBank] | None = None  # by cross-attention site, a slot a row
     before_temporal: dict[str, Tensor] = field(default_factory=dict)  # by temporal transformer
     capture: KeyValueCapture | None = None
     word_capture: WordCapture | None = None
@@ -140,10 +141,14 @@ class CrossProcessor:
         with span("cross attention"):
             frames = self._signal.frames
             query = attention.to_q(hidden_states).unflatten(0, (-1, frames))
-            text = encoder_hidden_states  # one a row, or repeated for each frame by the network
-            if text.shape[0] != query.shape[0]:
-                text = text.unflatten(0, (-1, frames))[:, 0]
-            key, value = attention.to_k(text)[:, None], attention.to_v(text)[:, None]
+            given = self._signal.prompt_keys
+            if given is not None:
+                key, value = given[self._site].key, given[self._site].value
+            else:
+                text = encoder_hidden_states  # one a row, or repeated for each frame by the network
+                if text.shape[0] != query.shape[0]:
+                    text = text.unflatten(0, (-1, frames))[:, 0]
+                key, value = project_prompt(attention, text)
             capture = self._signal.word_capture
             if capture is not None:
                 capture.kept[self._site] = attention_to_words(
@@ -151,6 +156,11 @@ class CrossProcessor:
                 )
             out = query_attention(query, key, value, heads=attention.heads)
             return _project_out(attention, out.flatten(0, 1))
+
+
+def project_prompt(attention: Any, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of prompts [rows, tokens, width], each [rows, 1, tokens, channels]."""
+    return attention.to_k(text)[:, None], attention.to_v(text)[:, None]
 
 
 class TemporalTransformer(nn.Module):

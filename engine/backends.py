@@ -1,7 +1,8 @@
 """The back ends that can run a denoiser, by name.
 
-All but "eager" run a network that was exported, and are a part of `kinetiq.export`, which is
-imported only when one of them is asked for; nothing of the engine depends on it.
+"eager" and "compiled" run the loaded network itself. All others run one that was exported, and are
+a part of `kinetiq.export`, which is imported only when one of them is asked for; nothing of the
+engine depends on it.
 """
 
 import importlib
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from kinetiq.denoiser import Denoiser
 
 EAGER = "eager"
+COMPILED = "compiled"
+ATTACHED = (EAGER, COMPILED)  # run the loaded network, with our modules in it
 EXPORTED = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
-BACKENDS = (EAGER, *EXPORTED)
+BACKENDS = (*ATTACHED, *EXPORTED)
 _LOADER = "kinetiq.export.loading"  # by name: the engine must not import what is built on it
 
 
@@ -27,12 +30,23 @@ def check_backend(
     """Raise a `RequestError` unless a back end, and what it is to run, have a meaning."""
     if backend not in BACKENDS:
         raise RequestError(f"load: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == EAGER and (network is not None or trust):
+    if backend in ATTACHED and (network is not None or trust):
         given = "network" if network is not None else "trust"
         raise RequestError(
             f"load: {given} needs a backend that runs an exported network, "
-            f"{', '.join(EXPORTED)}, got {EAGER!r}"
+            f"{', '.join(EXPORTED)}, got {backend!r}"
         )
+
+
+def attach_denoiser(backend: str, checkpoint: "Checkpoint") -> "Denoiser":
+    """The denoiser of a back end that runs the loaded network, with our modules in it."""
+    if backend == EAGER:
+        from kinetiq.denoiser import EagerDenoiser
+
+        return EagerDenoiser(checkpoint.unet).attach()
+    from kinetiq.compiled import CompiledDenoiser  # loads PyTorch's compiler
+
+    return CompiledDenoiser(checkpoint.unet).attach()
 
 
 def load_exported(
@@ -41,7 +55,7 @@ def load_exported(
     network: str | os.PathLike[str] | None,
     trust: str | Collection[str],
 ) -> "Denoiser":
-    """The denoiser of a back end other than "eager"; see `kinetiq.export.loading`."""
+    """The denoiser of a back end of `EXPORTED`; see `kinetiq.export.loading`."""
     denoiser: Denoiser = importlib.import_module(_LOADER).load_denoiser(
         backend, checkpoint, network=network, trust=trust
     )

@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kinetiq.backends import EAGER, check_backend, load_exported
+from kinetiq.backends import ATTACHED, EAGER, attach_denoiser, check_backend, load_exported
 from kinetiq.board_run import BoardLatents
 from kinetiq.checkpoint import Checkpoint, load_checkpoint
 from kinetiq.clip import Clip
@@ -158,10 +158,10 @@ class Engine:
             revision=revision,
             local_files_only=local_files_only,
         )
-        if backend != EAGER:
-            denoiser = load_exported(backend, checkpoint, network, trust)
-            return cls(checkpoint, denoiser, backend=backend)
-        return cls(checkpoint, EagerDenoiser(checkpoint.unet).attach())
+        if backend in ATTACHED:
+            return cls(checkpoint, attach_denoiser(backend, checkpoint), backend=backend)
+        denoiser = load_exported(backend, checkpoint, network, trust)
+        return cls(checkpoint, denoiser, backend=backend)
 
     def close(self) -> None:
         """Take our modules out of the network again."""
@@ -605,7 +605,8 @@ class Engine:
         self, control: MoftGuidance, shape: tuple[int, int, int], steps: int, make: Makers
     ) -> ResolvedMoftGuidance:
         """A guidance as data for a clip of `shape`."""
-        _require_eager(self.backend, "MoftGuidance, which needs gradients")
+        if self.backend not in ATTACHED:
+            _require_eager(self.backend, "MoftGuidance, which needs gradients")
         if control.recompute is True and not isinstance(self.denoiser, EagerDenoiser):
             raise RequestError(
                 f"recompute: the back end must be eager, got {type(self.denoiser).__name__}; "

@@ -73,7 +73,7 @@ def test_options_without_a_meaning_are_refused_before_anything_loads():
             RequestError, match=rf"^load: backend '{backend}' needs network, an engine"
         ):
             loading.load_denoiser(backend, checkpoint)
-    assert set(EXPORTED) | {"eager"} == set(BACKENDS)
+    assert set(EXPORTED) | {"eager", "compiled"} == set(BACKENDS)
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch, exported):
