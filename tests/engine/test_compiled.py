@@ -1,8 +1,7 @@
 """The compiled back end predicts what the eager one does, and compiles no more than it says.
 
-Tracing a network takes seconds, so most tests replace `torch.compile` by `traced_by_nobody`, which
-runs the function as it is and counts as Dynamo would for one graph a plan; what Dynamo really does
-is asked once a family here, and of every kind and with Inductor in the tests marked slow.
+Tracing a network takes seconds, so most tests are `traced_by_nobody`. What Dynamo really does is
+asked once a family here, and of every kind and with Inductor in the tests marked slow.
 """
 
 import gc
@@ -122,23 +121,6 @@ def assert_differ(one, other):
 def eager(denoiser, *given):
     with denoiser.eagerly(), torch.no_grad():
         return denoiser.predict(*given)
-
-
-@pytest.fixture
-def traced_by_nobody(monkeypatch):
-    def compile_nothing(function, *, fullgraph, dynamic, backend):
-        assert fullgraph and not dynamic
-        done = []
-
-        def run(*given):
-            if not done:
-                done.append(backend(None, []))
-            return function(*given)
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", compile_nothing)
-    monkeypatch.setattr(back_end, "lookup_backend", lambda _: lambda graph, _: graph)
 
 
 @pytest.fixture
