@@ -260,8 +260,7 @@ class TemporalTransformer(nn.Module):
         if lora is None or f"{path}.to_out.0" not in lora.banks:
             return _project_out(attention, out)
         projected: Tensor = _project(attention.to_out[0], f"{path}.to_out.0", out, lora)
-        dropped: Tensor = attention.to_out[1](projected) / attention.rescale_output_factor
-        return dropped
+        return _rescale(attention, attention.to_out[1](projected))
 
 
 def _project(linear: nn.Module, path: str, given: Tensor, lora: LoraControl | None) -> Tensor:
@@ -481,9 +480,13 @@ def _group_norm(rows: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 
 def _project_out(attention: Any, out: Tensor) -> Tensor:
-    projected: Tensor = attention.to_out[1](attention.to_out[0](out))
-    scaled: Tensor = projected / attention.rescale_output_factor
-    return scaled
+    return _rescale(attention, attention.to_out[1](attention.to_out[0](out)))
+
+
+def _rescale(attention: Any, projected: Tensor) -> Tensor:
+    # By 1 it would be a pass over the activations for nothing, 6 GB a step of AnimateDiff.
+    factor = attention.rescale_output_factor
+    return projected if factor == 1 else projected / factor
 
 
 def _refuse(attention: Any, attention_mask: Tensor | None, options: dict[str, Any]) -> None:

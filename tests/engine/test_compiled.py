@@ -669,7 +669,7 @@ def test_inductor_compiles_the_embedded_model():
 
 @pytest.mark.gpu
 def test_graphs_are_replayed_on_a_gpu(family):
-    denoiser = CompiledDenoiser(shallow(family).cuda()).attach()
+    denoiser = CompiledDenoiser(shallow(family).cuda(), compiler="eager").attach()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for seed, rows in itertools.product(range(3), (2, 3)):
             given = [tensor.cuda() for tensor in sample(rows, seed=seed)]
