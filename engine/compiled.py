@@ -98,6 +98,7 @@ class CompiledDenoiser(EagerDenoiser):
         Raises:
             RequestError: our modules are not in the network, gradients are wanted, or a kind of
                 control cannot be compiled.
+            ShapeError: rows or banks do not fit the latents.
             WorkError: the network does not compile.
             MissingDependencyError: a compiler is missing.
             torch.OutOfMemoryError: memory ran out, also with all other plans dropped.
@@ -105,7 +106,8 @@ class CompiledDenoiser(EagerDenoiser):
         if self._looking:
             return super().predict(latents, timesteps, text, controls)
         self._require_attached("predict")
-        _refuse(latents, text, controls)
+        _refuse_kinds(controls)
+        self._refuse_gradients(latents, text, controls)
         with torch.inference_mode(False), torch.no_grad():
             inputs = list_inputs(latents, timesteps, self._prompts.of(text), controls)
             forms = list_forms(inputs, controls, self._motion_sites(controls), self._round_rows)
@@ -189,6 +191,17 @@ class CompiledDenoiser(EagerDenoiser):
             self._pool = None
             torch.cuda.empty_cache()
 
+    def _refuse_gradients(self, latents: Tensor, text: Tensor, controls: ControlTensors) -> None:
+        if not torch.is_grad_enabled():
+            return
+        given = list_inputs(latents, text, {}, controls).values()
+        if any(tensor.requires_grad for tensor in (*given, *self.network.parameters())):
+            raise RequestError(
+                "compiled: must be asked for predictions without gradients, got inputs or weights "
+                "that require them; predict under `torch.no_grad()` or inside `eagerly()`, or load "
+                "the model with backend='eager'"
+            )
+
     def _motion_sites(self, controls: ControlTensors) -> dict[int, MotionSite]:
         if controls.motion is None:
             return {}
@@ -210,12 +223,7 @@ class CompiledDenoiser(EagerDenoiser):
         return rows * columns
 
 
-def _refuse(latents: Tensor, text: Tensor, controls: ControlTensors) -> None:
-    if torch.is_grad_enabled() and (latents.requires_grad or text.requires_grad):
-        raise RequestError(
-            "compiled: must be asked for predictions without gradients, got inputs that require "
-            "them; predict inside `eagerly()`, or load the model with backend='eager'"
-        )
+def _refuse_kinds(controls: ControlTensors) -> None:
     present = [field.name for field in fields(controls) if getattr(controls, field.name)]
     refused = [name for name in present if name not in KINDS]
     if refused:

@@ -6,7 +6,6 @@ graphs of a denoiser take their memory from one pool: they are replayed one afte
 nothing but the output, which is copied out, has to survive a replay.
 """
 
-import gc
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -201,9 +200,6 @@ class Plan:
             for _ in range(_WARM_UPS):
                 self._predict()
         torch.cuda.current_stream().wait_stream(stream)
-        # What warming up used goes back first, since the pool of the graph cannot take it.
-        gc.collect()
-        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = self._predict()

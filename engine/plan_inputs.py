@@ -26,6 +26,7 @@ from kinetiq.control_tensors import (
     QueryControl,
     SkipControl,
 )
+from kinetiq.errors import ShapeError
 
 Path = tuple[str | int, ...]
 KINDS = ("query", "deviation", "motion", "lora", "skip")  # of control that a plan may carry
@@ -147,20 +148,39 @@ def list_forms(
         controls: likewise.
         motion_sites: what banks of each temporal site are like.
         rows: rounds rows up.
+
+    Raises:
+        ShapeError: an input has other rows than the latents, or a bank does not fit its site.
     """
-    forms = {}
+    forms: dict[Path, Form] = {}
+    latents = inputs["latents",]
     for path, tensor in inputs.items():
         shape = list(tensor.shape)
         for axis in bank_axes(path):
             shape[axis] = round_slots(shape[axis])
         axis_of_rows = row_axis(path)
         if axis_of_rows is not None:
-            shape[axis_of_rows] = rows(shape[axis_of_rows])
+            if shape[axis_of_rows] != len(latents):
+                raise ShapeError(
+                    f"compiled: {_words(path)} must have a row for each of the {len(latents)} of "
+                    f"latents, got {shape[axis_of_rows]}"
+                )
+            shape[axis_of_rows] = rows(len(latents))
         forms[path] = Form(tuple(shape), tensor.dtype)
     if controls.motion is not None:
-        latents = inputs["latents",]
-        forms |= _motion_forms(forms, latents, motion_parts(controls), motion_sites)
+        whole = _motion_forms(forms, latents, motion_parts(controls), motion_sites)
+        for path in forms.keys() & whole.keys():
+            if forms[path] != whole[path]:
+                raise ShapeError(
+                    f"compiled: {_words(path)} must be {list(whole[path].shape)} of "
+                    f"{whole[path].dtype}, got {list(forms[path].shape)} of {forms[path].dtype}"
+                )
+        forms |= whole
     return forms
+
+
+def _words(path: Path) -> str:
+    return " ".join(map(str, path))
 
 
 def _motion_forms(

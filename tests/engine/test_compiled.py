@@ -34,8 +34,10 @@ from kinetiq.denoiser import EagerDenoiser
 from kinetiq.families import SiteKind
 from kinetiq.motion_embedding import project_bank, site_size
 from kinetiq.motion_lora import lora_paths
+from kinetiq.motion_training import train_embedding
 from kinetiq.plan_inputs import KINDS, round_rows, round_slots
 from kinetiq.prompt_keys import KEPT_PROMPTS
+from kinetiq.temporal_analysis import analyze_temporal
 
 TOLERANCE = 1e-4  # of the largest value: the project's word for "equal" in float32
 SHALLOW = {  # one level: an eighth of the modules, and every kind of site and skip
@@ -387,12 +389,43 @@ def test_what_cannot_be_compiled_is_refused(make):
         denoiser.predict(*given, keys)
     with pytest.raises(kq.RequestError, match="must be asked for predictions without gradients"):
         denoiser.predict(given[0].requires_grad_(True), *given[1:])
+    weight = next(denoiser.network.parameters()).requires_grad_(True)
+    try:
+        with pytest.raises(kq.RequestError, match="got inputs or weights that require them"):
+            denoiser.predict(*sample())
+    finally:
+        weight.requires_grad_(False)
     assert denoiser.compilations == 0
     with pytest.raises(kq.RequestError, match="most_plans: must be at least 1, got 0"):
         CompiledDenoiser(denoiser.network, most_plans=0)
     denoiser.detach()
     with pytest.raises(kq.RequestError, match="predict: the denoiser must be attached"):
         denoiser.predict(*sample())
+
+
+def test_inputs_that_do_not_fit_each_other_are_refused(make):
+    """Also where a plan would have room for them."""
+    denoiser, (latents, timesteps, text) = make(rows=lambda _: 4), sample()
+    with pytest.raises(
+        kq.ShapeError,
+        match=r"^compiled: timesteps must have a row for each of the 3 of latents, got 2$",
+    ):
+        denoiser.predict(latents, timesteps[:2], text)
+    with pytest.raises(kq.ShapeError, match=r"prompt \d+ key must have a row for each .*, got 2$"):
+        denoiser.predict(latents, timesteps, text[:2])
+    other = make_controls(denoiser, (3, 2, 8, 8), ("motion",))
+    with pytest.raises(
+        kq.ShapeError, match=r"motion banks \d+ projected_\w+ must be \[2, 3, .* got \[2, 2, "
+    ):
+        denoiser.predict(latents, timesteps, text, other)
+
+
+def test_training_and_analysis_are_refused(tiny_folder, reference, tmp_path, traced_by_nobody):
+    with kq.Engine.load(tiny_folder("animatediff"), backend="compiled") as engine:
+        with pytest.raises(kq.RequestError, match="by the back end 'eager', got CompiledDenoiser"):
+            analyze_temporal(engine)
+        with pytest.raises(kq.RequestError, match="by the back end 'eager', got CompiledDenoiser"):
+            train_embedding(engine, reference, "a circle", tmp_path / "motion.safetensors")
 
 
 def test_what_looks_into_the_network_runs_it_eagerly(make, networks, family):
