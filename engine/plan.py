@@ -6,6 +6,7 @@ graphs of a denoiser take their memory from one pool: they are replayed one afte
 nothing but the output, which is copied out, has to survive a replay.
 """
 
+import logging
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ from kinetiq.plan_inputs import Forms, Path, build_controls, build_prompts, fill
 Compile = Callable[[torch.fx.GraphModule, list[Tensor]], Callable[..., Any]]
 _WARM_UPS = 2  # before a capture: the first compiles and tunes, the second has its memory
 _NO_COMPILER = ("InvalidCxxCompiler", "Failed to find C compiler", "CppCompileError")
+_LOGS = {logging.Logger.info}  # diffusers says that it forces a size, which is no operation
 _ADVICE = "load the model with backend='eager'"
 
 
@@ -110,10 +112,11 @@ class Plan:
         """Compile, and on a GPU capture; see the class for what may go wrong."""
         before = self._compiler.seen.count
         try:
-            if self._pool is None:
-                self._predict()
-            else:
-                self._capture()
+            with torch._dynamo.config.patch(ignore_logger_methods=_LOGS):  # noqa: SLF001  its name
+                if self._pool is None:
+                    self._predict()
+                else:
+                    self._capture()
         except Exception as error:
             raise _explained(error, self.describe()) from error
         if self._compiler.seen.count == before:

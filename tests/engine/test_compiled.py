@@ -659,7 +659,7 @@ def test_dynamo_compiles_once_a_plan_and_forgets_all(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=["even", "odd, so that sizes are forced"])
 def test_dynamo_compiles_the_network_under_every_kind(networks, family, shape):
     denoiser = CompiledDenoiser(networks[family], compiler="aot_eager").attach()
     given = sample(*shape)
