@@ -2,7 +2,9 @@
 
 Cost is the time of clips under a control over that of as many plain clips, sampled in turn, the
 VAE and what happens once a motion left out. MOFT guidance has the 25 steps that its window is laid
-out for, the others 5, of which 0.4 is exactly two.
+out for, the others 5, of which 0.4 is exactly two. Milliseconds are a step's, on the mean;
+`share_of_floor` is that of the plain operations of the clips at 790 TFLOP/s, so what a control adds
+counts as lost. Costs are of the network run eagerly but for those under `compiled`.
 
 Right is what the CPU says: the embedded model's latents under every control, float32 within 1e-4
 of the largest value, bfloat16 with at most twice the error that the CPU makes in that type.
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinetiq.bench.clips import H200_RATE, peak_of
 from kinetiq.bench.figures import Figure
 from kinetiq.bench.harness import BenchOptions, Progress
 from kinetiq.bench.measure import time_ratio
@@ -25,6 +28,7 @@ from kinetiq.bench.steps import Budget, Outcome, Stage, Step, run_stages
 from kinetiq.bench.subjects import (
     ANIMATEDIFF,
     Subject,
+    compiled,
     embedded_subject,
     full_size_subject,
     random_embedding,
@@ -38,6 +42,8 @@ from kinetiq.sprites.cases import transfer_pairs
 STEPS, MOFT_STEPS = 5, 25
 MOTIONS = 8
 _BUILD = 45.0
+_COMPILE = 200.0  # the network with and without a control
+_COMPILED = ("query_cost.one_target", "injection_cost.one_target")
 _CLOSE = {torch.float32: 1e-4}  # of the largest value
 _SLACK = 2.0  # times the CPU's error in a half type
 _SMALL = 0.005  # step of guidance: random features are far from any motion
@@ -166,21 +172,60 @@ def stages(options: BenchOptions) -> list[Stage]:
             costs(f"{kind}.embedded", embedded),
             gpu=False,
         ),
+        Stage(
+            "animatediff compiled",
+            _BUILD,
+            functools.partial(full_size_subject, ANIMATEDIFF, device, torch.float16),
+            [
+                Step(
+                    f"gpu.compiled.{case.name}",
+                    _COMPILE + case.seconds,
+                    functools.partial(
+                        cost_compiled, case=case, stem="gpu.compiled", repeats=repeats
+                    ),
+                )
+                for case in CASES
+                if case.name in _COMPILED
+            ],
+        ),
     ]
 
 
 def cost(subject: Subject, *, case: Case, stem: str, repeats: int) -> dict[str, Figure]:
-    """The time of clips under a control over that of plain ones."""
+    """The time of clips under a control over that of plain ones, and what a step takes."""
     controls = case.controls(subject)
     controlled = subject.resolve(subject.requests(case.clips, controls, steps=case.steps))
     plain = subject.resolve(subject.requests(case.clips, steps=case.steps))
+    peaks = {
+        name: peak_of(functools.partial(subject.sample, requests), subject.device)
+        for name, requests in (("controlled", controlled), ("plain", plain))
+    }
     ratio = time_ratio(
         lambda: subject.sample(controlled),
         lambda: subject.sample(plain),
         repeats=max(2, repeats // 2) if case.clips > 1 or case.steps > STEPS else repeats,
+        warmup=0,
         device=str(subject.device),
     )
-    return {f"{stem}.{case.name}": ratio.figure}
+    found = {f"{stem}.{case.name}": ratio.figure}
+    for name, timing, way in (
+        (f"{stem}.{case.name}", ratio.ours, "controlled"),
+        (f"{stem}.plain.batch_{case.clips}", ratio.baseline, "plain"),
+    ):
+        a_step = timing.p50 / case.steps
+        found[f"{name}.milliseconds_per_step"] = Figure(1e3 * a_step, unit="ms", n=1)
+        if peaks[way]:
+            found[f"{name}.peak_memory"] = Figure(peaks[way] / 2**30, unit="GiB")
+        if subject.flops:
+            share = case.clips * subject.flops / a_step / H200_RATE
+            found[f"{name}.share_of_floor"] = Figure(share)
+    return found
+
+
+def cost_compiled(subject: Subject, *, case: Case, stem: str, repeats: int) -> dict[str, Figure]:
+    """The same with the network compiled; what that takes is left out."""
+    with compiled(subject) as faster:
+        return cost(faster, case=case, stem=stem, repeats=repeats)
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ import functools
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kinetiq.backends import COMPILED
 from kinetiq.bench.moft_cost import random_channels
 from kinetiq.checkpoint import Checkpoint
 from kinetiq.clip import Clip
+from kinetiq.compiled import CompiledDenoiser
 from kinetiq.denoiser import NO_CONTROLS, EagerDenoiser
 from kinetiq.engine import Engine
 from kinetiq.errors import KinetiqError, WorkError
@@ -400,6 +402,33 @@ def without_ours(denoiser: EagerDenoiser) -> Iterator[None]:
         yield
     finally:
         denoiser.attach()
+
+
+@contextlib.contextmanager
+def compiled(subject: Subject) -> Iterator[Subject]:
+    """The same model with its network compiled; all that was compiled is let go of at the end."""
+    engine = subject.engine
+    assert isinstance(engine.denoiser, EagerDenoiser)
+    with without_ours(engine.denoiser):
+        denoiser = CompiledDenoiser(engine.checkpoint.unet).attach()
+        try:
+            yield replace(subject, engine=Engine(engine.checkpoint, denoiser, backend=COMPILED))
+        finally:
+            denoiser.detach()
+
+
+def compilations(subject: Subject) -> int:
+    """How often the network of a model of `compiled` was compiled."""
+    assert isinstance(subject.engine.denoiser, CompiledDenoiser)
+    return subject.engine.denoiser.compilations
+
+
+@contextlib.contextmanager
+def eagerly(subject: Subject) -> Iterator[None]:
+    """Inside, a model with its network compiled runs it as it is."""
+    assert isinstance(subject.engine.denoiser, CompiledDenoiser)
+    with subject.engine.denoiser.eagerly():
+        yield
 
 
 def _pipeline(subject: Subject, network: Any) -> Any:

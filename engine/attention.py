@@ -6,7 +6,7 @@ keeps its tensors [rows, frames, tokens, channels], so that no frame is moved in
 back. Both read what the current forward pass is given from a `Signal`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,7 @@ class Signal:
 
     frames: int = 1
     controls: ControlTensors = ControlTensors()  # noqa: RUF009  frozen, so safe to share
+    prompt_keys: Mapping[int, KeyValueBank] | None = None  # by cross-attention site, a slot a row
     before_temporal: dict[str, Tensor] = field(default_factory=dict)  # by temporal transformer
     capture: KeyValueCapture | None = None
     word_capture: WordCapture | None = None
@@ -154,10 +155,14 @@ class CrossProcessor:
         with span("cross attention"):
             frames = self._signal.frames
             query = attention.to_q(hidden_states).unflatten(0, (-1, frames))
-            text = encoder_hidden_states  # one a row, or repeated for each frame by the network
-            if text.shape[0] != query.shape[0]:
-                text = text.unflatten(0, (-1, frames))[:, 0]
-            key, value = attention.to_k(text)[:, None], attention.to_v(text)[:, None]
+            given = self._signal.prompt_keys
+            if given is not None:
+                key, value = given[self._site].key, given[self._site].value
+            else:
+                text = encoder_hidden_states  # one a row, or repeated for each frame by the network
+                if text.shape[0] != query.shape[0]:
+                    text = text.unflatten(0, (-1, frames))[:, 0]
+                key, value = project_prompt(attention, text)
             capture = self._signal.word_capture
             if capture is not None:
                 capture.kept[self._site] = attention_to_words(
@@ -165,6 +170,11 @@ class CrossProcessor:
                 )
             out = query_attention(query, key, value, heads=attention.heads)
             return _project_out(attention, out.flatten(0, 1))
+
+
+def project_prompt(attention: Any, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of prompts [rows, tokens, width], each [rows, 1, tokens, channels]."""
+    return attention.to_k(text)[:, None], attention.to_v(text)[:, None]
 
 
 class TemporalTransformer(nn.Module):
@@ -271,8 +281,7 @@ class TemporalTransformer(nn.Module):
         if lora is None or f"{path}.to_out.0" not in lora.banks:
             return _project_out(attention, out)
         projected: Tensor = _project(attention.to_out[0], f"{path}.to_out.0", out, lora)
-        dropped: Tensor = attention.to_out[1](projected) / attention.rescale_output_factor
-        return dropped
+        return _rescale(attention, attention.to_out[1](projected))
 
 
 def _project(linear: nn.Module, path: str, given: Tensor, lora: LoraControl | None) -> Tensor:
@@ -492,9 +501,13 @@ def _group_norm(rows: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 
 def _project_out(attention: Any, out: Tensor) -> Tensor:
-    projected: Tensor = attention.to_out[1](attention.to_out[0](out))
-    scaled: Tensor = projected / attention.rescale_output_factor
-    return scaled
+    return _rescale(attention, attention.to_out[1](attention.to_out[0](out)))
+
+
+def _rescale(attention: Any, projected: Tensor) -> Tensor:
+    # By 1 it would be a pass over the activations for nothing, 6 GB a step of AnimateDiff.
+    factor = attention.rescale_output_factor
+    return projected if factor == 1 else projected / factor
 
 
 def _refuse(attention: Any, attention_mask: Tensor | None, options: dict[str, Any]) -> None:

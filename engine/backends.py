@@ -1,8 +1,8 @@
 """The back ends that can run a denoiser, by name.
 
-Those of `EXPORTED` run a network that was exported, and are a part of `kinetiq.export`, which is
-imported only when one of them is asked for; nothing of the engine depends on it. "auto" is none of
-them, but the one that `kinetiq.backend_choice` chooses.
+"eager" and "compiled" run the loaded network itself. Those of `EXPORTED` run one that was exported,
+and are a part of `kinetiq.export`, which is imported only when one of them is asked for; nothing of
+the engine depends on it. "auto" is none of them, but the one that `kinetiq.backend_choice` chooses.
 """
 
 import importlib
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from kinetiq.denoiser import Denoiser
 
 EAGER = "eager"
+COMPILED = "compiled"
 AUTO = "auto"
+ATTACHED = (EAGER, COMPILED)  # run the loaded network, with our modules in it
 ON_GPU = ("tensorrt", "tensorrt-rtx")  # which run nowhere else
 EXPORTED = ("onnxruntime", "openvino", *ON_GPU)
-BACKENDS = (EAGER, *EXPORTED)
+BACKENDS = (*ATTACHED, *EXPORTED)
 _LOADER = "kinetiq.export.loading"  # by name: the engine must not import what is built on it
 
 
@@ -55,6 +57,17 @@ def check_machine(backend: str, device: "str | torch.device") -> None:
         RequestError: it does not run on such a device.
     """
     importlib.import_module(_LOADER).check_machine(backend, device)
+
+
+def attach_denoiser(backend: str, checkpoint: "Checkpoint") -> "Denoiser":
+    """The denoiser of a back end that runs the loaded network, with our modules in it."""
+    if backend == EAGER:
+        from kinetiq.denoiser import EagerDenoiser
+
+        return EagerDenoiser(checkpoint.unet).attach()
+    from kinetiq.compiled import CompiledDenoiser  # loads PyTorch's compiler
+
+    return CompiledDenoiser(checkpoint.unet).attach()
 
 
 def load_exported(

@@ -304,13 +304,16 @@ class EagerDenoiser:
             if handle is not None:
                 handle.remove()
 
-    @contextmanager
-    def _given(self, where: str, latents: Tensor, controls: ControlTensors) -> Iterator[None]:
-        """Let our modules see what the forward pass in the block is given."""
+    def _require_attached(self, where: str) -> None:
         if not self.attached:
             raise RequestError(
                 f"{where}: the denoiser must be attached, and was detached or closed"
             )
+
+    @contextmanager
+    def _given(self, where: str, latents: Tensor, controls: ControlTensors) -> Iterator[None]:
+        """Let our modules see what the forward pass in the block is given."""
+        self._require_attached(where)
         self.signal.frames, self.signal.controls = latents.shape[2], controls
         try:
             yield

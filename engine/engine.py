@@ -17,6 +17,7 @@ from kinetiq.backends import (
     AUTO,
     EAGER,
     EXPORTED,
+    attach_denoiser,
     check_backend,
     check_machine,
     load_exported,
@@ -177,8 +178,9 @@ class Engine:
             backend = take_backend(checkpoint.dtype, checkpoint.device)
         if backend in EXPORTED:
             denoiser = load_exported(backend, checkpoint, network, trust)
-            return cls(checkpoint, denoiser, backend=backend)
-        return cls(checkpoint, EagerDenoiser(checkpoint.unet).attach())
+        else:
+            denoiser = attach_denoiser(backend, checkpoint)
+        return cls(checkpoint, denoiser, backend=backend)
 
     def close(self) -> None:
         """Take our modules out of the network again."""
@@ -622,7 +624,8 @@ class Engine:
         self, control: MoftGuidance, shape: tuple[int, int, int], steps: int, make: Makers
     ) -> ResolvedMoftGuidance:
         """A guidance as data for a clip of `shape`."""
-        _require_eager(self.backend, "MoftGuidance, which needs gradients")
+        if self.backend not in ATTACHED:
+            _require_eager(self.backend, "MoftGuidance, which needs gradients")
         if control.recompute is True and not isinstance(self.denoiser, EagerDenoiser):
             raise RequestError(
                 f"recompute: the back end must be eager, got {type(self.denoiser).__name__}; "

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kinetiq.backends import EAGER
 from kinetiq.checkpoint import resolve_dtype
 from kinetiq.clip import Clip
 from kinetiq.control_tensors import ControlTensors, MotionBank, MotionControl, SkipControl
@@ -706,7 +707,7 @@ def _train(
     progress: Progress,
 ) -> Motion:
     denoiser = engine.denoiser
-    if not isinstance(denoiser, EagerDenoiser):
+    if not isinstance(denoiser, EagerDenoiser) or engine.backend != EAGER:
         raise RequestError(
             "train: the engine must run its network by the back end 'eager', got "
             f"{type(denoiser).__name__}"

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinetiq.backends import EAGER
 from kinetiq.clip import Clip
 from kinetiq.control_tensors import ControlTensors, MotionControl
 from kinetiq.denoiser import EagerDenoiser
@@ -193,7 +194,7 @@ def analyze_temporal(
         NonFiniteError: a map is not finite.
     """
     denoiser = engine.denoiser
-    if not isinstance(denoiser, EagerDenoiser):
+    if not isinstance(denoiser, EagerDenoiser) or engine.backend != EAGER:
         raise RequestError(
             "analyze: the engine must run its network by the back end 'eager', got "
             f"{type(denoiser).__name__}"

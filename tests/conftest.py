@@ -101,3 +101,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory):
         return written[family, scheduler]
 
     return build
+
+
+@pytest.fixture
+def traced_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compile` runs functions as they are; see `untraced`."""
+    import untraced
+
+    untraced.install(monkeypatch)

@@ -364,18 +364,77 @@ def test_a_clip_against_stock_and_its_stages(monkeypatch):
     bench = clips.Bench(subject_of(), "gpu.tiny", steps=2)
     bench.ratios["stock_cudnn"] = Figure(0.001)
     found = clips.against_usual(bench)
-    ours, theirs = (found[f"gpu.tiny.{w}seconds_per_clip"].value for w in ("", "stock."))
-    assert found["gpu.tiny.ratio_to_stock"].value == pytest.approx(theirs / ours)
+    ours, theirs = (found[f"gpu.tiny.{w}.seconds_per_clip"].value for w in ("eager", "stock"))
+    assert found["gpu.tiny.eager.ratio_to_stock"].value == pytest.approx(theirs / ours)
     assert found["gpu.tiny.ratio_to_stock_best"].value == 0.001
-    a_step = found["gpu.tiny.milliseconds_per_step"].value / 1e3
-    assert found["gpu.tiny.useful_tflops"].value == pytest.approx(
-        bench.subject.flops / a_step / 1e12
-    )
-    assert found["gpu.tiny.share_of_roof"].value == pytest.approx(
-        bench.subject.flops / a_step / 1e11
-    )
+    assert found["gpu.tiny.seconds_per_clip"].value == ours
+    a_step = found["gpu.tiny.eager.milliseconds_per_step"].value / 1e3
+    shares = {"useful_tflops": 1e12, "share_of_roof": 1e11, "share_of_floor": 790e12}
+    for name, rate in shares.items():
+        assert found[f"gpu.tiny.eager.{name}"].value == pytest.approx(
+            bench.subject.flops / a_step / rate
+        )
     assert found["gpu.tiny.decode_seconds"].value > 0
-    assert "gpu.tiny.peak_memory" not in found  # that of a GPU is asked for
+    assert "gpu.tiny.eager.peak_memory" not in found  # that of a GPU is asked for
+
+
+@pytest.mark.parametrize(("family", "speedup"), [("animatediff", 2.0), ("unet3d", 0.5)])
+def test_ours_compiled_is_timed_beside_ours_and_the_better_one_counts(
+    family, speedup, traced_by_nobody, monkeypatch
+):
+    subject = subject_of(family)
+    bench = clips.Bench(subject, "gpu.tiny", steps=2)
+    bench.ratios["stock"] = Figure(3.0, 2.0, 4.0, n=3)
+    bench.seconds["eager"] = Figure(7.0)
+    monkeypatch.setattr(
+        clips.Machine, "roof", lambda *_: SimpleNamespace(flops_per_second={"fp32": 1e11})
+    )
+    seen = {}
+
+    def timed(eager, ours, **_):
+        for name, call in {"eager": eager, "ours": ours}.items():
+            predictions.clear()
+            call()
+            seen[name] = len(predictions)
+        taken = SimpleNamespace(p20=1.0, p50=7.0 / speedup, p80=9.0)
+        return SimpleNamespace(figure=Figure(speedup, 0.4, 2.5, n=3), baseline=taken, ours=None)
+
+    predictions = []
+    predict = EagerDenoiser.predict
+
+    def spy(*given):
+        predictions.append(1)
+        return predict(*given)
+
+    monkeypatch.setattr(EagerDenoiser, "predict", spy)
+    monkeypatch.setattr(clips, "time_ratio", timed)
+    found = clips.ours_compiled(bench)
+    assert seen == {"eager": 2, "ours": 0}  # compiled ones are not predicted by the eager way
+    assert found["gpu.tiny.compiled.compilations"].value == 1
+    assert found["gpu.tiny.compiled.seconds_per_clip"].value == 7.0 / speedup
+    assert found["gpu.tiny.compiled.milliseconds_per_step"].value > 0
+    assert found["gpu.tiny.seconds_per_clip"].value == (3.5 if speedup > 1 else 7.0)
+    wanted = Figure(6.0, 0.8, 10.0, n=3) if speedup > 1 else Figure(3.0, 2.0, 4.0, n=3)
+    assert found["gpu.tiny.ratio_to_stock_best"] == wanted
+    # The network is the eager one's again, and as right as before.
+    assert subject.engine.denoiser.attached
+    assert clips.determinism(bench)["gpu.tiny.same_bits"].value == 1
+    several = clips.compiled_together(bench, count=2) | clips.together(bench, count=2)
+    assert {f"gpu.tiny.{way}batch_2.milliseconds_per_step" for way in ("", "compiled.")} <= set(
+        several
+    )
+
+
+def test_the_same_clips_are_sampled_compiled(traced_by_nobody):
+    subject = subject_of()
+    requests = subject.resolve(subject.requests(2, steps=2))
+    wanted = torch.stack(subject.sample(requests))
+    with models.compiled(subject) as faster:
+        assert apart(torch.stack(faster.sample(requests)), wanted) <= 1e-4
+        assert models.compilations(faster) == 1
+        with models.eagerly(faster):
+            assert torch.equal(torch.stack(faster.sample(requests)), wanted)
+        assert models.compilations(faster) == 1
 
 
 def test_same_bits_are_told_from_others(monkeypatch):
@@ -407,8 +466,17 @@ def test_the_stages_are_those_of_the_issue_and_a_cpu_has_the_embedded_one_alone(
     names = [step.name for stage in stages for step in stage.steps]
     assert len(set(names)) == len(names)
     assert [stage.name for stage in stages if not stage.gpu] == ["embedded"]
-    # A stage that begins within the budget, one after the other, and what compiles comes last.
-    assert stages[-1].steps[0].seconds >= 200
+    # A stage that begins within the budget, one after the other, the most wanted first.
+    wanted = [name for name in names if name.startswith("gpu.animatediff: ")]
+    assert wanted[:2] == [
+        "gpu.animatediff: a clip, ours and stock",
+        "gpu.animatediff: a clip, ours compiled",
+    ]
+    first = [stages[0].seconds + stages[1].seconds, *(s.seconds for s in stages[0].steps)]
+    assert sum(first) + sum(step.seconds for step in stages[1].steps[:3]) <= gpu.SECONDS["full"]
+    assert {
+        f"gpu.animatediff: {n} clips{way}" for n in (4, 8) for way in ("", ", ours compiled")
+    } <= (set(names))
     monkeypatch.setattr(
         clips, "build_embedded", lambda _: clips.Bench(subject_of(), "cpu.embedded", 1)
     )
@@ -418,6 +486,7 @@ def test_the_stages_are_those_of_the_issue_and_a_cpu_has_the_embedded_one_alone(
         "cpu.embedded.seconds_per_clip",
         "cpu.embedded.same_bits",
         "cpu.embedded.batch_8.seconds_per_clip",
+        "cpu.embedded.batch_8.milliseconds_per_step",
     }
 
 
@@ -443,18 +512,46 @@ def test_every_control_runs_beside_plain_clips(case, monkeypatch):
             rows.clear()
             call()
             seen[name] = list(rows)
-        return SimpleNamespace(figure=Figure(1.0))
+        taken = (SimpleNamespace(p50=seconds) for seconds in (4.0, 2.0))
+        return SimpleNamespace(figure=Figure(2.0), ours=next(taken), baseline=next(taken))
 
     monkeypatch.setattr(control_costs, "time_ratio", timed)
     case = replace(case, steps=min(case.steps, 5))
     found = control_costs.cost(subject, case=case, stem="gpu", repeats=2)
-    assert found == {f"gpu.{case.name}": Figure(1.0)}
+    assert found.pop(f"gpu.{case.name}") == Figure(2.0)
+    values = {name: figure.value for name, figure in found.items()}
+    floor = case.clips * subject.flops * case.steps / 790e12
+    plain = f"gpu.plain.batch_{case.clips}"
+    assert values == {
+        f"gpu.{case.name}.milliseconds_per_step": 4e3 / case.steps,
+        f"gpu.{case.name}.share_of_floor": pytest.approx(floor / 4),
+        f"{plain}.milliseconds_per_step": 2e3 / case.steps,
+        f"{plain}.share_of_floor": pytest.approx(floor / 2),
+    }
     assert seen["plain"] == [2 * case.clips] * 5
     extra = {"query_cost": [1, 1, 0, 0, 0], "injection_cost": [1] * 5}.get(
         case.name.partition(".")[0]
     )
     if extra:
         assert seen["ours"] == [2 * case.clips + more for more in extra]
+
+
+def test_a_control_is_timed_compiled(traced_by_nobody, monkeypatch):
+    """Two plans, with the control and without it."""
+    subject = subject_of()
+    seen = []
+
+    def cost(faster, *, case, **_):
+        for controls in (case.controls(faster), None):
+            faster.sample(faster.resolve(faster.requests(1, controls, steps=case.steps)))
+        seen.append(models.compilations(faster))
+        return {"a": Figure(1.0)}
+
+    monkeypatch.setattr(control_costs, "cost", cost)
+    (case,) = [case for case in control_costs.CASES if case.name == control_costs._COMPILED[0]]
+    found = control_costs.cost_compiled(subject, case=case, stem="gpu.compiled", repeats=2)
+    assert found == {"a": Figure(1.0)} and seen == [2]
+    assert subject.engine.denoiser.attached
 
 
 def make_agreement(tested):
@@ -661,10 +758,41 @@ def test_targets_are_of_figures_that_parts_have():
     assert names <= known
 
 
+@pytest.fixture(scope="module")
+def agreement():
+    return control_costs.build_agreement("cuda", "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", control_costs.COMPARED)
+def test_the_engine_on_a_gpu_agrees_with_the_one_on_a_cpu(agreement, name):
+    control_costs.agree(agreement, name=name)
+    assert name in agreement.compared and name not in agreement.disagreeing
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name",
+    [
+        "query",  # two plans; each takes a while to compile
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("motion", "embedding", "lora")),
+        pytest.param("lora_with_highway", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_on_a_gpu_agrees_with_the_one_on_a_cpu(agreement, name):
+    """With CUDA graphs, in float32, twice the same bits."""
+    case = control_costs.COMPARED[name]
+    wanted = control_costs._latents(agreement.trusted[torch.float32], case)
+    with models.compiled(agreement.tested[torch.float32]) as faster:
+        got, again = (control_costs._latents(faster, case) for _ in range(2))
+    assert apart(got, wanted) <= 1e-4
+    assert torch.equal(got, again)
+
+
 @pytest.mark.gpu
 def test_a_full_size_clip_on_a_gpu():
     bench = clips.build_full_size(models.ANIMATEDIFF, "cuda", torch.float16)
     short = replace(bench, steps=2)
     found = clips.against_usual(short)
-    assert found["gpu.animatediff.fp16.peak_memory"].value > 2
+    assert found["gpu.animatediff.fp16.eager.peak_memory"].value > 2
     assert clips.determinism(short)["gpu.animatediff.fp16.same_bits"].value == 1

@@ -58,7 +58,7 @@ def test_a_with_block_detaches_when_it_fails(tiny_folder):
 def test_an_unknown_back_end_is_refused_before_anything_loads():
     with pytest.raises(
         kq.RequestError,
-        match=r"^load: backend must be one of eager, onnxruntime, .*, got 'tensort'$",
+        match=r"^load: backend must be one of eager, compiled, onnxruntime, .*, got 'tensort'$",
     ):
         kq.Engine.load("/no/such/folder", backend="tensort")
 

@@ -77,7 +77,7 @@ def test_options_without_a_meaning_are_refused_before_anything_loads():
     for backend in ON_GPU:
         with pytest.raises(RequestError, match=rf"^{backend}: the device must be a GPU, got cpu"):
             kq.Engine.load("/no/such/folder", backend=backend, device="cpu")
-    assert set(EXPORTED) | {"eager"} == set(BACKENDS)
+    assert set(EXPORTED) | {"eager", "compiled"} == set(BACKENDS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

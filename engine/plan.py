@@ -1,0 +1,248 @@
+"""A plan: one prediction at fixed shapes, compiled once, and on a GPU captured and replayed.
+
+A plan owns a tensor for each input. A prediction copies into those what changed, and runs what was
+compiled; on a GPU that is one CUDA graph, so that Python and its guards are not run at all. All
+graphs of a denoiser take their memory from one pool: they are replayed one after the other, and
+nothing but the output, which is copied out, has to survive a replay.
+"""
+
+import logging
+import types
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo import eval_frame
+
+from kinetiq.attention import Signal
+from kinetiq.control_tensors import ControlTensors
+from kinetiq.errors import KinetiqError, MissingDependencyError, WorkError
+from kinetiq.generation import is_out_of_memory
+from kinetiq.plan_inputs import Forms, Path, build_controls, build_prompts, fill
+
+Compile = Callable[[torch.fx.GraphModule, list[Tensor]], Callable[..., Any]]
+_WARM_UPS = 2  # before a capture: the first compiles and tunes, the second has its memory
+_NO_COMPILER = ("InvalidCxxCompiler", "Failed to find C compiler", "CppCompileError")
+_LOGS = {logging.Logger.info}  # diffusers says that it forces a size, which is no operation
+_ADVICE = "load the model with backend='eager'"
+
+
+@dataclass(eq=False)
+class Compilations:
+    """How often PyTorch compiled a graph of ours.
+
+    It counts what Dynamo asks for and not what we expect, so a compilation too many is seen.
+    """
+
+    count: int = 0
+
+
+@dataclass(eq=False)
+class Compiler:
+    """What Dynamo hands graphs to.
+
+    Dynamo keeps it in a table of its own until `Plan.close`, so it knows no network.
+
+    Args:
+        compile: a back end of torch.compile.
+        seen: counts.
+    """
+
+    compile: Compile
+    seen: Compilations
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        """Compile a graph."""
+        self.seen.count += 1
+        return self.compile(graph, inputs)
+
+
+class Plan:
+    """One prediction at fixed shapes.
+
+    Args:
+        network: with our modules in it.
+        signal: what these read.
+        forms: of the inputs; see `kinetiq.plan_inputs`.
+        text: tokens and width of the prompts, whose keys and values are among the inputs.
+        compiler: of torch.compile.
+        device: where the network is.
+        pool: of CUDA graphs; None on a CPU.
+
+    Raises:
+        WorkError: it cannot be compiled or captured.
+        MissingDependencyError: a compiler that this needs is not there.
+        torch.OutOfMemoryError: memory ran out.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        signal: Signal,
+        forms: Forms,
+        *,
+        text: tuple[int, int],
+        compiler: Compiler,
+        device: torch.device,
+        pool: Any = None,
+    ) -> None:
+        self._buffers = {
+            path: torch.zeros(form.shape, dtype=form.dtype, device=device)
+            for path, form in forms.items()
+        }
+        self._filled: dict[Path, tuple[weakref.ref[Tensor] | None, int]] = {}
+        latents = self._buffers["latents",]
+        self._network, self._signal, self._compiler = network, signal, compiler
+        self._controls = build_controls(self._buffers)
+        self._prompts = build_prompts(self._buffers)
+        self._frames = latents.shape[2]
+        # Only its shape is read, since the keys and values are there already.
+        self._text = torch.zeros(latents.shape[0], *text, dtype=latents.dtype, device=device)
+        # Dynamo keeps what it compiled, up to a limit, with the code object: each plan has its own.
+        self._code = _predict.__code__.replace(co_name="plan")
+        function = types.FunctionType(self._code, globals())
+        self._run = torch.compile(function, fullgraph=True, dynamic=False, backend=compiler)
+        self._captured: tuple[torch.cuda.CUDAGraph, Tensor] | None = None  # with its output
+        self._pool = pool
+
+    def prepare(self) -> None:
+        """Compile, and on a GPU capture; see the class for what may go wrong."""
+        before = self._compiler.seen.count
+        try:
+            with torch._dynamo.config.patch(ignore_logger_methods=_LOGS):  # noqa: SLF001  its name
+                if self._pool is None:
+                    self._predict()
+                else:
+                    self._capture()
+        except Exception as error:
+            raise _explained(error, self.describe()) from error
+        if self._compiler.seen.count == before:
+            raise WorkError(
+                f"compiled: torch.compile must be at work for {self.describe()}, and compiled "
+                "nothing; unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE, or " + _ADVICE
+            )
+
+    def run(self, inputs: Mapping[Path, Tensor], rows: int) -> Tensor:
+        """The network's output for the first rows; inputs that are not given are zero."""
+        for path, buffer in self._buffers.items():
+            self._fill(path, buffer, inputs.get(path))
+        if self._captured is None:
+            return self._predict()[:rows]
+        graph, output = self._captured
+        graph.replay()
+        return output[:rows].clone()
+
+    def close(self) -> None:
+        """Let go of what was compiled, in Dynamo's tables too."""
+        if self._captured is not None:
+            self._captured[0].reset()
+        self._captured = None
+        eval_frame.reset_code(self._code)  # type: ignore[attr-defined]  # private: nothing public
+        for key, known in list(eval_frame.cached_backends.items()):  # forgets but one plan's
+            if getattr(known, "compiler_fn", known) is self._compiler:
+                del eval_frame.cached_backends[key]
+        del self._run
+
+    def describe(self) -> str:
+        """The plan in words."""
+        rows, channels, frames, height, width = self._buffers["latents",].shape
+        kinds = sorted(
+            {str(path[0]) for path in self._buffers} - {"latents", "timesteps", "prompt"}
+        )
+        return (
+            f"{rows} rows of {frames} frames of {channels}x{height}x{width} latents in "
+            f"{self._buffers['latents',].dtype} with {', '.join(kinds) or 'no controls'}"
+        )
+
+    def _fill(self, path: Path, buffer: Tensor, given: Tensor | None) -> None:
+        known = self._filled.get(path)
+        if given is None:
+            state: tuple[weakref.ref[Tensor] | None, int] = (None, 0)
+            same = known == state
+        else:
+            # Of a tensor of inference mode it cannot be known whether it was changed in place.
+            version = -1 if given.is_inference() else given._version  # noqa: SLF001  no public way
+            state = (weakref.ref(given), version)
+            same = (
+                known is not None
+                and known[0] is not None
+                and known[0]() is given
+                and known[1] == version >= 0
+            )
+        if not same:
+            fill(buffer, path, given)
+            self._filled[path] = state
+
+    def _predict(self) -> Tensor:
+        signal = self._signal
+        signal.frames, signal.controls, signal.prompt_keys = (
+            self._frames,
+            self._controls,
+            self._prompts,
+        )
+        try:
+            out: Tensor = self._run(
+                self._network,
+                signal,
+                self._buffers["latents",],
+                self._buffers["timesteps",],
+                self._text,
+            )
+        finally:
+            signal.controls, signal.prompt_keys = ControlTensors(), None
+            signal.before_temporal = {}
+        return out
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._predict()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = self._predict()
+        self._captured = graph, output
+
+
+def _predict(
+    network: Any, signal: Signal, latents: Tensor, timesteps: Tensor, text: Tensor
+) -> Tensor:
+    """What is compiled: the network, whose modules read the signal."""
+    signal.before_temporal = {}
+    out: Tensor = network(latents, timesteps, text, return_dict=False)[0]
+    signal.before_temporal = {}  # else what is written into it would be further outputs
+    return out
+
+
+def _explained(error: BaseException, plan: str) -> BaseException:
+    """What went wrong in the words of our errors; running out of memory stays what it is."""
+    for link in _chain(error):
+        if isinstance(link, KinetiqError):
+            return link
+        if is_out_of_memory(link):
+            return torch.OutOfMemoryError(str(link))
+        said = f"{type(link).__name__}: {link}"
+        if any(word in said for word in _NO_COMPILER):
+            return MissingDependencyError(
+                f"compiled: a working C++ compiler must be there for {plan}, got {_first(link)}; "
+                f"install one, such as g++, or {_ADVICE}"
+            )
+    return WorkError(
+        f"compiled: the network must compile for {plan}, got {_first(error)}; {_ADVICE}"
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
