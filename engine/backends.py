@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 EAGER = "eager"
 COMPILED = "compiled"
 AUTO = "auto"
-ATTACHED = (EAGER, COMPILED)  # run the loaded network, with our modules in it
 ON_GPU = ("tensorrt", "tensorrt-rtx")  # which run nowhere else
 EXPORTED = ("onnxruntime", "openvino", *ON_GPU)
-BACKENDS = (*ATTACHED, *EXPORTED)
+BACKENDS = (EAGER, COMPILED, *EXPORTED)
 _LOADER = "kinetiq.export.loading"  # by name: the engine must not import what is built on it
 
 

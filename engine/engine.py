@@ -624,7 +624,7 @@ class Engine:
         self, control: MoftGuidance, shape: tuple[int, int, int], steps: int, make: Makers
     ) -> ResolvedMoftGuidance:
         """A guidance as data for a clip of `shape`."""
-        if self.backend not in ATTACHED:
+        if self.backend in EXPORTED:
             _require_eager(self.backend, "MoftGuidance, which needs gradients")
         if control.recompute is True and not isinstance(self.denoiser, EagerDenoiser):
             raise RequestError(

@@ -786,7 +786,7 @@ def _check(x: Tensor, projection: Tensor | None, region: Tensor | None) -> None:
 def _check_channels(channels: Tensor | Sequence[int], width: int, device: torch.device) -> Tensor:
     if not isinstance(channels, Tensor):
         indices = list(channels)
-        if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
+        if not all(type(index) is int for index in indices):
             raise ShapeError(f"motion_feature: channels must be integers, got {indices}")
         if device.type == "cuda":  # the copy would wait for the GPU, and no graph could hold it
             raise ShapeError(

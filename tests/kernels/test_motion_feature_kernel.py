@@ -429,6 +429,7 @@ X = torch.zeros(2, 3, 4, 5)
         ({"x": X.long()}, r"x must be float32.* got torch.int64 on cpu"),
         ({"channels": [0, 5]}, "channels must be from 0 to 4, got 0 to 5"),
         ({"channels": torch.tensor([-1])}, "channels must be from 0 to 4, got -1 to -1"),
+        ({"channels": [True, False]}, r"channels must be integers, got \[True, False\]"),
         ({"channels": [0.5]}, r"channels must be integers, got \[0\.5\]"),
         ({"channels": []}, r"channels must be one or more indices, .* \[0\]"),
         ({"channels": torch.zeros(2)}, r"int64 \[K\], got torch.float32 \[2\]"),
