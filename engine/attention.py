@@ -22,7 +22,7 @@ from kinetiq.control_tensors import (
     SharedKeyControl,
     at_site,
 )
-from kinetiq.errors import CheckpointError
+from kinetiq.errors import CheckpointError, RequestError
 from kinetiq.kernels import frame_attention, query_attention, temporal_block
 from kinetiq.kernels.frame_attention import Controls, add_motion, mix
 from kinetiq.kernels.query_attention import choose_queries, reduce_leak
@@ -271,8 +271,7 @@ class TemporalTransformer(nn.Module):
         if lora is None or f"{path}.to_out.0" not in lora.banks:
             return _project_out(attention, out)
         projected: Tensor = _project(attention.to_out[0], f"{path}.to_out.0", out, lora)
-        dropped: Tensor = attention.to_out[1](projected) / attention.rescale_output_factor
-        return dropped
+        return _rescale(attention, attention.to_out[1](projected))
 
 
 def _project(linear: nn.Module, path: str, given: Tensor, lora: LoraControl | None) -> Tensor:
@@ -324,6 +323,13 @@ def _move(normed: Tensor, control: MotionControl, site: int) -> tuple[Tensor, Te
     bank = control.banks.get(site)
     if bank is None:
         return normed, normed
+    if (bank.query_key is None) != (bank.projected_query is None) or (
+        (bank.value is None) != (bank.projected_value is None)
+    ):
+        raise RequestError(
+            "motion: the embedding itself must be given beside its projections where a LoRA "
+            f"changes them, got projections alone at site {site}"
+        )
     moved = [
         normed if added is None else add_motion(normed, control.slot, control.scale, added)
         for added in (bank.query_key, bank.value)
@@ -492,9 +498,13 @@ def _group_norm(rows: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 
 def _project_out(attention: Any, out: Tensor) -> Tensor:
-    projected: Tensor = attention.to_out[1](attention.to_out[0](out))
-    scaled: Tensor = projected / attention.rescale_output_factor
-    return scaled
+    return _rescale(attention, attention.to_out[1](attention.to_out[0](out)))
+
+
+def _rescale(attention: Any, projected: Tensor) -> Tensor:
+    """The last step of diffusers' attention, a pass over the activations unless the factor is 1."""
+    factor: float = attention.rescale_output_factor
+    return projected if factor == 1.0 else projected / factor
 
 
 def _refuse(attention: Any, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
