@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import stat
+import types
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import ClassVar
 
@@ -683,6 +684,9 @@ def animatediff(tiny_folder):
         yield made
 
 
+SEVERAL = {name: value for name, value in SMALL.items() if name != "inversion_steps"}
+
+
 def reference(frames=5, seed=0):
     rng = np.random.default_rng(seed)
     return Clip(rng.integers(0, 256, (frames, 20, 16, 3), dtype=np.uint8), 8.0)
@@ -694,13 +698,16 @@ def tensors_of(motion):
     else:
         parts = {"down": motion.down, "up": motion.up}
     named = {f"{part}.{n}": value for part, of in parts.items() for n, value in of.items()}
-    return {**named, "noise": motion.noise}
+    return named if motion.noise is None else {**named, "noise": motion.noise}
 
 
 def assert_same(one, other):
     first, second = tensors_of(one), tensors_of(other)
     assert first.keys() == second.keys() and one.info == other.info
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+CLIP = Clip(np.zeros((3, 16, 16, 3), np.uint8), 8.0)
 
 
 class Killed(Exception):  # noqa: N818  stands for a signal
@@ -752,6 +759,9 @@ class TestRuns:
             "prompt": "a dancing panda",
             "reference": clip.fingerprint,
             "version": kq.__version__,
+            "target": "",
+            "rank": 0,
+            "sites": tuple(sorted(choose_blocks(engine.denoiser.sites, ()))),
         }
         blocks = choose_blocks(engine.denoiser.sites, ())
         assert tuple(made.query_key) == blocks
@@ -780,7 +790,7 @@ class TestRuns:
 
     def test_a_lora_of_several_clips(self, engine, tmp_path):
         out = tmp_path / "jump.safetensors"
-        options = LoraOptions(**{**SMALL, "steps": 6}, target="k_out", rank=3, seed=4)
+        options = LoraOptions(**{**SEVERAL, "steps": 6}, target="k_out", rank=3, seed=4)
         clips = [reference(), reference(seed=1)]
         made = train_lora(engine, clips, ["a jumping frog", "a jumping cat"], out, options)
         assert_same(made, MotionLora.read(out))
@@ -789,6 +799,8 @@ class TestRuns:
         assert {low.shape[0] for low in made.down.values()} == {3}
         assert all(tensor.any() for tensor in made.up.values())
         assert (made.info.kind, made.info.steps) == ("lora", 6)
+        assert (made.info.target, made.info.rank) == ("k_out", 3)
+        assert made.noise is None  # it would be that of one of them
         assert made.info.prompt == "a jumping frog | a jumping cat"
         assert len(made.info.reference) == 64 != clips[0].fingerprint
         seen = {draw_step(4, step, [clip_of(), clip_of()], 1000, 0.2).clip for step in range(6)}
@@ -818,7 +830,7 @@ class TestRuns:
         assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_a_killed_lora_continues_to_the_same_bits(self, animatediff, tmp_path):
-        options = LoraOptions(**SMALL, dropout=0.1)
+        options = LoraOptions(**SEVERAL, dropout=0.1)
         given = (animatediff, [reference(), reference(seed=1)], ["a panda", "a cat"])
         whole = train_lora(*given, tmp_path / "whole.safetensors", options)
         cut = tmp_path / "cut.safetensors"
@@ -836,6 +848,68 @@ class TestRuns:
             *given, tmp_path / "b.safetensors", dataclasses.replace(short, steps=4)
         )
         assert_same(further, straight)
+
+    def test_what_a_lora_was_trained_with_is_what_previews_and_files_use(
+        self, animatediff, tmp_path, monkeypatch
+    ):
+        shown = []
+        monkeypatch.setattr(
+            kq.Engine, "generate", lambda *given, **_: shown.append(given[2]) or CLIP
+        )
+        out = tmp_path / "a.safetensors"
+        options = LoraOptions(**{**SMALL, "previews": 4}, highway="all", beta=1.3)
+        made = train_lora(animatediff, [reference()], ["a panda"], out, options)
+        read = MotionLora.read(out)
+        assert read == made == shown[0]
+        assert (read.highway, read.beta, read.info.target, read.info.rank) == ("all", 1.3, "k", 32)
+
+    @pytest.mark.parametrize(
+        ("name", "change"), [("kinetiq", "0.0.1"), ("device", "a GPU"), ("kinetiq", None)]
+    )
+    def test_what_else_decides_bits_is_said_where_it_differs(
+        self, animatediff, tmp_path, name, change
+    ):
+        given = (animatediff, reference(), "a panda", tmp_path / "a.safetensors")
+        train_embedding(*given, EmbeddingOptions(**{**SMALL, "steps": 1}))
+        path = tmp_path / "a.training" / "options.json"
+        said = json.loads(path.read_text())
+        assert said["kinetiq"] == kq.__version__ and said["device"] == "cpu"
+        del said[name]  # as in a folder of an earlier version
+        path.write_text(json.dumps({**said, **({} if change is None else {name: change})}))
+        message = f"was begun with {name} '{change}', now '.*': it goes on, and may come to other"
+        expected = (
+            nullcontext() if change is None else pytest.warns(kq.KinetiqWarning, match=message)
+        )
+        with expected:
+            train_embedding(*given, EmbeddingOptions(**{**SMALL, "steps": 2}))
+        assert json.loads(path.read_text())["kinetiq"] == kq.__version__
+
+    def test_the_way_of_single_frames_is_kept(self, animatediff, tmp_path, monkeypatch):
+        given = (animatediff, reference(), "a panda", tmp_path / "a.safetensors")
+        lines = []
+        for steps, found in ((1, True), (2, False)):
+            monkeypatch.setattr(motion_training, "frames_go_around", lambda *_, found=found: found)
+            options = EmbeddingOptions(**{**SMALL, "steps": steps})
+            train_embedding(*given, options, report=lines.append)
+        assert [line.leads_around for line in lines] == [True, True]
+        said = json.loads((tmp_path / "a.training" / "options.json").read_text())
+        assert said["leads_around"] is True
+
+    def test_what_only_encodes_leaves_a_gpu_while_the_motion_is_learned(self):
+        class Part:
+            def __init__(self):
+                self.places = []
+
+            def to(self, device):
+                self.places.append(str(device))
+
+        parts = Part(), Part()
+        checkpoint = types.SimpleNamespace(
+            vae=parts[0], text_encoder=parts[1], device=torch.device("cuda", 0)
+        )
+        with motion_training._set_aside(types.SimpleNamespace(checkpoint=checkpoint)):
+            assert all(part.places == ["cpu"] for part in parts)
+        assert all(part.places == ["cpu", "cuda:0"] for part in parts)
 
     def test_recomputation_learns_the_same(self, animatediff, tmp_path):
         given = (animatediff, reference(), "a panda")
@@ -883,7 +957,7 @@ class TestFolders:
 
     @pytest.mark.parametrize("file_mode", [0o022], indirect=True, ids=["umask 022"])
     def test_files_have_the_permissions_of_any_new_file(self, animatediff, tmp_path, file_mode):
-        self.run(animatediff, tmp_path / "a.safetensors", steps=1, loss="mse")
+        self.run(animatediff, tmp_path / "a.safetensors", steps=1)
         files = [file for file in tmp_path.rglob("*") if file.is_file()]
         assert {"a.safetensors", "state.safetensors", "cache.safetensors"} <= {
             file.name for file in files
@@ -971,6 +1045,44 @@ class TestFolders:
 
 
 class TestRefusals:
+    @pytest.mark.parametrize("seed", [0, 255])
+    def test_a_reference_that_does_not_move(self, animatediff, tmp_path, seed):
+        still = Clip(np.full((8, 16, 16, 3), seed, dtype=np.uint8), 8.0)
+        options = LoraOptions(**SEVERAL)
+        clips = [reference(), still]
+        message = r"train: reference 2 must move, and all of its 3 frames at 16x16 are the same"
+        with pytest.raises(ClipError, match=message):
+            train_lora(animatediff, clips, ["a", "b"], tmp_path / "a.safetensors", options)
+        assert not any(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"loss": "mse", "spatial_rank": 3}, "spatial_rank 3 acts with the loss 'hybrid', got"),
+            ({"loss": "vmc", "spatial_learning_rate": 1e-3}, r"spatial_learning_rate 0\.001 acts"),
+            (
+                {"loss": "debiased", "spatial_skip": 0.5},
+                r"spatial_skip 0\.5 acts with the loss 'hy",
+            ),
+            ({"previews": 0, "preview_prompt": "a"}, "preview_prompt 'a' acts with previews, and"),
+        ],
+    )
+    def test_options_that_change_nothing(self, options, message):
+        for kind in (EmbeddingOptions, LoraOptions):
+            with pytest.raises(RequestError, match=f"train: {message}"):
+                kind(**options)
+
+    def test_dropout_needs_something_low_rank(self):
+        with pytest.raises(RequestError, match=r"dropout 0\.5 acts with the loss 'hybrid', got 'm"):
+            EmbeddingOptions(loss="mse", dropout=0.5)
+        assert LoraOptions(loss="mse", dropout=0.5).dropout == 0.5
+
+    def test_steps_of_an_inversion_that_is_not_made(self, animatediff, tmp_path):
+        clips = [reference(), reference(seed=1)]
+        with pytest.raises(RequestError, match="inversion_steps 2 acts with one reference, got 2"):
+            train_lora(animatediff, clips, "ab", tmp_path / "a.safetensors", LoraOptions(**SMALL))
+        assert not any(tmp_path.iterdir())
+
     def test_a_reference_that_is_too_short(self, animatediff, tmp_path):
         message = r"reference 1 must have at least 6 frames.*got 5; .* ask for --frames 5"
         with pytest.raises(ClipError, match=message):
