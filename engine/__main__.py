@@ -804,6 +804,49 @@ def _parse_sites(sites: str) -> tuple[tuple[str, int] | str, ...]:
     return tuple(found)
 
 
+@main.command()
+@motions_option(
+    "A learned motion, such as dance.safetensors, 0.5*dance.safetensors or -zoom.safetensors; "
+    "several, of one kind, are added up, at the frames and the size of the first.",
+    required=True,
+)
+@click.option(
+    "--frames", type=int, help="Bring the frames of an embedding to this number; a LoRA has none."
+)
+@click.option("--out", required=True, type=PATH, help="The new motion's .safetensors file.")
+@json_option("Print what the file says of itself as one JSON object.")
+def motion(motions: tuple[str, ...], frames: int | None, out: Path, as_json: bool) -> None:
+    """Scale, reverse, add or resample learned motions.
+
+    What comes of it is a motion's file. Of a reference's noise, that of the terms with a positive
+    weight is kept.
+    """
+    import attrs
+
+    from kinetiq.files import check_target
+    from kinetiq.motion_embedding import MotionEmbedding
+
+    if out.suffix != ".safetensors":
+        raise RequestError(f"motion: --out must end in .safetensors, got {str(out)!r}")
+    check_target(out, "motion")
+    learned = _read_motions(motions, {})
+    if len(learned) > 1:
+        raise RequestError("motion: all --motion must be of one kind, got an embedding and a LoRA")
+    (made,) = learned.values()
+    if frames is not None:
+        if not isinstance(made, MotionEmbedding):
+            raise RequestError(
+                "motion: --frames acts on a motion embedding, got a motion LoRA, which fits any "
+                "number of frames"
+            )
+        made = made.resample(frames=frames)
+    made.write(out)
+    if as_json:
+        click.echo(json.dumps({"out": str(out), **attrs.asdict(made.info)}))
+        return
+    click.echo(click.format_filename(out))
+
+
 @main.group()
 def analyze() -> None:
     """Look into a model."""

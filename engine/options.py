@@ -76,9 +76,11 @@ def seed_option(text: str | None = None) -> Callable[[_Function], _Function]:
     )
 
 
-def motions_option(text: str) -> Callable[[_Function], _Function]:
+def motions_option(text: str, **settings: Any) -> Callable[[_Function], _Function]:
     """`--motion`, as often as wanted: the parameter is `motions`, each `[WEIGHT*]FILE`."""
-    return click.option("--motion", "motions", multiple=True, metavar="[WEIGHT*]FILE", help=text)
+    return click.option(
+        "--motion", "motions", multiple=True, metavar="[WEIGHT*]FILE", help=text, **settings
+    )
 
 
 def json_option(text: str = "Print one JSON object.") -> Callable[[_Function], _Function]:

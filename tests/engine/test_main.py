@@ -136,7 +136,7 @@ class TestMain:
         result = run()
         assert (result.exit_code, result.stderr) == (0, "")
         listed = [line.split()[0] for line in result.stdout.split("Commands:\n")[1].splitlines()]
-        before = ["demo", "generate", "shots", "train", "analyze", "convert", "doctor"]
+        before = ["demo", "generate", "shots", "train", "motion", "analyze", "convert", "doctor"]
         assert listed == [*before, "export", "bench"]
         assert "..." not in result.stdout.split("Commands:\n")[1]
         assert run("--help").stdout == run("-h").stdout == result.stdout
@@ -446,6 +446,44 @@ class TestGenerate:
         assert "the end was cut off: 'red circle on a blue background'" in result.stderr
         again = generate("--prompt", "a red circle on a blue background " * 4, "--frames", "1")
         assert again.stderr == result.stderr  # said every time, not once a process
+
+
+@pytest.mark.usefixtures("motions", "unloaded")
+class TestMotion:
+    def test_terms_become_a_file(self, run, tmp_path):
+        words = ("--motion", "0.5*dance.safetensors", "--motion", "-long.safetensors")
+        result = run("motion", *words, "--frames", "6", "--out", "mix.safetensors")
+        assert (result.exit_code, result.stdout) == (0, "mix.safetensors\n"), result.stderr
+        dance, long, mix = (
+            MotionEmbedding.read(tmp_path / f"{name}.safetensors")
+            for name in ("dance", "long", "mix")
+        )
+        brought = long.resample(frames=4).resize(height=8, width=8)
+        assert mix == (0.5 * dance + -1.0 * brought).resample(frames=6)
+        assert mix.info.frames == 6
+
+    def test_a_lora_is_scaled(self, run, tmp_path):
+        result = run(
+            "motion", "--motion", "-2*lora.safetensors", "--out", "b.safetensors", "--json"
+        )
+        said = json.loads(result.stdout)
+        assert (said["kind"], said["rank"], said["out"]) == ("lora", 2, "b.safetensors")
+        lora, made = (MotionLora.read(tmp_path / f"{n}.safetensors") for n in ("lora", "b"))
+        assert made == -2.0 * lora
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ([], "Missing option '--motion'"),
+            (["--motion", "dance.safetensors", "--motion", "lora.safetensors"], "be of one kind"),
+            (["--motion", "lora.safetensors", "--frames", "6"], "--frames acts on a motion embed"),
+            (["--motion", "dance.safetensors", "--frames", "1"], "a motion has at least 2 frames"),
+            (["--motion", "absent.safetensors"], "must be a motion's file, and is not there"),
+            (["--motion", "dance.safetensors", "--out", "a.pt"], "--out must end in .safetensors"),
+        ],
+    )
+    def test_says_what_is_wrong(self, run, refused, words, message):
+        refused(run("motion", "--out", "mix.safetensors", *words), message)
 
 
 @pytest.mark.usefixtures("references", "unloaded")
