@@ -239,7 +239,12 @@ def demo(
     "several of a kind are added up, at the frames and the size of the first. Of an embedding and "
     "a LoRA, the first that has noise brings it, and the other's --noise-prior is 0."
 )
-@click.option("--motion-scale", type=float, help="Factor on what --motion adds; 1 by default.")
+@click.option(
+    "--motion-scale",
+    type=float,
+    help="Factor on what --motion adds; 1 by default. Below 0 an embedding's motion is reversed; "
+    "of a LoRA it is arithmetic on weights alone.",
+)
 @click.option(
     "--value-scale", type=float, help="Further factor on the value part of a motion embedding."
 )
@@ -252,13 +257,13 @@ def demo(
 @click.option(
     "--noise-prior",
     type=float,
-    help="Share of the learned reference's own noise at the start, 0 to 1; 0.5 by default for a "
-    "motion embedding, 0.2 for a LoRA.",
+    help="Share of the learned reference's own noise at the start, 0 to 1; by default what the "
+    "motion's file says, else 0.5 for a motion embedding, 0.2 for a LoRA, of what noise there is.",
 )
 @click.option(
     "--highway",
-    type=click.Choice(("all", "released")),
-    help="Let skip connections bypass a LoRA's changes; none by default.",
+    type=click.Choice(("all", "released", "none")),
+    help="Let skip connections bypass a LoRA's changes; as it was trained by default.",
 )
 @beta_option
 @click.option("--negative-prompt", default="", help="What the clip does not show.")
@@ -368,8 +373,10 @@ def generate(
         "highway": highway,
         "beta": beta,
     }
-    given = {name: value for name, value in switches.items() if value is not None}
-    learned = _read_motions(motions)
+    given: dict[str, Any] = {n: value for n, value in switches.items() if value is not None}
+    if highway == "none":
+        given["highway"] = None
+    learned = _read_motions(motions, given)
     asked = {
         "reference": None if moft is None else peek(moft),
         "direction": direction,
@@ -671,11 +678,11 @@ def train_embedding(reference: Path, prompt: str, sites: str | None, **said: Any
     help="What it shows, its motion included; one for all, or one for each --reference.",
 )
 @click.option("--target", help="k (default), k_out, q, v, ff or all.")
-@click.option("--rank", type=int, help="Of the LoRA.")
+@click.option("--rank", type=int, help="Of the LoRA; 32 by default.")
 @click.option(
     "--highway",
     help="all or released: let skip connections bypass its changes in training; none by default. "
-    "To be said again to generate.",
+    "The file says it to generate.",
 )
 @beta_option
 @motion_training_options
@@ -758,6 +765,10 @@ def _learn_motion(
         say_above_bar(f"step {line.step}: {', '.join([*told, f'{line.seconds:.0f} s'])}")
 
     with progress_bars() as progress:
+        if len(references) > 1:
+            say_above_bar(
+                f"{len(references)} references: no noise is kept, since it would be that of one"
+            )
         progress("loading", 0, 1)
         with Engine.load(
             said["model"],
@@ -791,6 +802,49 @@ def _parse_sites(sites: str) -> tuple[tuple[str, int] | str, ...]:
             )
         found.append((place, int(width)) if colon else word)
     return tuple(found)
+
+
+@main.command()
+@motions_option(
+    "A learned motion, such as dance.safetensors, 0.5*dance.safetensors or -zoom.safetensors; "
+    "several, of one kind, are added up, at the frames and the size of the first.",
+    required=True,
+)
+@click.option(
+    "--frames", type=int, help="Bring the frames of an embedding to this number; a LoRA has none."
+)
+@click.option("--out", required=True, type=PATH, help="The new motion's .safetensors file.")
+@json_option("Print what the file says of itself as one JSON object.")
+def motion(motions: tuple[str, ...], frames: int | None, out: Path, as_json: bool) -> None:
+    """Scale, reverse, add or resample learned motions.
+
+    What comes of it is a motion's file. Of a reference's noise, that of the terms with a positive
+    weight is kept.
+    """
+    import attrs
+
+    from kinetiq.files import check_target
+    from kinetiq.motion_embedding import MotionEmbedding
+
+    if out.suffix != ".safetensors":
+        raise RequestError(f"motion: --out must end in .safetensors, got {str(out)!r}")
+    check_target(out, "motion")
+    learned = _read_motions(motions, {})
+    if len(learned) > 1:
+        raise RequestError("motion: all --motion must be of one kind, got an embedding and a LoRA")
+    (made,) = learned.values()
+    if frames is not None:
+        if not isinstance(made, MotionEmbedding):
+            raise RequestError(
+                "motion: --frames acts on a motion embedding, got a motion LoRA, which fits any "
+                "number of frames"
+            )
+        made = made.resample(frames=frames)
+    made.write(out)
+    if as_json:
+        click.echo(json.dumps({"out": str(out), **attrs.asdict(made.info)}))
+        return
+    click.echo(click.format_filename(out))
 
 
 @main.group()
@@ -852,7 +906,7 @@ def analyze_temporal(
         raise ClipError(
             f"analyze: {reference} must have at least 2 frames, got 1; give a clip that moves"
         )
-    learned = _read_motions(motions)
+    learned = _read_motions(motions, {})
     if "lora" in learned:
         raise RequestError(
             "analyze: --motion must be a motion embedding, got a motion LoRA, which has no "
@@ -1115,13 +1169,12 @@ def _build_controls(
 
     What `guided` holds says what motion gradients are to follow; its regions are what
     `_parse_regions` made. A clip starts from one noise: that of the first learned motion that has
-    any.
+    any, and a share that is `given` is of that.
 
     Raises:
         RequestError: a switch belongs to no control that was asked for, or is out of range.
     """
-    import attrs
-
+    from kinetiq.learned_motion import use_with
     from kinetiq.motion_injection import MotionInjection
     from kinetiq.query_injection import QueryInjection
 
@@ -1149,10 +1202,12 @@ def _build_controls(
             for name, value in values.items()
             if name in _SWITCHES[kind]
         }
-        if noise_is_brought:
+        if motion.noise is None and any(one.noise is not None for one in learned.values()):
+            taken.pop("noise_prior", None)  # it is the other's
+        elif noise_is_brought:
             taken["noise_prior"] = 0.0
         noise_is_brought |= motion.noise is not None
-        controls.append(attrs.evolve(motion, **taken))
+        controls.append(use_with(motion, **taken))
     if guiding:
         taken = {
             name.removeprefix("moft_"): value
@@ -1238,23 +1293,29 @@ def _require_takers(given: Mapping[str, Any], chosen: str, kinds: tuple[str, ...
         )
 
 
-def _read_motions(asked: tuple[str, ...]) -> "dict[str, LearnedMotion]":
+def _read_motions(asked: tuple[str, ...], given: Mapping[str, Any]) -> "dict[str, LearnedMotion]":
     """The sum of the learned motions of each kind, "embedding" or "lora".
+
+    Switches that are `given` are for the sum, so what files say of them does not count, and need
+    not be the same in all.
 
     Raises:
         CheckpointError: a file is no motion.
         RequestError: two motions cannot be added up.
     """
+    from kinetiq.learned_motion import default_switches, use_with
     from kinetiq.motion_embedding import MotionEmbedding
     from kinetiq.motion_file import read_info
     from kinetiq.motion_lora import MotionLora
 
     total: dict[str, LearnedMotion] = {}
     for words in asked:
-        found = re.fullmatch(rf"({_NUMBER})\s*\*\s*(.+)", words)
-        weight, path = (1.0, words) if found is None else (float(found[1]), found[2])
+        weight, path = _parse_weight(words)
         kind = read_info(path).kind
-        motion: Any = (MotionLora if kind == "lora" else MotionEmbedding).read(path)
+        made: Any = MotionLora if kind == "lora" else MotionEmbedding
+        names = [name.removeprefix("motion_") for name in given if name in _SWITCHES[kind]]
+        defaults = default_switches(made)
+        motion: Any = use_with(made.read(path), **{name: defaults[name] for name in names})
         before: Any = total.get(kind)
         if isinstance(before, MotionEmbedding):
             shape = before.info
@@ -1263,6 +1324,16 @@ def _read_motions(asked: tuple[str, ...]) -> "dict[str, LearnedMotion]":
         motion = motion if weight == 1.0 else weight * motion
         total[kind] = motion if before is None else before + motion
     return total
+
+
+def _parse_weight(words: str) -> tuple[float, str]:
+    """The weight and the file of [WEIGHT*]FILE; a minus before a name that is no file is -1."""
+    found = re.fullmatch(rf"({_NUMBER})\s*\*\s*(.+)", words)
+    if found is not None:
+        return float(found[1]), found[2]
+    if words.startswith("-") and not _exists(words):
+        return -1.0, words[1:].strip()
+    return 1.0, words
 
 
 def _parse_regions(asked: tuple[str, ...]) -> "tuple[Path | None, dict[Path, Path | str]]":

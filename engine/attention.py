@@ -22,7 +22,7 @@ from kinetiq.control_tensors import (
     SharedKeyControl,
     at_site,
 )
-from kinetiq.errors import CheckpointError
+from kinetiq.errors import CheckpointError, RequestError
 from kinetiq.kernels import frame_attention, query_attention, temporal_block
 from kinetiq.kernels.frame_attention import Controls, add_motion, mix
 from kinetiq.kernels.query_attention import choose_queries, reduce_leak
@@ -333,6 +333,13 @@ def _move(normed: Tensor, control: MotionControl, site: int) -> tuple[Tensor, Te
     bank = control.banks.get(site)
     if bank is None:
         return normed, normed
+    if (bank.query_key is None) != (bank.projected_query is None) or (
+        (bank.value is None) != (bank.projected_value is None)
+    ):
+        raise RequestError(
+            "motion: the embedding itself must be given beside its projections where a LoRA "
+            f"changes them, got projections alone at site {site}"
+        )
     moved = [
         normed if added is None else add_motion(normed, control.slot, control.scale, added)
         for added in (bank.query_key, bank.value)
@@ -505,9 +512,10 @@ def _project_out(attention: Any, out: Tensor) -> Tensor:
 
 
 def _rescale(attention: Any, projected: Tensor) -> Tensor:
-    # By 1 it would be a pass over the activations for nothing, 6 GB a step of AnimateDiff.
-    factor = attention.rescale_output_factor
-    return projected if factor == 1 else projected / factor
+    """The last step of diffusers' attention, a pass over the activations unless the factor is 1."""
+    # By 1 it would be a pass for nothing, 6 GB a step of AnimateDiff.
+    factor: float = attention.rescale_output_factor
+    return projected if factor == 1.0 else projected / factor
 
 
 def _refuse(attention: Any, attention_mask: Tensor | None, options: dict[str, Any]) -> None:

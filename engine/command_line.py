@@ -11,9 +11,8 @@ from typing import Any, NoReturn
 
 import click
 
-from kinetiq.errors import InputError, KinetiqError
+from kinetiq.errors import InputError, KinetiqError, KinetiqWarning
 from kinetiq.generation import is_out_of_memory
-from kinetiq.text import PromptWarning
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -63,10 +62,10 @@ def _plain_warnings() -> Iterator[None]:
         others = warnings.showwarning
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
-        warnings.simplefilter("always", PromptWarning)
+        warnings.simplefilter("always", KinetiqWarning)
 
         def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-            if issubclass(category, PromptWarning):
+            if issubclass(category, KinetiqWarning):
                 click.echo(f"kinetiq: warning: {' '.join(str(message).split())}", err=True)
             else:
                 others(message, category, *rest)

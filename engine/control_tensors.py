@@ -50,21 +50,22 @@ class MotionBank:
     """The motion embeddings of one temporal site, by slot; slot 0 is none.
 
     A site computes W (x + m) as W x + W m, so W m is kept; m itself is wanted only where a LoRA
-    changes W from row to row.
+    changes W from row to row, and by exported networks.
 
     Args:
-        query_key: [slots, frames, channels], added to what is projected to q and k; or None.
-        value: [slots, frames, tokens, channels], added to what is projected to v; or None.
-        projected_query: `query_key` through the site's projection; None where that is.
+        query_key: [slots, frames, channels], added to what is projected to q and k; None where
+            there is no such part, or it is not wanted.
+        value: [slots, frames, tokens, channels], added to what is projected to v; likewise.
+        projected_query: `query_key` through the site's projection; None where there is none.
         projected_key: likewise.
-        projected_value: `value` through the site's projection; None where that is.
+        projected_value: `value` through the site's projection; None where there is none.
     """
 
-    query_key: Tensor | None
-    value: Tensor | None
-    projected_query: Tensor | None
-    projected_key: Tensor | None
-    projected_value: Tensor | None
+    query_key: Tensor | None = None
+    value: Tensor | None = None
+    projected_query: Tensor | None = None
+    projected_key: Tensor | None = None
+    projected_value: Tensor | None = None
 
 
 @dataclass(frozen=True)

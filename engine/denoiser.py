@@ -251,8 +251,8 @@ class EagerDenoiser:
         if capture.kept is None:
             raise RequestError(f"tap: {found.name} must be run by the network, and was not")
         size = size_at(latents.shape[-2], latents.shape[-1], capture.kept.shape[2])
-        found_rows: Tensor = capture.kept.unflatten(2, size)
-        return found_rows
+        added: Tensor = capture.kept.unflatten(2, size)
+        return added
 
     @contextmanager
     def _capturing(self, tap: Tap) -> Iterator[OutputCapture | None]:

@@ -12,12 +12,17 @@
         ├── TrainingError      training had to stop
         └── MissingDependencyError   a package or a device that the work needs is not there
 
-Messages say where, what must be, what came, and what to do.
+Messages say where, what must be, what came, and what to do. What goes on in another way than was
+asked, and says so, is a `KinetiqWarning`.
 """
 
 
 class KinetiqError(Exception):
     """Base of all errors of this package."""
+
+
+class KinetiqWarning(UserWarning):
+    """The work goes on, in another way than was asked; base of all warnings of this package."""
 
 
 class InputError(KinetiqError):

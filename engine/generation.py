@@ -40,6 +40,7 @@ from kinetiq.rows import (
     build_batch,
     join_loras,
     join_motions,
+    remember_last,
 )
 from kinetiq.sampler import step_coefficients
 from kinetiq.shots import ResolvedShots
@@ -151,8 +152,9 @@ def denoise(
     build = functools.partial(
         build_batch,
         sites=len(denoiser.sites),
-        join_motions=functools.lru_cache(maxsize=1)(join_motions),
-        join_loras=functools.lru_cache(maxsize=1)(join_loras),
+        join_motions=remember_last(join_motions),
+        join_loras=remember_last(join_loras),
+        raw_motions=not isinstance(denoiser, EagerDenoiser),
     )
     model = _Model(denoiser, encode_text, decode or _refuse_frames, build, device, dtype)
     room = _Room(clips=max_clips, guided=max_clips)

@@ -17,20 +17,24 @@ sec. 3.2, without its averaging; the blend is MotionDirector's, arXiv:2310.08465
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import attrs
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
-from torch import Tensor
+from torch import Tensor, nn
 
-from kinetiq.denoiser import NO_CONTROLS, Denoiser
-from kinetiq.errors import NonFiniteError, RequestError, ShapeError
-from kinetiq.sampler import SamplerRow, build_sampler_table
+from kinetiq.denoiser import NO_CONTROLS, Denoiser, EagerDenoiser
+from kinetiq.errors import KinetiqWarning, NonFiniteError, RequestError, ShapeError
+from kinetiq.sampler import SamplerRow, SamplerTable, build_sampler_table
 from kinetiq.text import TextParts, encode_prompts
 
 INVERSION_STEPS = 50
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class InversionParts(TextParts, Protocol):
@@ -70,7 +74,10 @@ def invert(
 ) -> Tensor:
     """The noise from which DDIM, without guidance, makes these latents.
 
-    The network runs without controls; the samples are float32 whatever it computes in.
+    The network runs without controls; the samples are float32 whatever it computes in. Where it is
+    one that PyTorch runs in half precision and they do not stay finite, it is inverted once more
+    with weights widened to float32, which is said by a `KinetiqWarning`; then it has its own
+    weights again, the very tensors.
 
     Args:
         parts: a checkpoint.
@@ -88,7 +95,8 @@ def invert(
     Raises:
         RequestError: there are too many or too few steps, or less than no refinements.
         ShapeError: `latents` have another rank.
-        NonFiniteError: the samples do not stay finite; it says the step.
+        NonFiniteError: the samples do not stay finite, in float32 neither where that can be tried;
+            it says the step.
     """
     if refinements < 0:
         raise RequestError(f"invert: refinements must be at least 0, got {refinements}")
@@ -97,25 +105,62 @@ def invert(
             f"invert: latents must be [channels, frames, h, w], got {list(latents.shape)}"
         )
     table = build_sampler_table("ddim", parts.scheduler_config, steps)
+    run = partial(_invert, parts, denoiser, latents, table, prompt, refinements, progress)
+    try:
+        return run(parts.dtype)
+    except NonFiniteError as error:
+        if parts.dtype not in _HALF or not isinstance(denoiser, EagerDenoiser):
+            raise
+        warnings.warn(KinetiqWarning(f"{error}; it is inverted once more in float32"), stacklevel=2)
+    with _widened(denoiser.network):
+        return run(torch.float32)
+
+
+def _invert(
+    parts: InversionParts,
+    denoiser: Denoiser,
+    latents: Tensor,
+    table: SamplerTable,
+    prompt: str,
+    refinements: int,
+    progress: Callable[[str, int, int], None],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`invert` by a network that computes in `dtype`."""
     # Not inference mode: training differentiates through what is made from this noise.
     with torch.no_grad():
-        text = encode_prompts(parts, [prompt]).to(latents.device, parts.dtype)
+        text = encode_prompts(parts, [prompt]).to(latents.device, dtype)
         sample = latents.float()
         for done, index in enumerate(reversed(range(table.steps)), start=1):
             row = table.row(index)
             timestep = torch.tensor([row.timestep], device=latents.device)
             after = sample
             for _ in range(1 + refinements):
-                given = sample[None].to(parts.dtype)
+                given = sample[None].to(dtype)
                 output = denoiser.predict(given, timestep, text, NO_CONTROLS)[0].float()
                 sample = step_back(row, after, output)
             if not bool(sample.isfinite().all()):
                 raise NonFiniteError(
                     f"invert: samples must stay finite, got NaN or infinity at step {done} of "
-                    f"{steps}; try another dtype (float32 or bfloat16)"
+                    f"{table.steps} in {str(dtype).removeprefix('torch.')}"
+                    + ("; try another dtype (float32 or bfloat16)" if dtype in _HALF else "")
                 )
             progress("inverting", done, table.steps)
     return sample
+
+
+@contextmanager
+def _widened(network: nn.Module) -> Iterator[None]:
+    """Let a network compute in float32 inside the block; behind it, it has its own tensors."""
+    own = [(tensor, tensor.data) for tensor in (*network.parameters(), *network.buffers())]
+    try:
+        for tensor, data in own:
+            if data.dtype in _HALF:
+                tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in own:
+            tensor.data = data
 
 
 def step_back(row: SamplerRow, sample: Tensor, output: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
                      vSpatial [h * w, slots, channels]; frames and size are not in the file
     MotionDirector   a list without names, [up0, down0, up1, down1, ...], in the order in which the
                      network holds the layers that a filter picked; its descendants' too
-    LoRAs by name    AnimateDiff's MotionLoRA, diffusers, PEFT; safetensors or a pickle
+    LoRAs by name    AnimateDiff's MotionLoRA, diffusers, PEFT; safetensors or a pickle, in which
+                     AnimateDiff keeps settings beside the matrices
 
 A pickle can run any code when it is read, so it is read by PyTorch's reader of plain tensors
 (`weights_only=True`), which runs none.
@@ -16,7 +17,7 @@ Separate Motion from Appearance (arXiv:2501.16714) and AnimateDiff (arXiv:2307.0
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -26,6 +27,7 @@ from kinetiq.checkpoint import embedded_folder
 from kinetiq.convert import single_file_advice
 from kinetiq.errors import CheckpointError, OutputError, RequestError
 from kinetiq.families import FAMILIES, detect_family, list_sites
+from kinetiq.learned_motion import said_of
 from kinetiq.motion_embedding import MotionEmbedding, resolve_motion_embedding
 from kinetiq.motion_file import FORMAT, MotionInfo
 from kinetiq.motion_lora import (
@@ -34,7 +36,6 @@ from kinetiq.motion_lora import (
     lora_paths,
     parse_public,
     resolve_motion_lora,
-    said_of,
 )
 
 _LATENT_PIXELS = 8  # along each side, in all models that these formats are made for
@@ -95,13 +96,13 @@ def convert_motion(source: Path, out: Path, said: PublicMotion) -> str:
 
     Raises:
         CheckpointError: the file is of none of these formats, does not fit the network or what is
-            said of it, or holds anything but tensors.
+            said of it, or holds no tensors.
         RequestError: something that the file does not say must be said.
         OutputError: `out` cannot be written.
     """
     where = f"convert: {source}"
     require_other(source, out)
-    content, metadata = _read(source)
+    content, metadata, left_out = _read(source)
     network = None if said.base is None else _skeleton(said.base)
     motion: MotionEmbedding | MotionLora
     if isinstance(content, Sequence):
@@ -116,7 +117,7 @@ def convert_motion(source: Path, out: Path, said: PublicMotion) -> str:
     if network is not None:
         _require_fit(motion, network)
     motion.write(out)
-    return found
+    return found + (f", without {', '.join(left_out)}" if left_out else "")
 
 
 def default_motion_target(source: Path, *, as_peft: bool = False) -> Path:
@@ -148,8 +149,15 @@ def require_other(source: Path, out: Path) -> None:
         )
 
 
-def _read(source: Path) -> tuple[list[Tensor] | dict[str, Tensor], Mapping[str, str]]:
-    """The tensors of a file, by name or in a row, and its metadata."""
+class _Content(NamedTuple):
+    """A public file: its tensors, by name or in a row, its metadata, and names of what is none."""
+
+    tensors: list[Tensor] | dict[str, Tensor]
+    metadata: Mapping[str, str]
+    left_out: tuple[str, ...] = ()
+
+
+def _read(source: Path) -> _Content:
     from safetensors import SafetensorError, safe_open
 
     if source.suffix == ".safetensors":
@@ -164,7 +172,7 @@ def _read(source: Path) -> tuple[list[Tensor] | dict[str, Tensor], Mapping[str, 
             ) from error
         if metadata.get("format") == FORMAT:
             raise RequestError(f"convert: {source} is a motion of kinetiq already; use it as it is")
-        return tensors, metadata
+        return _Content(tensors, metadata)
     try:
         content: Any = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # what a reader of foreign bytes may raise has no end
@@ -176,9 +184,14 @@ def _read(source: Path) -> tuple[list[Tensor] | dict[str, Tensor], Mapping[str, 
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if isinstance(content, list | tuple) and _are_tensors(content):
-        return [tensor.detach() for tensor in content], {}
-    if isinstance(content, dict) and _are_tensors(content.values()):
-        return {str(name): tensor.detach() for name, tensor in content.items()}, {}
+        return _Content([tensor.detach() for tensor in content], {})
+    if isinstance(content, dict):
+        named = {str(n): t.detach() for n, t in content.items() if isinstance(t, Tensor)}
+        if named:
+            left_out = tuple(
+                str(n) for n, value in content.items() if not isinstance(value, Tensor)
+            )
+            return _Content(named, {}, left_out)
     raise CheckpointError(
         f"convert: {source} must hold tensors by name, or a list of tensors, and holds other things"
     )

@@ -19,7 +19,7 @@ over the trained frames alone, and that m is resized in space are this project's
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Self
 
 import attrs
@@ -37,15 +37,21 @@ from kinetiq.learned_motion import (
     check_factor,
     check_switches,
     check_word,
+    chosen_switches,
     freeze_tensor,
     freeze_tensors,
     join_info,
+    join_noise_prior,
+    optional,
+    said_of,
+    use_with,
 )
 from kinetiq.motion_file import (
     MotionInfo,
     check_tensors,
     fingerprint,
     read_motion,
+    require_described,
     require_family,
     require_kind,
     require_known,
@@ -65,8 +71,9 @@ class MotionEmbedding(MotionArithmetic):
 
     `a * m`, `-m`, `m1 + m2` and `m1 - m2` are motions: coefficients go into the tensors, and in a
     sum so do `scale` and `value_scale`. A coefficient that is not positive leaves the noise behind,
-    which has nothing to say of the reverse of a motion; so does a negative `scale`. A `scale` of 0
-    keeps it, to see what the noise does alone, but in a sum it is a coefficient like others.
+    which has nothing to say of the reverse of a motion, and with it the share that was chosen of
+    it; so does a negative `scale`. A `scale` of 0 keeps it, to see what the noise does alone, but
+    in a sum it is a coefficient like others.
 
     Args:
         query_key: m_qk by the path of the transformer block, [frames, channels].
@@ -76,12 +83,19 @@ class MotionEmbedding(MotionArithmetic):
         info: what it was learned from.
         scale: factor on the embedding, not on the noise; negative reverses the motion, and takes
             no noise.
-        value_scale: a further factor on `value` alone.
+        value_scale: a further factor on `value` alone, where that acts. A negative one reverses
+            this part and no other, so the noise stays: the query-key part, which says how frames
+            attend to each other, is still that of the motion.
         debias: "difference", "none", "mean" or "drop", as above.
-        noise_prior: share of `noise` in the initial noise, 0 to 1.
+        noise_prior: share of `noise` in the initial noise, 0 to 1; None: 0.5 of what noise there
+            is. More than 0 is refused where none can be taken.
         until: share of the steps in which it acts, from the first, 0 to 1; 0 takes no noise
             either.
         halves: "both" halves of guidance, or "cond" alone.
+
+    Raises:
+        RequestError: a switch is out of its range or would change nothing, or tensors do not have
+            the shapes that `info` asks for.
     """
 
     query_key: Mapping[str, Tensor] = attrs.field(factory=dict, converter=freeze_tensors)
@@ -91,11 +105,12 @@ class MotionEmbedding(MotionArithmetic):
     scale: float = attrs.field(default=1.0, validator=check_factor)
     value_scale: float = attrs.field(default=1.0, validator=check_factor)
     debias: str = attrs.field(default="difference", validator=check_word(*DEBIAS))
-    noise_prior: float = attrs.field(default=0.5, validator=check_share)
+    noise_prior: float | None = attrs.field(default=None, validator=optional(check_share))
     until: float = attrs.field(default=1.0, validator=check_share)
     halves: str = attrs.field(default="both", validator=check_word("both", "cond"))
 
     _FACTOR_MUST: ClassVar = "motion: a factor must be finite"
+    _NOISE_PRIOR: ClassVar = 0.5
 
     def __attrs_post_init__(self) -> None:
         require_kind("motion: it", self.info, "embedding")
@@ -120,37 +135,49 @@ class MotionEmbedding(MotionArithmetic):
                     f"motion: {name} must be {said} for {frames} frames of {height}x{width} "
                     f"latents, got {list(got)}"
                 )
+        self._require_noise()
+        if self.value_scale != 1.0 and (self.debias == "drop" or not self.value):
+            why = "debias is 'drop'" if self.value else "the motion has no value part"
+            raise RequestError(
+                f"value_scale: must be 1 or left out where {why}, got {self.value_scale!r}, since "
+                "nothing is there that it would scale"
+            )
+        blocks = {*self.query_key, *(_block_of(name) for name in self.value)}
+        described = attrs.evolve(self.info, target="", rank=0, sites=tuple(sorted(blocks)))
+        object.__setattr__(self, "info", described)  # frozen for others
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], **switches: Any) -> Self:
         """Read what `write` wrote; `switches` are the options from `scale` on.
 
+        What is not among them is as it was when the file was written; see `use_with`.
+
         Raises:
             CheckpointError: the file is none, is damaged, or is another kind of motion.
             RequestError: a switch is unknown or out of range.
         """
-        tensors, info = read_motion(path)
+        check_switches(cls, switches)
+        tensors, info, said = read_motion(path)
         require_kind(f"read: {path}", info, "embedding")
         require_known(path, tensors, _PARTS)
-        check_switches(cls, switches)
         parts: dict[str, Any] = {
             "query_key": take_part(tensors, "query_key"),
             "value": take_part(tensors, "value"),
             "noise": tensors.get("noise"),
         }
-        try:
-            return cls(**parts, info=info, **switches)
-        except RequestError as error:
-            raise CheckpointError(f"read: {path}: {error}") from error
+        with said_of(f"read: {path}"):
+            made = use_with(cls(**parts, info=info), **said)
+        require_described(f"read: the metadata of {path}", info, made.info)
+        return use_with(made, **switches)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the tensors and `info`; the switches are chosen anew when it is read.
+        """Write the tensors, `info`, and the switches, which may be chosen anew when it is read.
 
         Raises:
             OutputError: the path cannot be written.
             RequestError: the name does not end in .safetensors.
         """
-        write_motion(path, self._tensors, self.info)
+        write_motion(path, self._tensors, self.info, chosen_switches(self))
 
     @property
     def _tensors(self) -> dict[str, Tensor]:
@@ -164,17 +191,17 @@ class MotionEmbedding(MotionArithmetic):
         """SHA-256 of the tensors, the family and the size, in hexadecimal; no switch enters."""
         return fingerprint(self._tensors, self.info)
 
-    def _times(self, factor: float, noise: Tensor | None) -> Self:
+    def _times(self, factor: float, left: Mapping[str, Any]) -> Self:
         return attrs.evolve(
             self,
             query_key={name: factor * tensor for name, tensor in self.query_key.items()},
             value={name: factor * tensor for name, tensor in self.value.items()},
-            noise=noise,
+            **left,
         )
 
     def _plus(self, other: Self) -> Self:
         """Both motions at once; sites that one lacks are the other's."""
-        require_alike(self, other, ("debias", "noise_prior", "until", "halves"))
+        require_alike(self, other, ("debias", "until", "halves"))
         terms = [m if m.scale == 1.0 else m.scale * m for m in (self, other)]
         noises = [{"noise": term.noise} for term in terms if term.noise is not None]
         return attrs.evolve(
@@ -182,6 +209,7 @@ class MotionEmbedding(MotionArithmetic):
             query_key=_sum([(1.0, term.query_key) for term in terms]),
             value=_sum([(term.value_scale, term.value) for term in terms]),
             noise=_sum([(1.0, noise) for noise in noises]).get("noise"),
+            noise_prior=join_noise_prior(*terms),
             info=join_info(self.info, other.info),
             scale=1.0,
             value_scale=1.0,
@@ -261,6 +289,11 @@ def require_alike(first: Any, second: Any, switches: Sequence[str]) -> None:
                 f"motion: both of a sum must have the same {name}, got {getattr(first, name)!r} "
                 f"and {getattr(second, name)!r}"
             )
+
+
+def _block_of(attention: str) -> str:
+    """Module path of the transformer block of an attention."""
+    return attention.rpartition(".")[0] or attention
 
 
 def _sum(terms: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
@@ -375,15 +408,14 @@ def project_bank(attention: Any, query_key: Tensor | None, value: Tensor | None)
         value: [slots, frames, tokens, channels], or None.
 
     Returns:
-        Of the network's type, or of autocast's where that is on, as W x is.
+        Without the embedding itself; of the network's type, or of autocast's where that is on, as
+        W x is.
     """
 
     def project(linear: Any, given: Tensor | None) -> Tensor | None:
         return None if given is None else F.linear(given.to(linear.weight), linear.weight)
 
     return MotionBank(
-        query_key=None if query_key is None else query_key.to(attention.to_q.weight),
-        value=None if value is None else value.to(attention.to_v.weight),
         projected_query=project(attention.to_q, query_key),
         projected_key=project(attention.to_k, query_key),
         projected_value=project(attention.to_v, value),
@@ -397,7 +429,8 @@ class ResolvedMotionEmbedding:
     Args:
         key: what two embeddings with the same banks have in common.
         banks: by index of the temporal site, one slot each, resampled to the clip, debiased and
-            projected.
+            projected; without the embedding itself.
+        raw: makes the embedding itself, likewise, at the same sites.
         scale: factor on the embedding.
         steps: how many steps it acts in, from the first.
         conditional_only: whether the unconditional row is left alone.
@@ -405,6 +438,7 @@ class ResolvedMotionEmbedding:
 
     key: str
     banks: Mapping[int, MotionBank]
+    raw: Callable[[], Mapping[int, MotionBank]]
     scale: float
     steps: int
     conditional_only: bool
@@ -418,11 +452,13 @@ class BankRequest:
         key: of the banks.
         control: the embedding.
         shape: frames, height and width of the clip's latents.
+        raw: whether the embedding itself is wanted, in the place of its projections.
     """
 
     key: str
     control: MotionEmbedding = attrs.field(eq=False)
     shape: tuple[int, int, int] = attrs.field(eq=False)
+    raw: bool = False
 
 
 MakeBanks = Callable[[BankRequest], Mapping[int, MotionBank]]
@@ -454,10 +490,14 @@ def resolve_motion_embedding(
     said = "x".join(map(str, shape))
     key = f"{control.fingerprint} {control.debias} {control.value_scale!r} {said}"
     asked = BankRequest(key, control, shape)
-    banks = make_banks(asked, network, family, sites) if make is None else make(asked)
+
+    def made(asked: BankRequest) -> Mapping[int, MotionBank]:
+        return make_banks(asked, network, family, sites) if make is None else make(asked)
+
     return ResolvedMotionEmbedding(
         key=key,
-        banks=banks,
+        banks=made(asked),
+        raw=partial(made, attrs.evolve(asked, raw=True)),
         scale=float(control.scale),
         steps=injected_steps(control.until, steps),
         conditional_only=control.halves == "cond",
@@ -469,7 +509,7 @@ def resolve_motion_noise(
 ) -> ResolvedNoise | None:
     """A learned motion's noise for a clip.
 
-    None where it has none, wants none, never acts, or is reversed by a negative scale.
+    None where `noise_share` is 0.
 
     Args:
         control: a motion embedding, or a motion LoRA.
@@ -479,8 +519,7 @@ def resolve_motion_noise(
     Raises:
         CheckpointError: the noise has another number of channels.
     """
-    brings = control.until > 0 and control.scale >= 0
-    share = float(control.noise_prior) if brings else 0.0
+    share = control.noise_share
     if share and control.noise is not None and len(control.noise) != channels:
         raise CheckpointError(
             f"motion: its noise must have {channels} channels, as the latents have, got "
@@ -517,7 +556,14 @@ def make_banks(
             added = None if added is None else added.flatten(1, 2)[None]
         if query_key is not None or added is not None:
             attention = network.get_submodule(site.name)
-            banks[index] = project_bank(attention, query_key, added)
+            banks[index] = (
+                MotionBank(
+                    query_key=None if query_key is None else query_key.to(attention.to_q.weight),
+                    value=None if added is None else added.to(attention.to_v.weight),
+                )
+                if asked.raw
+                else project_bank(attention, query_key, added)
+            )
     return banks
 
 

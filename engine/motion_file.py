@@ -5,11 +5,13 @@ that, so that a motion made for another network is refused in words instead of s
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -21,9 +23,12 @@ from kinetiq.families import FAMILIES, Family
 from kinetiq.files import replacing, write_tensors
 
 KINDS = ("embedding", "lora")
+_LATER = ("target", "rank", "sites")  # in `MotionInfo`, and not in files of earlier versions
+_SWITCHES = "switches"  # likewise, where the metadata says how a motion is used
 FORMAT = "kinetiq motion 1"  # what the metadata says under "format"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_HEADER_LENGTH = bytes(8)  # as many bytes begin a safetensors file
 _HASHED = 1 << 20  # elements that are read for a fingerprint at a time
 
 
@@ -40,6 +45,11 @@ def _one_of(words: Collection[object]) -> Any:
 def _text(_: object, attribute: Any, value: object) -> None:
     if not isinstance(value, str):
         raise RequestError(f"{attribute.name}: must be text, got {value!r}")
+
+
+def _paths(_: object, attribute: Any, value: object) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(path, str) for path in value):
+        raise RequestError(f"{attribute.name}: must be module paths, got {value!r}")
 
 
 def _at_least(low: int) -> Any:
@@ -68,6 +78,11 @@ class MotionInfo:
         prompt: that it was trained with.
         reference: `Clip.fingerprint` of the clip that it was learned from, or "".
         version: of kinetiq that wrote it.
+        target: of a LoRA, which projections it changes, a name in `kinetiq.motion_lora.TARGETS`;
+            "" where it is another set, and of an embedding.
+        rank: of a LoRA, the largest of its projections'; 0 of an embedding.
+        sites: module paths of the temporal transformer blocks that it acts in, in order. A motion
+            fills in these three by its tensors.
     """
 
     kind: str = attrs.field(validator=_one_of(KINDS))
@@ -81,6 +96,9 @@ class MotionInfo:
     prompt: str = attrs.field(default="", validator=_text)
     reference: str = attrs.field(default="", validator=_text)
     version: str = attrs.field(default=__version__, validator=_text)
+    target: str = attrs.field(default="", validator=_text)
+    rank: int = attrs.field(default=0, validator=_at_least(0))
+    sites: tuple[str, ...] = attrs.field(default=(), validator=_paths)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -88,8 +106,19 @@ class MotionInfo:
         return self.frames, self.height, self.width
 
 
+class MotionFile(NamedTuple):
+    """What a motion's file holds; `switches` say how it is used unless it is said otherwise."""
+
+    tensors: dict[str, Tensor]
+    info: MotionInfo
+    switches: dict[str, Any]
+
+
 def write_motion(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], info: MotionInfo
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    info: MotionInfo,
+    switches: Mapping[str, str | float | None] = MappingProxyType({}),
 ) -> None:
     """Write a motion; the file carries its name only when it is whole.
 
@@ -97,6 +126,7 @@ def write_motion(
         path: ends in .safetensors; a file of that name is replaced.
         tensors: by name, at least one, finite.
         info: what they are for.
+        switches: how they are used unless it is said otherwise.
 
     Raises:
         OutputError: the path cannot be written.
@@ -109,7 +139,11 @@ def write_motion(
     whole = {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
     }
-    said = {name: str(value) for name, value in attrs.asdict(info).items()}
+    said = {
+        name: json.dumps(value) if name == "sites" else str(value)
+        for name, value in attrs.asdict(info).items()
+    }
+    said[_SWITCHES] = json.dumps(dict(switches))
     with replacing(path) as temporary:
         write_tensors(temporary, whole, {"format": FORMAT, **said})
 
@@ -120,23 +154,21 @@ def read_info(path: str | os.PathLike[str]) -> MotionInfo:
     Raises:
         CheckpointError: it is not a whole motion's file.
     """
-    return _read(path, with_tensors=False)[1]
+    return _read(path, with_tensors=False).info
 
 
-def read_motion(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], MotionInfo]:
-    """Read a motion's tensors, on the CPU, and what they are for.
+def read_motion(path: str | os.PathLike[str]) -> MotionFile:
+    """Read a motion's tensors, on the CPU, what they are for, and how they are used.
 
     Raises:
         CheckpointError: it is not a whole motion's file, or a tensor is not finite.
     """
-    tensors, info = _read(path, with_tensors=True)
-    check_tensors(f"read: {path}", tensors, CheckpointError)
-    return tensors, info
+    found = _read(path, with_tensors=True)
+    check_tensors(f"read: {path}", found.tensors, CheckpointError)
+    return found
 
 
-def _read(
-    path: str | os.PathLike[str], *, with_tensors: bool
-) -> tuple[dict[str, Tensor], MotionInfo]:
+def _read(path: str | os.PathLike[str], *, with_tensors: bool) -> MotionFile:
     from safetensors import SafetensorError, safe_open
 
     file = Path(path)
@@ -156,7 +188,7 @@ def _read(
         ) from error
     except OSError as error:
         raise CheckpointError(f"read: {file} cannot be read ({error.strerror or error})") from error
-    return tensors, _parse(file, metadata)
+    return MotionFile(tensors, _parse(file, metadata), _parse_switches(file, metadata))
 
 
 def refuse_pickle(file: Path) -> None:
@@ -167,10 +199,12 @@ def refuse_pickle(file: Path) -> None:
     """
     try:
         with file.open("rb") as opened:
-            start = opened.read(4)
+            start = opened.read(len(_HEADER_LENGTH) + 1)
     except OSError as error:
         raise CheckpointError(f"read: {file} cannot be read ({error.strerror or error})") from error
-    if file.suffix in _PICKLES or start.startswith(_PICKLE_STARTS):
+    # The length of a safetensors file's header, which is JSON, may look like the start of a pickle.
+    is_safetensors = start[len(_HEADER_LENGTH) :] == b"{"
+    if file.suffix in _PICKLES or (start.startswith(_PICKLE_STARTS) and not is_safetensors):
         raise CheckpointError(
             f"read: {file} must be safetensors, and is a pickle, which can run code when it is "
             f"read; convert it: kinetiq convert {file} --out {file.with_suffix('.safetensors')}"
@@ -187,14 +221,58 @@ def _parse(file: Path, metadata: Mapping[str, str]) -> MotionInfo:
     said: dict[str, Any] = {}
     for field in attrs.fields(MotionInfo):
         if field.name not in metadata:
+            if field.name in _LATER:
+                continue
             raise CheckpointError(f"read: the metadata of {file} must say {field.name!r}")
         value = metadata[field.name]
         whole = field.type is int and re.fullmatch("[0-9]{1,18}", value)
         said[field.name] = int(value) if whole else value
+    if "sites" in said:
+        listed = _parse_json(file, "sites", said["sites"])
+        said["sites"] = tuple(listed) if isinstance(listed, list) else listed
     try:
         return MotionInfo(**said)
     except RequestError as error:
         raise CheckpointError(f"read: the metadata of {file}: {error}") from error
+
+
+def _parse_switches(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    switches = _parse_json(file, _SWITCHES, metadata.get(_SWITCHES, "{}"))
+    if not isinstance(switches, dict):
+        raise CheckpointError(
+            f"read: the metadata of {file} must say {_SWITCHES!r} as a JSON object, got "
+            f"{metadata[_SWITCHES]!r}"
+        )
+    return switches
+
+
+def _parse_json(file: Path, name: str, words: str) -> Any:
+    try:
+        return json.loads(words)
+    except ValueError as error:
+        raise CheckpointError(
+            f"read: the metadata of {file} must say {name!r} as JSON: {error}"
+        ) from error
+
+
+def require_described(where: str, said: MotionInfo, found: MotionInfo) -> None:
+    """Raise unless what a file says of its tensors, where it does, is what they are.
+
+    Args:
+        where: what the error begins with.
+        said: by the file.
+        found: of the motion that was made of its tensors.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    for name in _LATER:
+        mine, its = getattr(said, name), getattr(found, name)
+        if mine and mine != its:
+            raise CheckpointError(
+                f"{where} must say what its tensors are: {name} {its!r}, got {mine!r}; it was "
+                "changed after it was written: write it again"
+            )
 
 
 def check_tensors(

@@ -18,8 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from kinetiq.control_tensors import LoraBank
-from kinetiq.errors import CheckpointError, InputError, RequestError, ShapeError
+from kinetiq.errors import CheckpointError, RequestError, ShapeError
 from kinetiq.families import FAMILIES, Family, temporal_transformers
 from kinetiq.files import replacing, write_tensors
 from kinetiq.injection import check_share, injected_steps
@@ -40,10 +39,15 @@ from kinetiq.learned_motion import (
     check_factor,
     check_switches,
     check_word,
+    chosen_switches,
     freeze_tensor,
     freeze_tensors,
     join_info,
+    join_noise_prior,
+    optional,
+    said_of,
     switch_names,
+    use_with,
 )
 from kinetiq.motion_file import (
     MotionInfo,
@@ -51,6 +55,7 @@ from kinetiq.motion_file import (
     fingerprint,
     read_motion,
     refuse_pickle,
+    require_described,
     require_family,
     require_kind,
     require_known,
@@ -72,9 +77,10 @@ TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 _PROJECTION = re.compile(
-    r"(?P<transformer>.+)\.transformer_blocks\.\d+\."
+    r"(?P<block>(?P<transformer>.+)\.transformer_blocks\.\d+)\."
     r"(?:attn[12]\.(?P<attention>to_q|to_k|to_v|to_out\.0)|ff\.(?P<feed_forward>net\.0\.proj|net\.2))"
 )
+_PLACES = ("down_blocks", "mid_block", "up_blocks", "transformer_in")  # a module path's first part
 _PARTS = ("down", "up", "noise")
 _BETA = 1.1  # strength of a highway, the paper's best
 
@@ -86,7 +92,7 @@ _PUBLIC_MATRIX = re.compile(
     r"\.weight"
 )
 _PUBLIC_ALPHA = re.compile(r"(?P<path>.+?)(?:\.lora|_lora)?\.alpha")
-_PUBLIC_PREFIXES = ("base_model.model.", "unet.")
+_PUBLIC_PREFIXES = ("base_model.model.", "module.", "unet.")
 _ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
 
 
@@ -95,8 +101,10 @@ class MotionLora(MotionArithmetic):
     """A motion as low-rank changes of temporal projections; a control.
 
     Equal LoRAs hold equal tensors and have equal switches. `a * m` scales the change, `m1 + m2` is
-    the sum of both changes, exactly: the ranks add up. The switches say how it is used and are in
-    no file; the scale of a term goes into the sum, the other switches of terms must be equal.
+    the sum of both changes, exactly: the ranks add up. The switches say how it is used; the scale
+    of a term goes into the sum, the other switches of terms must be equal. A factor or a scale
+    below 0 is arithmetic on weights, W - up down in the place of W + up down, and no promise that
+    the motion is reversed.
 
     Args:
         down: by module path of the projection, [rank, channels in]; any rank.
@@ -104,20 +112,21 @@ class MotionLora(MotionArithmetic):
         noise: [channels, frames, h, w], what DDIM inversion made of the reference, or None; its
             deviation is its weight in sums, and it is brought to unit variance where it is used.
         info: what it is for. A LoRA fits any number of frames and any size.
-        scale: factor on the low-rank change, any finite number; negative reverses it and takes no
-            noise; 0 keeps the noise.
+        scale: factor on the low-rank change, any finite number; a negative one takes the change
+            away from the weights, and no noise; 0 keeps the noise.
         until: share of the steps that it, and its highway, act in, from the first, 0 to 1; 0 takes
             no noise either.
         highway: which skip connections start before temporal transformers: "all", "released" or
             None; see `choose_highway`.
         beta: strength of the skip connections of the highway, at least 0; None: 1.1. Without a
             highway it has no meaning.
-        noise_prior: share of `noise` in a clip's first noise, 0 to 1.
+        noise_prior: share of `noise` in a clip's first noise, 0 to 1; None: 0.2 of what noise
+            there is. More than 0 is refused where none can be taken.
         halves: "both" halves of guidance, or "cond" alone.
 
     Raises:
-        RequestError: a switch is out of its range, a tensor is not finite, or a name is not that
-            of a projection of a temporal transformer.
+        RequestError: a switch is out of its range or would change nothing, a tensor is not
+            finite, or a name is not that of a projection of a temporal transformer.
         ShapeError: the shapes of a projection's two matrices do not go together.
     """
 
@@ -129,10 +138,11 @@ class MotionLora(MotionArithmetic):
     until: float = attrs.field(default=1.0, validator=check_share)
     highway: str | None = attrs.field(default=None)
     beta: float | None = attrs.field(default=None)
-    noise_prior: float = attrs.field(default=0.2, validator=check_share)
+    noise_prior: float | None = attrs.field(default=None, validator=optional(check_share))
     halves: str = attrs.field(default="both", validator=check_word("both", "cond"))
 
     _FACTOR_MUST: ClassVar = "MotionLora: a factor must be a finite number"
+    _NOISE_PRIOR: ClassVar = 0.2
 
     @highway.validator
     def _check_highway(self, _: object, value: object) -> None:
@@ -173,6 +183,8 @@ class MotionLora(MotionArithmetic):
             raise ShapeError(
                 f"noise: must be [channels, frames, h, w], got {list(self.noise.shape)}"
             )
+        self._require_noise()
+        object.__setattr__(self, "info", _describe(self.info, self.down))  # frozen for others
 
     @property
     def _tensors(self) -> dict[str, Tensor]:
@@ -188,9 +200,9 @@ class MotionLora(MotionArithmetic):
         """SHA-256 of the tensors and what they are for, in hexadecimal; switches do not enter."""
         return fingerprint(self._tensors, self.info)
 
-    def _times(self, factor: float, noise: Tensor | None) -> Self:
+    def _times(self, factor: float, left: Mapping[str, Any]) -> Self:
         up = {path: factor * matrix for path, matrix in self.up.items()}
-        return attrs.evolve(self, up=up, noise=noise)
+        return attrs.evolve(self, up=up, **left)
 
     def _plus(self, other: Self) -> Self:
         """Both changes at once; projections that one lacks are the other's."""
@@ -203,6 +215,7 @@ class MotionLora(MotionArithmetic):
             down={p: torch.cat([t.down[p] for t in terms if p in t.down]) for p in paths},
             up={p: torch.cat([t.up[p] for t in terms if p in t.up], dim=1) for p in paths},
             noise=_add_noise(terms[0].noise, terms[1].noise),
+            noise_prior=join_noise_prior(*terms),
             info=join_info(*(m.info for m in sorted(terms, key=lambda m: m.noise is None))),
             scale=1.0,
         )
@@ -211,12 +224,14 @@ class MotionLora(MotionArithmetic):
     def read(cls, path: str | os.PathLike[str], **switches: Any) -> "MotionLora":
         """Read what `write` wrote, to be used with these switches.
 
+        What is not among them is as it was when the file was written; see `use_with`.
+
         Raises:
             CheckpointError: it is not a whole file of a motion LoRA.
             RequestError: there is no such switch, or it is out of its range.
         """
         check_switches(cls, switches)
-        tensors, info = read_motion(path)
+        tensors, info, said = read_motion(path)
         require_kind(f"read: {path}", info, "lora")
         require_known(path, tensors, _PARTS)
         with said_of(f"read: {path}"):
@@ -226,16 +241,18 @@ class MotionLora(MotionArithmetic):
                 noise=tensors.get("noise"),
                 info=info,
             )
-        return attrs.evolve(made, **switches)
+            made = use_with(made, **said)
+        require_described(f"read: the metadata of {path}", info, made.info)
+        return use_with(made, **switches)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the tensors and what they are for as safetensors; switches are not written.
+        """Write the tensors, what they are for, and the switches, as safetensors.
 
         Raises:
             OutputError: the path cannot be written.
             RequestError: its name does not end in .safetensors.
         """
-        write_motion(path, self._tensors, self.info)
+        write_motion(path, self._tensors, self.info, chosen_switches(self))
 
     @classmethod
     def read_peft(
@@ -457,19 +474,6 @@ def make_lora_banks(asked: LoraBankRequest, network: Any, family: Family) -> dic
     return banks
 
 
-@contextmanager
-def said_of(where: str) -> Iterator[None]:
-    """Say of a file what is wrong with the motion that is made of its tensors.
-
-    Raises:
-        CheckpointError: in the place of another error about what was given.
-    """
-    try:
-        yield
-    except InputError as error:
-        raise CheckpointError(f"{where}: {error}") from error
-
-
 def parse_public(
     where: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -575,15 +579,31 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
+def _describe(info: MotionInfo, down: Mapping[str, Tensor]) -> MotionInfo:
+    """What is to be said of a LoRA's matrices."""
+    found = [match for match in map(_PROJECTION.fullmatch, down) if match is not None]
+    changed = {match["attention"] or match["feed_forward"] for match in found}
+    targets = [name for name, layers in TARGETS.items() if set(layers) == changed]
+    return attrs.evolve(
+        info,
+        target=targets[0] if targets else "",
+        rank=max(matrix.shape[0] for matrix in down.values()),
+        sites=tuple(sorted({match["block"] for match in found})),
+    )
+
+
 def _is_temporal_projection(path: str, folders: tuple[str, ...]) -> bool:
     found = _PROJECTION.fullmatch(path)
-    return found is not None and bool(set(found["transformer"].split(".")) & set(folders))
+    if found is None:
+        return False
+    parts = found["transformer"].split(".")
+    return parts[0] in _PLACES and bool(set(parts) & set(folders))
 
 
 def _require_equal_switches(one: MotionLora, other: MotionLora) -> None:
     for name in switch_names(MotionLora):
         mine, its = getattr(one, name), getattr(other, name)
-        if name != "scale" and mine != its:
+        if name not in ("scale", "noise_prior") and mine != its:
             raise RequestError(
                 f"MotionLora: LoRAs that are added must have the same {name}, got {mine!r} and "
                 f"{its!r}; set it with attrs.evolve(lora, {name}={mine!r})"

@@ -79,9 +79,11 @@ def seed_option(text: str | None = None) -> Callable[[_Function], _Function]:
     )
 
 
-def motions_option(text: str) -> Callable[[_Function], _Function]:
+def motions_option(text: str, **settings: Any) -> Callable[[_Function], _Function]:
     """`--motion`, as often as wanted: the parameter is `motions`, each `[WEIGHT*]FILE`."""
-    return click.option("--motion", "motions", multiple=True, metavar="[WEIGHT*]FILE", help=text)
+    return click.option(
+        "--motion", "motions", multiple=True, metavar="[WEIGHT*]FILE", help=text, **settings
+    )
 
 
 def json_option(text: str = "Print one JSON object.") -> Callable[[_Function], _Function]:
@@ -98,21 +100,59 @@ motion_training_options = joined(
         help="Of the run, which is continued if it is there; OUT with the suffix .training "
         "by default.",
     ),
-    click.option("--steps", type=int, help="Optimiser steps."),
-    click.option("--learning-rate", type=float),
+    click.option(
+        "--steps",
+        type=int,
+        help="Optimiser steps; 350 by default for an embedding, 300 for a LoRA.",
+    ),
+    click.option(
+        "--learning-rate",
+        type=float,
+        help="Of the motion; 0.02 by default for an embedding, 0.0005 for a LoRA.",
+    ),
     click.option("--loss", help="hybrid (default), debiased, mse or vmc."),
     click.option("--frames", type=int, help="Frames of the motion; the model's by default."),
     click.option("--height", type=int, help="Pixels; the model's by default."),
     click.option("--width", type=int, help="Pixels; the model's by default."),
     fit_option("How a reference is brought to that size.", default="crop", show_default=True),
-    click.option("--dropout", type=float, help="Share of low-rank changes left out."),
-    click.option("--inversion-steps", type=int, help="Steps of the noise that goes with it."),
-    click.option("--seed", type=int),
-    click.option("--save-every", type=int, help="Steps between saves."),
+    click.option(
+        "--dropout",
+        type=float,
+        help="Share of low-rank changes, a LoRA's and those of the hybrid loss, left out; 0 by "
+        "default.",
+    ),
+    click.option("--weight-decay", type=float, help="Of the optimiser, AdamW; 0.01 by default."),
+    click.option(
+        "--clip-norm",
+        type=float,
+        help="Gradients of a larger norm are brought to it; 1 by default.",
+    ),
+    click.option(
+        "--spatial-rank",
+        type=int,
+        help="Of the adapters by which the hybrid loss takes up what the reference shows; 32 by "
+        "default.",
+    ),
+    click.option(
+        "--spatial-learning-rate", type=float, help="Of these adapters; 0.0005 by default."
+    ),
+    click.option(
+        "--spatial-skip",
+        type=float,
+        help="Share of the steps without these adapters; 0.2 by default.",
+    ),
+    click.option(
+        "--inversion-steps",
+        type=int,
+        help="Steps of the noise that goes with the motion of one reference; 50 by default. Of "
+        "several references no noise is kept.",
+    ),
+    click.option("--seed", type=int, help="Of all that is random; 0 by default."),
+    click.option("--save-every", type=int, help="Steps between saves; 50 by default."),
     click.option(
         "--previews",
         type=int,
-        help="Steps between early versions, each with a clip made by it; 0: none.",
+        help="Steps between early versions, each with a clip made by it; 100 by default, 0: none.",
     ),
     click.option("--preview-prompt", help="What those clips show; the first --prompt if not."),
     click.option(

@@ -6,7 +6,7 @@ act at this step read source rows; equal sources at equal timesteps are one row.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -117,14 +117,34 @@ class Batch:
     unconditional: Tensor
 
 
-def join_motions(embeddings: tuple[ResolvedMotionEmbedding, ...]) -> dict[int, MotionBank]:
-    """The banks of several embeddings, the first at slot 1; slot 0 is zero."""
-    sites = sorted({site for embedding in embeddings for site in embedding.banks})
+def join_motions(
+    embeddings: tuple[ResolvedMotionEmbedding, ...], raw: bool = False
+) -> dict[int, MotionBank]:
+    """The banks of several embeddings, the first at slot 1; slot 0 is zero.
+
+    Args:
+        embeddings: in the order of their slots.
+        raw: whether the embeddings themselves are wanted beside their projections.
+    """
+    joined = _join_banks([embedding.banks for embedding in embeddings], _PROJECTED)
+    if not raw:
+        return joined
+    themselves = _join_banks([embedding.raw() for embedding in embeddings], _RAW)
+    return {
+        site: replace(bank, **{part: getattr(themselves[site], part) for part in _RAW})
+        for site, bank in joined.items()
+    }
+
+
+def _join_banks(
+    given: Sequence[Mapping[int, MotionBank]], parts: Sequence[str]
+) -> dict[int, MotionBank]:
+    """Some parts of several motions' banks, stacked."""
     joined = {}
-    for site in sites:
-        banks = [embedding.banks.get(site) for embedding in embeddings]
+    for site in sorted({site for banks in given for site in banks}):
+        banks = [banks.get(site) for banks in given]
         joined[site] = MotionBank(
-            **{part: _stack_any([_part(bank, part) for bank in banks]) for part in _PARTS}
+            **{part: _stack_any([_part(bank, part) for bank in banks]) for part in parts}
         )
     return joined
 
@@ -145,9 +165,30 @@ def join_loras(loras: tuple[ResolvedMotionLora, ...]) -> dict[str, LoraBank]:
     return joined
 
 
-_PARTS = ("query_key", "value", "projected_query", "projected_key", "projected_value")
-JoinMotions = Callable[[tuple[ResolvedMotionEmbedding, ...]], Mapping[int, MotionBank]]
+_RAW = ("query_key", "value")
+_PROJECTED = ("projected_query", "projected_key", "projected_value")
+_Banks = TypeVar("_Banks")
+JoinMotions = Callable[[tuple[ResolvedMotionEmbedding, ...], bool], Mapping[int, MotionBank]]
 JoinLoras = Callable[[tuple[ResolvedMotionLora, ...]], Mapping[str, LoraBank]]
+
+
+def remember_last(join: Callable[..., _Banks]) -> Callable[..., _Banks]:
+    """`join_motions` or `join_loras` that keeps the last banks for motions of the same keys.
+
+    The same motions come as other objects where other clips of a batch have them.
+    """
+    last: tuple[Any, Any] = None, None
+
+    def remembering(motions: tuple[Any, ...], *rest: object) -> _Banks:
+        nonlocal last
+        wanted = (*(motion.key for motion in motions), *rest)
+        if last[0] != wanted:
+            last = None, None  # two sets of banks are never held
+            last = wanted, join(motions, *rest)
+        banks: _Banks = last[1]
+        return banks
+
+    return remembering
 
 
 def build_batch(
@@ -157,6 +198,7 @@ def build_batch(
     join_motions: JoinMotions = join_motions,
     join_loras: JoinLoras = join_loras,
     boards: Sequence[BoardState] = (),
+    raw_motions: bool = False,
 ) -> Batch:
     """Lay the clips and their sources out as rows.
 
@@ -168,6 +210,8 @@ def build_batch(
             saves making them again at each step.
         join_loras: likewise for the LoRAs.
         boards: which of the clips are shots of boards.
+        raw_motions: whether embeddings are wanted beside their projections even where no LoRA of
+            the batch changes what they go through.
     """
     latents: list[Tensor] = []
     timesteps: list[float] = []
@@ -201,13 +245,14 @@ def build_batch(
         reads.append((found[0], found[1]))
     device = latents[0].device
     joined = _join(clips, halves, reads, len(latents), sites, device)
+    raw = raw_motions or any(clip.controls.lora is not None for clip in clips)
     return Batch(
         latents=torch.stack(latents),
         timesteps=torch.tensor(timesteps, dtype=torch.float32, device=device),
         text=torch.stack(text),
         controls=replace(
             joined,
-            motion=_motion_control(clips, halves, len(latents), device, join_motions),
+            motion=_motion_control(clips, halves, len(latents), device, join_motions, raw),
             lora=_lora_control(clips, halves, len(latents), device, join_loras),
             skip=_skip_control(clips, halves, len(latents), device),
             shared_key=_shared_key_control(boards, halves, latents, device),
@@ -310,12 +355,13 @@ def _motion_control(
     rows: int,
     device: torch.device,
     join: JoinMotions,
+    raw: bool,
 ) -> MotionControl | None:
     used = [(clip.controls.embedding, half) for clip, half in zip(clips, halves, strict=True)]
     slot, scale, motions = _slots([(motion, half) for motion, half in used if motion], rows)
     if not motions:
         return None
-    return MotionControl(slot.to(device), scale.to(device), join(motions))
+    return MotionControl(slot.to(device), scale.to(device), join(motions, raw))
 
 
 def _lora_control(
@@ -468,15 +514,18 @@ def _refine_controls(
 
 
 def _slots(used: Sequence[tuple[Any, tuple[int, int]]], rows: int) -> tuple[Tensor, Tensor, Any]:
-    """The slot and the scale of each row, and what is in the slots from 1 on, each once."""
+    """The slot and the scale of each row, and what is in the slots from 1 on, each once.
+
+    Slots are in the order of keys, so that the order of clips makes no other banks.
+    """
     slot, scale = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
-    kept: dict[str, Any] = {}
+    kept = {learned.key: learned for learned, _ in used}
+    place = {key: number for number, key in enumerate(sorted(kept), start=1)}
     for learned, half in used:
-        kept.setdefault(learned.key, learned)
         for reader in _readers(half, learned.conditional_only):
-            slot[reader] = 1 + list(kept).index(learned.key)
+            slot[reader] = place[learned.key]
             scale[reader] = learned.scale
-    return slot, scale, tuple(kept.values())
+    return slot, scale, tuple(kept[key] for key in place)
 
 
 def _part(bank: MotionBank | None, part: str) -> Tensor | None:

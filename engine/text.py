@@ -7,12 +7,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kinetiq.errors import RequestError
+from kinetiq.errors import KinetiqWarning, RequestError
 
 _SHOWN = 60  # characters of a prompt in a message
 
 
-class PromptWarning(UserWarning):
+class PromptWarning(KinetiqWarning):
     """A prompt is longer than the text encoder reads, and its end was cut off."""
 
 

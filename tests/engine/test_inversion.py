@@ -173,6 +173,56 @@ def test_what_does_not_stay_finite_is_named_with_its_step(checkpoint):
         invert(parts(checkpoint), network, noise_like(), steps=5)
 
 
+def test_what_overflows_in_half_precision_is_inverted_in_float32_and_that_is_said(
+    tiny_folder, monkeypatch
+):
+    clean, dtype = noise_like(), torch.bfloat16
+    with kq.Engine.load(tiny_folder()) as wide:
+        wanted = invert(wide.checkpoint, wide.denoiser, clean, steps=3)
+    with kq.Engine.load(tiny_folder(), dtype=dtype) as engine:
+        network, predict = engine.checkpoint.unet, engine.denoiser.predict
+        narrow = [wide_to(tensor, dtype) for tensor in wide.checkpoint.unet.parameters()]
+        before = [(t.dtype, t.data_ptr(), t.clone()) for t in tensors_of(network)]
+
+        def overflowing(latents, *given):
+            out = predict(latents, *given)
+            return out if latents.dtype == torch.float32 else torch.full_like(out, torch.inf)
+
+        monkeypatch.setattr(engine.denoiser, "predict", overflowing)
+        message = r"infinity at step 1 of 3 in bfloat16; .*; it is inverted once more in float32"
+        with pytest.warns(kq.KinetiqWarning, match=message):
+            found = invert(engine.checkpoint, engine.denoiser, clean, steps=3)
+        for tensor, (kind, place, value) in zip(tensors_of(network), before, strict=True):
+            assert (tensor.dtype, tensor.data_ptr()) == (kind, place)
+            assert torch.equal(tensor, value)
+    # The weights are those of `dtype`, so it errs as far as rounding them does, and no further.
+    rounding = max(float((t - w).abs().max() / w.abs().max()) for t, w in narrow)
+    assert rounding < 2**-7
+    assert (found - wanted).abs().max() <= 64 * rounding * wanted.abs().max()
+
+
+def test_what_overflows_in_float32_too_is_an_error_and_leaves_the_network(tiny_folder, monkeypatch):
+    with kq.Engine.load(tiny_folder(), dtype=torch.bfloat16) as engine:
+        before = {tensor.dtype for tensor in tensors_of(engine.checkpoint.unet)}
+        monkeypatch.setattr(
+            engine.denoiser, "predict", lambda latents, *_: torch.full_like(latents, torch.nan)
+        )
+        with (
+            pytest.warns(kq.KinetiqWarning, match="in bfloat16"),
+            pytest.raises(kq.NonFiniteError, match=r"at step 1 of 2 in float32$"),
+        ):
+            invert(engine.checkpoint, engine.denoiser, noise_like(), steps=2)
+        assert {tensor.dtype for tensor in tensors_of(engine.checkpoint.unet)} == before
+
+
+def tensors_of(network):
+    return [*network.parameters(), *network.buffers()]
+
+
+def wide_to(tensor, dtype):
+    return tensor.detach().to(dtype).float(), tensor.detach()
+
+
 def test_samples_are_float32_whatever_the_network_computes_in(checkpoint):
     given = parts(checkpoint)
     given.dtype = torch.bfloat16

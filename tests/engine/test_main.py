@@ -104,7 +104,8 @@ def motions(tmp_path):
     """Learned motions in the folder where commands run; at a block that no network need have."""
     info = MotionInfo(kind="embedding", family="animatediff", frames=4, height=8, width=8)
     block = "up_blocks.1.motion_modules.0.transformer_blocks.0"
-    tensors = {"query_key": {block: torch.ones(4, 32)}, "value": {}}
+    value = {f"{block}.attn1": torch.ones(4, 4, 4, 32)}
+    tensors = {"query_key": {block: torch.ones(4, 32)}, "value": value}
     MotionEmbedding(**tensors, info=info).write(tmp_path / "dance.safetensors")
     brought = MotionEmbedding(**tensors, info=info).resample(frames=6).resize(height=4, width=12)
     brought.write(tmp_path / "long.safetensors")
@@ -135,7 +136,7 @@ class TestMain:
         result = run()
         assert (result.exit_code, result.stderr) == (0, "")
         listed = [line.split()[0] for line in result.stdout.split("Commands:\n")[1].splitlines()]
-        before = ["demo", "generate", "shots", "train", "analyze", "convert", "doctor"]
+        before = ["demo", "generate", "shots", "train", "motion", "analyze", "convert", "doctor"]
         assert listed == [*before, "export", "bench"]
         assert "..." not in result.stdout.split("Commands:\n")[1]
         assert run("--help").stdout == run("-h").stdout == result.stdout
@@ -330,14 +331,14 @@ class TestGenerate:
         result = generate(
             *("--motion", "0.5*dance.safetensors", "--motion", "-2e0 * long.safetensors"),
             *("--motion", "lora.safetensors", "--motion-scale", "-0.5", "--value-scale", "2"),
-            *("--debias", "drop", "--noise-prior", "0.3", "--until", "0.25", "--halves", "cond"),
+            *("--debias", "mean", "--noise-prior", "0", "--until", "0.25", "--halves", "cond"),
             *("--highway", "all", "--beta", "1.2", "--reference", "good.gif"),
         )
         assert result.exit_code == 0, result.stderr
         injection, embedding, lora = seen
-        shared = {"scale": -0.5, "noise_prior": 0.3, "until": 0.25, "halves": "cond"}
+        shared = {"scale": -0.5, "until": 0.25, "halves": "cond"}
         assert all(getattr(m, n) == v for m in (embedding, lora) for n, v in shared.items())
-        assert (embedding.value_scale, embedding.debias) == (2.0, "drop")
+        assert (embedding.value_scale, embedding.debias) == (2.0, "mean")
         assert (lora.highway, lora.beta) == ("all", 1.2)
         assert embedding.info.shape == (4, 8, 8)  # the first's
         assert all((tensor == 0.5 - 2.0).all() for tensor in embedding.query_key.values())
@@ -362,7 +363,7 @@ class TestGenerate:
         resolved = []
 
         def fake(self, prompt, control, **_):
-            resolved.append({type(one): one.noise_prior for one in control})
+            resolved.append({type(one): one.noise_share for one in control})
             return moving()
 
         monkeypatch.setattr(Engine, "generate", fake)
@@ -376,12 +377,43 @@ class TestGenerate:
             ((dance, "--motion", lora), (0.5, 0.0)),
             ((lora, "--motion", dance), (0.0, 0.2)),
             ((lora, "--motion", dance, "--noise-prior", "0.7"), (0.0, 0.7)),
-            (("dance.safetensors", "--motion", lora), (0.5, 0.2)),
-            ((f"-1*{dance}", "--motion", lora), (0.5, 0.2)),
+            (("dance.safetensors", "--motion", lora), (0.0, 0.2)),
+            ((f"-1*{dance}", "--motion", lora), (0.0, 0.2)),
+            ((f"-{dance}", "--motion", lora, "--noise-prior", "0.9"), (0.0, 0.9)),
         ):
             assert generate("--motion", *words).exit_code == 0
             got = resolved.pop()
             assert (got[MotionEmbedding], got[MotionLora]) == wanted
+
+    @pytest.mark.usefixtures("motions")
+    def test_what_files_say_of_their_use_holds_until_it_is_said_otherwise(
+        self, generate, monkeypatch, tmp_path
+    ):
+        seen = []
+
+        def fake(self, prompt, control, **_):
+            seen.extend(control)
+            return moving()
+
+        monkeypatch.setattr(Engine, "generate", fake)
+        lora = MotionLora.read(tmp_path / "lora.safetensors")
+        trained = attrs.evolve(lora, highway="all", beta=1.3)
+        trained.write(tmp_path / "trained.safetensors")
+        alone = ("--motion", "trained.safetensors")
+        both = (*alone, "--motion", "lora.safetensors")
+        for words, wanted in (
+            (alone, ("all", 1.3)),
+            ((*alone, "--beta", "1"), ("all", 1.0)),
+            ((*alone, "--highway", "none"), (None, None)),
+            ((*both, "--highway", "released", "--beta", "1.2"), ("released", 1.2)),
+            ((*both, "--highway", "none"), (None, None)),
+        ):
+            result = generate(*words)
+            assert result.exit_code == 0, result.stderr
+            got = seen.pop()
+            assert (got.highway, got.beta) == wanted
+        result = generate(*both)
+        assert "must have the same highway, got 'all' and None" in result.stderr
 
     @pytest.mark.usefixtures("motions")
     def test_a_learned_motion_moves_a_clip(self, generate, tiny_folder, tmp_path):
@@ -414,6 +446,44 @@ class TestGenerate:
         assert "the end was cut off: 'red circle on a blue background'" in result.stderr
         again = generate("--prompt", "a red circle on a blue background " * 4, "--frames", "1")
         assert again.stderr == result.stderr  # said every time, not once a process
+
+
+@pytest.mark.usefixtures("motions", "unloaded")
+class TestMotion:
+    def test_terms_become_a_file(self, run, tmp_path):
+        words = ("--motion", "0.5*dance.safetensors", "--motion", "-long.safetensors")
+        result = run("motion", *words, "--frames", "6", "--out", "mix.safetensors")
+        assert (result.exit_code, result.stdout) == (0, "mix.safetensors\n"), result.stderr
+        dance, long, mix = (
+            MotionEmbedding.read(tmp_path / f"{name}.safetensors")
+            for name in ("dance", "long", "mix")
+        )
+        brought = long.resample(frames=4).resize(height=8, width=8)
+        assert mix == (0.5 * dance + -1.0 * brought).resample(frames=6)
+        assert mix.info.frames == 6
+
+    def test_a_lora_is_scaled(self, run, tmp_path):
+        result = run(
+            "motion", "--motion", "-2*lora.safetensors", "--out", "b.safetensors", "--json"
+        )
+        said = json.loads(result.stdout)
+        assert (said["kind"], said["rank"], said["out"]) == ("lora", 2, "b.safetensors")
+        lora, made = (MotionLora.read(tmp_path / f"{n}.safetensors") for n in ("lora", "b"))
+        assert made == -2.0 * lora
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ([], "Missing option '--motion'"),
+            (["--motion", "dance.safetensors", "--motion", "lora.safetensors"], "be of one kind"),
+            (["--motion", "lora.safetensors", "--frames", "6"], "--frames acts on a motion embed"),
+            (["--motion", "dance.safetensors", "--frames", "1"], "a motion has at least 2 frames"),
+            (["--motion", "absent.safetensors"], "must be a motion's file, and is not there"),
+            (["--motion", "dance.safetensors", "--out", "a.pt"], "--out must end in .safetensors"),
+        ],
+    )
+    def test_says_what_is_wrong(self, run, refused, words, message):
+        refused(run("motion", "--out", "mix.safetensors", *words), message)
 
 
 @pytest.mark.usefixtures("references", "unloaded")
@@ -525,6 +595,12 @@ class TestBeforeAModelLoads:
             ),
             (["dance.safetensors", "--highway", "all"], "is of kind lora, got embedding"),
             (["lora.safetensors", "--beta", "1.2"], "beta: acts with a highway, got 1.2 without"),
+            (["dance.safetensors", "--noise-prior", "0.9"], "a motion has no noise of its refer"),
+            (
+                ["dance.safetensors", "--debias", "drop", "--value-scale", "3"],
+                "value_scale: must be 1 or left out where debias is 'drop', got 3.0",
+            ),
+            (["-absent.safetensors"], "absent.safetensors must be a motion's file, and is not"),
             (["lora.safetensors", "--debias", "none"], "is of kind embedding, got lora"),
             (["dance.safetensors", "--parts", "q"], "--parts acts with a --reference and --contro"),
         ],
@@ -772,9 +848,11 @@ class TestTrainMotion:
     def test_options_reach_the_training_of_an_embedding(self, run, learned):
         result = run(
             *("train", "embedding", *self.WORDS, "--steps", "30", "--learning-rate", "0.01"),
-            *("--loss", "debiased", "--sites", "up:128, down_blocks.1", "--frames", "6"),
+            *("--sites", "up:128, down_blocks.1", "--frames", "6", "--spatial-skip", "0.3"),
+            *("--spatial-rank", "5", "--spatial-learning-rate", "0.001", "--clip-norm", "2"),
+            *("--weight-decay", "0.02"),
             *("--height", "16", "--width", "24", "--dtype", "bfloat16", "--seed", "4"),
-            *("--save-every", "9", "--previews", "0", "--preview-prompt", "a circle"),
+            *("--save-every", "9", "--previews", "3", "--preview-prompt", "a circle"),
             *("--recompute", "--dropout", "0.1", "--inversion-steps", "7", "--folder", "here"),
             *("--weights", "bfloat16"),
         )
@@ -785,7 +863,11 @@ class TestTrainMotion:
         assert learned["options"] == motion_training.EmbeddingOptions(
             steps=30,
             learning_rate=0.01,
-            loss="debiased",
+            spatial_rank=5,
+            spatial_learning_rate=0.001,
+            spatial_skip=0.3,
+            weight_decay=0.02,
+            clip_norm=2.0,
             sites=(("up", 128), "down_blocks.1"),
             frames=6,
             height=16,
@@ -793,7 +875,7 @@ class TestTrainMotion:
             dtype="bfloat16",
             seed=4,
             save_every=9,
-            previews=0,
+            previews=3,
             preview_prompt="a circle",
             recompute=True,
             dropout=0.1,
@@ -825,6 +907,7 @@ class TestTrainMotion:
             target="k_out", rank=8, highway="released", beta=1.2
         )
         assert len(learned["clips"]) == 2
+        assert "2 references: no noise is kept" in result.stderr
         assert list(learned["prompts"]) == ["a square moving right"] * 2
 
     @pytest.mark.usefixtures("unloaded")
@@ -842,6 +925,11 @@ class TestTrainMotion:
             (["--reference", "absent.mp4"], "absent.mp4"),
             (["--prompt", " "], "prompt: must hold at least one word"),
             (["--dtype", "int8"], "dtype must be one of"),
+            (["--loss", "mse", "--dropout", "0.5"], "dropout 0.5 acts with the loss 'hybrid'"),
+            (
+                ["--previews", "0", "--preview-prompt", "a"],
+                "'a' acts with previews, and they are 0",
+            ),
         ],
     )
     def test_bad_options_are_said_before_a_model_loads(self, run, refused, words, message):

@@ -269,6 +269,37 @@ def test_animatediff_motion_lora(tmp_path, wrapped):
     assert got.info.shape == (16, 64, 64)  # the public models'
 
 
+def test_settings_beside_the_matrices_are_left_out_and_named(tmp_path):
+    """As AnimateDiff publishes its motion LoRAs."""
+    state = motion_lora()
+    torch.save({"state_dict": {**state, "animatediff_config": ""}}, tmp_path / "public.ckpt")
+    found = convert_motion(tmp_path / "public.ckpt", tmp_path / "m.safetensors", PublicMotion())
+    assert found == "a LoRA of 8 projections, without animatediff_config"
+    torch.save(state, tmp_path / "plain.ckpt")
+    convert_motion(tmp_path / "plain.ckpt", tmp_path / "n.safetensors", PublicMotion())
+    assert MotionLora.read(tmp_path / "m.safetensors") == MotionLora.read(
+        tmp_path / "n.safetensors"
+    )
+    torch.save({"animatediff_config": ""}, tmp_path / "none.ckpt")
+    with pytest.raises(kq.CheckpointError, match="must hold tensors by name"):
+        convert_motion(tmp_path / "none.ckpt", tmp_path / "o.safetensors", PublicMotion())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "unet.", "base_model.model."])
+def test_what_wraps_a_network_is_taken_off_names(tmp_path, prefix):
+    state = motion_lora()
+    plain = MotionLora.read(convert(tmp_path, state))
+    (tmp_path / "public.pt").unlink()
+    wrapped = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+    assert MotionLora.read(convert(tmp_path, wrapped)) == plain
+
+
+def test_paths_that_begin_elsewhere_are_refused(tmp_path):
+    elsewhere = {f"other.{name}": tensor for name, tensor in motion_lora().items()}
+    with pytest.raises(kq.CheckpointError, match=r"got 'other\.down_blocks.*which is none in the"):
+        convert(tmp_path, elsewhere)
+
+
 def test_what_is_said_of_a_lora_is_kept(tmp_path):
     said = {"frames": 24, "height": 256, "width": 384}
     assert MotionLora.read(convert(tmp_path, motion_lora(), **said)).info.shape == (24, 32, 48)

@@ -10,6 +10,7 @@ from stock import load_stock, predict_stock, record_projections, replaced_projec
 import kinetiq as kq
 from kinetiq import engine as engine_module
 from kinetiq import generation
+from kinetiq.control_tensors import ControlTensors, LoraControl, MotionControl
 from kinetiq.families import SiteKind
 from kinetiq.motion_embedding import (
     MotionEmbedding,
@@ -21,6 +22,7 @@ from kinetiq.motion_embedding import (
 )
 from kinetiq.motion_file import MotionInfo
 from kinetiq.motion_lora import make_lora_banks
+from kinetiq.rows import join_loras, join_motions
 from kinetiq.skips import list_skips
 from kinetiq.text import encode_prompts
 
@@ -66,10 +68,11 @@ def latents_of(engine, control=None, **options):
     return next(engine.generate_latents([kq.Request("a red circle", control, **options)]))
 
 
-def banks_of(engine, motion, shape=(4, 8, 8)):
-    return resolve_motion_embedding(
+def banks_of(engine, motion, shape=(4, 8, 8), raw=False):
+    resolved = resolve_motion_embedding(
         motion, engine.checkpoint.unet, engine.family, engine.denoiser.sites, shape, STEPS
-    ).banks
+    )
+    return resolved.raw() if raw else resolved.banks
 
 
 @contextmanager
@@ -234,6 +237,39 @@ def test_composes_with_a_lora_whose_change_it_goes_through(engine, family, tiny_
     got = latents_of(engine, [motion, lora])
     assert_equal(got, wanted)
     assert (got - latents_of(engine, motion)).abs().max() > 0.02 * wanted.abs().max()
+
+
+def test_the_embedding_itself_is_there_only_where_a_lora_of_the_batch_is(engine, monkeypatch):
+    seen, predict = [], engine.denoiser.predict
+
+    def watch(latents, timesteps, text, controls):
+        if controls.motion is not None:
+            banks = controls.motion.banks.values()
+            seen.append({bank.query_key is not None and bank.value is not None for bank in banks})
+            assert all(bank.projected_query is not None for bank in banks)
+        return predict(latents, timesteps, text, controls)
+
+    monkeypatch.setattr(engine.denoiser, "predict", watch)
+    motion, lora = learn(engine), adapt(engine, noise_prior=0.0)
+    for controls, raw in (((motion,), False), (([motion, lora],), True), ((motion, lora), True)):
+        requests = [kq.Request("a", control, frames=4, steps=1) for control in controls]
+        list(engine.generate_latents(requests))
+        assert seen.pop() == {raw} and not seen
+
+
+def test_projections_alone_are_refused_where_a_lora_changes_them(engine):
+    resolved = engine.resolve(
+        kq.Request("x", [learn(engine), adapt(engine, noise_prior=0.0)], frames=4)
+    )
+    embedding, lora = resolved.controls.embedding, resolved.controls.lora
+    one = torch.ones(1)
+    controls = ControlTensors(
+        motion=MotionControl(one.long(), one, join_motions((embedding,))),
+        lora=LoraControl(one.long(), one, join_loras((lora,))),
+    )
+    given = torch.zeros(1, 4, 4, 8, 8), torch.tensor([1.0]), torch.zeros(1, 24, 16)
+    with torch.no_grad(), pytest.raises(kq.RequestError, match="got projections alone at site"):
+        engine.denoiser.predict(*given, controls)
 
 
 def test_one_motion_alone_brings_its_noise(engine):
@@ -405,11 +441,11 @@ def test_a_projected_bank_is_what_the_projections_add(engine):
     for projected, linear, embedding in pairs:
         wanted = linear(given + embedding) - linear(given)
         assert_equal(projected.expand_as(wanted), wanted)
-    assert torch.equal(bank.query_key, query_key) and torch.equal(bank.value, value)
+    assert bank.query_key is bank.value is None  # the embedding itself is made where it is wanted
     sum(p.square().sum() for p, _, _ in pairs).backward()
     assert query_key.grad.abs().min() > 0 and value.grad.abs().min() > 0
     none = project_bank(attention, None, value)
-    assert none.query_key is none.projected_query is none.projected_key is None
+    assert none.projected_query is none.projected_key is None
     assert torch.equal(none.projected_value, bank.projected_value)
 
 
@@ -441,7 +477,7 @@ def interpolate(values, count):
 @pytest.mark.parametrize("shape", [(7, 8, 8), (3, 12, 20), (4, 4, 10)])
 def test_another_size_is_interpolated_and_the_difference_taken_behind(engine, shape):
     motion = learn(engine, debias="difference")
-    banks = banks_of(engine, motion, shape)
+    banks = banks_of(engine, motion, shape, raw=True)
     names = [site.name for site in engine.denoiser.sites]
     for index, bank in banks.items():
         name = names[index]
@@ -462,8 +498,9 @@ def test_resampling_and_resizing_first_is_the_same(engine):
     brought = motion.resample(frames=6).resize(height=16, width=12)
     assert brought.info.shape == (6, 16, 12) and brought.noise.shape == (4, 6, 16, 12)
     options = {"frames": 6, "height": 32, "width": 24}
-    for index, bank in banks_of(engine, brought, (6, 16, 12)).items():
-        torch.testing.assert_close(bank.value, banks_of(engine, motion, (6, 16, 12))[index].value)
+    banks = banks_of(engine, motion, (6, 16, 12), raw=True)
+    for index, bank in banks_of(engine, brought, (6, 16, 12), raw=True).items():
+        torch.testing.assert_close(bank.value, banks[index].value)
     resolved = engine.resolve(kq.Request("x", brought, **options)).controls.noise
     direct = engine.resolve(kq.Request("x", motion, **options)).controls.noise
     assert abs(float(direct.noise.std()) - 1.0) <= 1e-3
@@ -511,7 +548,7 @@ def test_a_sum_has_the_sites_of_both(engine):
 
 @pytest.mark.parametrize("make", [learn, adapt])
 def test_a_reversed_motion_brings_no_noise_however_it_is_reversed(engine, make):
-    forward = make(engine, noise_prior=0.5)
+    forward = make(engine, noise_prior=None)
 
     def brought(motion):
         return engine.resolve(kq.Request("x", motion, frames=4)).controls.noise
@@ -520,7 +557,34 @@ def test_a_reversed_motion_brings_no_noise_however_it_is_reversed(engine, make):
     assert brought(back) is brought(-forward) is brought(2.0 * back) is brought(back + back) is None
     assert torch.equal((back + forward).noise, forward.noise)
     for scale in (0.0, 1.0):  # 0 is what the noise does alone
-        assert brought(attrs.evolve(forward, scale=scale)).share == 0.5
+        assert brought(attrs.evolve(forward, scale=scale)).share == forward.noise_share > 0
+
+
+@pytest.mark.parametrize("make", [learn, adapt])
+def test_a_share_of_noise_that_cannot_be_taken_is_refused(engine, make):
+    forward = make(engine, noise_prior=0.7)
+    with pytest.raises(
+        kq.RequestError, match=r"noise_prior: must be .* scale is negative, got 0\.7"
+    ):
+        attrs.evolve(forward, scale=-1.0)
+    with pytest.raises(kq.RequestError, match=r"noise_prior: must be .* has no noise .* got 0\.7"):
+        attrs.evolve(forward, noise=None)
+    back = -forward  # what was chosen goes with the noise
+    assert back.noise_prior is None
+    assert (back + forward).noise_prior == (forward + back).noise_prior == 0.7
+    assert attrs.evolve(back, noise_prior=0.0).noise_share == 0
+    with pytest.raises(kq.RequestError, match=r"same noise_prior, got 0\.7 and 0\.1"):
+        forward + attrs.evolve(forward, noise_prior=0.1)
+
+
+def test_a_negative_value_scale_reverses_one_part_and_keeps_the_noise(engine):
+    motion = learn(engine, noise_prior=0.5)
+    turned = attrs.evolve(motion, value_scale=-1.0)
+    assert turned.noise_share == 0.5
+    for site, bank in banks_of(engine, turned).items():
+        plain = banks_of(engine, motion)[site]
+        assert torch.equal(bank.projected_value, -plain.projected_value)
+        assert torch.equal(bank.projected_query, plain.projected_query)
 
 
 def test_noise_under_arithmetic(engine):
@@ -538,12 +602,14 @@ def test_noise_under_arithmetic(engine):
 
 
 def test_a_file_gives_the_motion_back(engine, tmp_path):
-    motion = learn(engine)
+    motion = learn(engine, value_scale=2.0)
     path = tmp_path / "dance.safetensors"
     motion.write(path)
-    assert MotionEmbedding.read(path, noise_prior=0.0) == motion
+    assert MotionEmbedding.read(path) == motion
+    blocks = sorted(motion.query_key)
+    assert (motion.info.sites, motion.info.target, motion.info.rank) == (tuple(blocks), "", 0)
     again = MotionEmbedding.read(path, scale=2, debias="drop", until=0.5, halves="cond")
-    assert (again.scale, again.debias, again.noise_prior) == (2, "drop", 0.5)
+    assert (again.scale, again.debias, again.noise_prior) == (2, "drop", 0.0)
     assert again != motion and again.fingerprint == motion.fingerprint
     assert again.info == motion.info
     assert torch.equal(
@@ -570,6 +636,14 @@ def test_equal_motions_are_equal_and_cannot_change(engine):
         (lambda m: attrs.evolve(m, scale=float("nan")), "scale: must be a finite number, got nan"),
         (lambda m: attrs.evolve(m, debias="sum"), "debias: must be one of 'difference', 'none'"),
         (lambda m: attrs.evolve(m, noise_prior=1.5), "noise_prior: must be a number from 0 to 1"),
+        (
+            lambda m: attrs.evolve(m, debias="drop", value_scale=3.0),
+            "value_scale: must be 1 or left out where debias is 'drop', got 3.0",
+        ),
+        (
+            lambda m: attrs.evolve(m, value={}, value_scale=3.0),
+            "value_scale: must be 1 or left out where the motion has no value part, got 3.0",
+        ),
         (lambda m: attrs.evolve(m, until=-1), "until: must be a number from 0 to 1, got -1"),
         (lambda m: attrs.evolve(m, halves="one"), "halves: must be one of 'both', 'cond'"),
         (lambda m: attrs.evolve(m, query_key={}, value={}), "embedding of at least one site, got"),

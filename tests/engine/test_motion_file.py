@@ -16,6 +16,7 @@ from kinetiq.motion_file import (
     fingerprint,
     read_info,
     read_motion,
+    require_described,
     require_family,
     require_kind,
     require_known,
@@ -37,6 +38,7 @@ INFO = MotionInfo(
     prompt='a "red" circle, grün',
     reference="abc",
 )
+DESCRIPTION = ("target", "rank", "sites", "switches")
 
 
 @pytest.fixture
@@ -55,13 +57,15 @@ def path(tmp_path):
 
 def metadata(**changes):
     said = {name: str(value) for name, value in attrs.asdict(INFO).items()}
-    return {"format": FORMAT, **said, **changes}
+    return {"format": FORMAT, **said, "sites": '["up.0"]', **changes}
 
 
 def test_what_is_written_is_read(path, tensors):
-    write_motion(path, tensors, INFO)
-    got, info = read_motion(path)
-    assert info == INFO == read_info(path)
+    described = attrs.evolve(INFO, sites=("up.0", "up.1"), target="k", rank=4)
+    write_motion(path, tensors, described, {"scale": 0.5, "highway": None})
+    got, info, switches = read_motion(path)
+    assert info == described == read_info(path)
+    assert switches == {"scale": 0.5, "highway": None}
     assert info.version == kq.__version__
     assert got.keys() == tensors.keys()
     assert all(torch.equal(got[n], t) and got[n].dtype == t.dtype for n, t in tensors.items())
@@ -71,7 +75,7 @@ def test_what_is_written_is_read(path, tensors):
 def test_tensors_that_share_memory_or_need_gradients_are_written(path, tensors):
     whole = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
     write_motion(path, {"a": whole, "b": whole.T, "c": whole[0]}, INFO)
-    got, _ = read_motion(path)
+    got = read_motion(path).tensors
     assert torch.equal(got["b"], whole.detach().T) and torch.equal(got["c"], whole.detach()[0])
 
 
@@ -101,6 +105,16 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path, name):
     wanted = rf"must be safetensors, and is a pickle.*: kinetiq convert {file} --out {file.parent}/"
     with pytest.raises(kq.CheckpointError, match=wanted):
         read_motion(file)
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(path, tensors, length):
+    write_motion(path, tensors, INFO)
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    described = attrs.evolve(INFO, prompt=INFO.prompt + "x" * (length - size))
+    write_motion(path, tensors, described)
+    assert path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    assert read_info(path) == described
 
 
 def test_a_damaged_file_is_refused(path, tensors):
@@ -137,12 +151,45 @@ def test_another_safetensors_file_is_refused(path):
         ({"frames": "0"}, "frames: must be a whole number of at least 1, got 0"),
         ({"height": "-3"}, "height: must be a whole number of at least 1, got '-3'"),
         ({"steps": "9" * 5000}, "steps: must be a whole number of at least 0"),
+        ({"rank": "-1"}, "rank: must be a whole number of at least 0, got '-1'"),
+        ({"sites": "[1]"}, r"sites: must be module paths, got \(1,\)"),
+        ({"sites": '"up"'}, "sites: must be module paths, got 'up'"),
     ],
 )
 def test_wrong_metadata_is_refused(path, changes, message):
     save_file({"w": torch.ones(2)}, path, metadata=metadata(**changes))
     with pytest.raises(kq.CheckpointError, match=f"the metadata of .*: {message}"):
         read_motion(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sites": "up"}, "must say 'sites' as JSON"),
+        ({"switches": "[]"}, r"must say 'switches' as a JSON object, got '\[\]'"),
+        ({"switches": "{"}, "must say 'switches' as JSON"),
+    ],
+)
+def test_metadata_that_is_no_json_is_refused(path, changes, message):
+    save_file({"w": torch.ones(2)}, path, metadata=metadata(**changes))
+    with pytest.raises(kq.CheckpointError, match=f"the metadata of .* {message}"):
+        read_motion(path)
+
+
+def test_a_file_of_an_earlier_version_is_read(path):
+    said = {name: value for name, value in metadata().items() if name not in DESCRIPTION}
+    save_file({"w": torch.ones(2)}, path, metadata=said)
+    _, info, switches = read_motion(path)
+    assert info == INFO and switches == {}
+
+
+def test_what_a_file_says_of_its_tensors_must_be_so():
+    found = attrs.evolve(INFO, target="k", rank=4, sites=("a", "b"))
+    require_described("here", INFO, found)
+    require_described("here", found, found)
+    for change in ({"target": "v"}, {"rank": 8}, {"sites": ("a",)}):
+        with pytest.raises(kq.CheckpointError, match=f"here must .* are: {next(iter(change))} "):
+            require_described("here", attrs.evolve(found, **change), found)
 
 
 def test_missing_metadata_is_refused(path):
@@ -164,7 +211,7 @@ def test_tensors_that_are_no_numbers_are_refused(path, tensor, message):
     save_file({"w": tensor}, path, metadata=metadata())
     with pytest.raises(kq.CheckpointError, match=message):
         read_motion(path)
-    assert read_info(path) == INFO  # reads no tensor
+    assert read_info(path) == attrs.evolve(INFO, sites=("up.0",))  # reads no tensor
 
 
 def test_parts_are_told_by_their_names(tensors):

@@ -21,7 +21,7 @@ from kinetiq.controls import ResolvedControls
 from kinetiq.denoiser import EagerDenoiser
 from kinetiq.families import FAMILIES, SiteKind
 from kinetiq.kernels import frame_attention
-from kinetiq.motion_file import MotionInfo
+from kinetiq.motion_file import MotionInfo, write_motion
 from kinetiq.motion_lora import (
     TARGETS,
     MotionLora,
@@ -408,7 +408,7 @@ def test_a_sum_says_what_both_terms_say(networks):
     network = networks["unet3d"]
     one = make_lora(network, "unet3d", seed=1)
     two = attrs.evolve(one, info=attrs.evolve(one.info, prompt="a dog", height=4))
-    assert (one + two).info == attrs.evolve(one.info, prompt="")
+    assert (one + two).info == attrs.evolve(one.info, prompt="", rank=4)
     assert (one + noisy(two, 1.0)).info.height == 4  # the noise's size
     assert (2 * two).info == two.info
 
@@ -448,6 +448,18 @@ def test_terms_must_be_of_one_network(networks):
 # ---- what it is
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_its_info_says_what_its_matrices_are(networks, family, target):
+    lora = make_lora(networks[family], family, target, rank=3)
+    blocks = {path.partition(".attn")[0].partition(".ff")[0] for path in lora.down}
+    assert (lora.info.target, lora.info.rank) == (target, 3)
+    assert lora.info.sites == tuple(sorted(blocks))
+    if target == "all":
+        keys = make_lora(networks[family], family, "v", rank=5)
+        assert (keys + make_lora(networks[family], family, "q")).info.target == ""
+        assert (lora + keys).info.rank == 8
+
+
 def test_equality_is_of_content_and_switches(networks):
     network = networks["unet3d"]
     one, again = (make_lora(network, "unet3d", seed=1) for _ in range(2))
@@ -481,6 +493,7 @@ MATRICES = {"down": {TO_K: torch.ones(1, 4)}, "up": {TO_K: torch.ones(4, 1)}}
         ({"beta": "1"}, kq.RequestError, "beta: must be a finite number, got '1'"),
         ({"beta": 1.2}, kq.RequestError, "beta: acts with a highway, got 1.2 without one; choose"),
         ({"noise_prior": -0.1}, kq.RequestError, "noise_prior: must be a number from 0 to 1"),
+        ({"noise_prior": 0.1}, kq.RequestError, "noise_prior: must be 0 or left out where a motio"),
         ({"halves": "uncond"}, kq.RequestError, "halves: must be one of 'both', 'cond'"),
         ({"noise": torch.ones(2, 3)}, kq.ShapeError, r"must be \[channels, frames, h, w\], got"),
         ({"up": {TO_K: torch.ones(4, 2)}}, kq.ShapeError, r"got \[1, 4\] and \[4, 2\]"),
@@ -511,20 +524,37 @@ def test_only_temporal_projections_can_be_adapted(path, family):
 # ---- files
 
 
-def test_a_file_holds_all_but_the_switches(networks, tmp_path, family):
-    lora = noisy(make_lora(networks[family], family, "all", scale=0.5), 2.0)
-    lora.write(tmp_path / "m.safetensors")
-    got = MotionLora.read(tmp_path / "m.safetensors", scale=0.5)
+def test_a_file_gives_the_lora_back_and_what_is_said_at_use_wins(networks, tmp_path, family):
+    switches = {"scale": 0.5, "highway": "all", "beta": 1.3, "noise_prior": 0.4}
+    lora = noisy(make_lora(networks[family], family, "all"), 2.0, **switches)
+    path = tmp_path / "m.safetensors"
+    lora.write(path)
+    got = MotionLora.read(path)
     assert got == lora
     assert torch.equal(got.noise, lora.noise)
-    assert MotionLora.read(tmp_path / "m.safetensors").scale == 1.0
+    assert MotionLora.read(path, beta=1.0) == attrs.evolve(lora, beta=1.0)
+    # What is left without a meaning is no longer chosen.
+    plain = MotionLora.read(path, highway=None)
+    assert (plain.highway, plain.beta, plain.scale) == (None, None, 0.5)
+    assert MotionLora.read(path, scale=-1.0).noise_share == 0
+    with pytest.raises(kq.RequestError, match=r"beta: acts with a highway, got 1\.3 without one"):
+        MotionLora.read(path, highway=None, beta=1.3)
     with pytest.raises(kq.RequestError, match=r"switches must be among scale, until, .* 'debias'"):
-        MotionLora.read(tmp_path / "m.safetensors", debias="mean")
+        MotionLora.read(path, debias="mean")
+
+
+def test_wrong_switches_in_a_file_say_which_it_is(networks, tmp_path):
+    lora, path = make_lora(networks["unet3d"], "unet3d"), tmp_path / "m.safetensors"
+    for switches, words in (({"scale": "x"}, "scale: must be a finite"), ({"a": 1}, "got 'a'")):
+        write_motion(path, lora._tensors, lora.info, switches)
+        with pytest.raises(kq.CheckpointError, match=f"read: .*m.safetensors: .*{words}"):
+            MotionLora.read(path)
+    write_motion(path, lora._tensors, attrs.evolve(lora.info, rank=7))
+    with pytest.raises(kq.CheckpointError, match="what its tensors are: rank 2, got 7"):
+        MotionLora.read(path)
 
 
 def test_a_damaged_file_says_which_it_is(tmp_path):
-    from kinetiq.motion_file import write_motion
-
     path = tmp_path / "m.safetensors"
     write_motion(path, {f"down.{TO_K}": torch.ones(1, 4), f"up.{TO_K}": torch.ones(4, 2)}, info())
     with pytest.raises(kq.CheckpointError, match=r"m.safetensors: MotionLora: .* must have down"):

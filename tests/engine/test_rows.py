@@ -5,12 +5,20 @@ import dataclasses
 import pytest
 import torch
 
-from kinetiq.control_tensors import PatchMatches
+from kinetiq.control_tensors import MotionBank, PatchMatches
 from kinetiq.controls import ResolvedControls
+from kinetiq.motion_embedding import ResolvedMotionEmbedding
 from kinetiq.motion_injection import ResolvedMotionInjection
 from kinetiq.query_flow import place_key_frames
 from kinetiq.query_injection import ResolvedQueryInjection
-from kinetiq.rows import BoardState, ClipState, SourceLevel, build_batch
+from kinetiq.rows import (
+    BoardState,
+    ClipState,
+    SourceLevel,
+    build_batch,
+    join_motions,
+    remember_last,
+)
 from kinetiq.source import ResolvedSource
 
 SHAPE = (4, 3, 2, 2)  # channels, frames, h, w
@@ -280,3 +288,29 @@ def test_a_board_that_does_nothing_adds_no_control():
     assert controls.preserve is None
     assert controls.shared_key is None
     assert controls.flow == controls.refine == ()
+
+
+def embedding(key, value):
+    """A learned motion of one site; another object at each call, as of another clip."""
+    bank = MotionBank(projected_query=torch.full((1, 3, 4), value))
+    return ResolvedMotionEmbedding(key, {1: bank}, dict, 1.0, 5, False)
+
+
+def test_the_order_of_clips_makes_no_other_banks():
+    calls = []
+
+    def join(motions, raw):
+        calls.append([one.key for one in motions])
+        return join_motions(motions, raw)
+
+    remembered = remember_last(join)
+    for order in ("ab", "ba", "bab", "b", "ba"):
+        clips = [
+            clip(number, guided=False, embedding=embedding(key, float(ord(key))))
+            for number, key in enumerate(order)
+        ]
+        control = build_batch(clips, SILENT, SITES, join_motions=remembered).controls.motion
+        rows = control.banks[1].projected_query.index_select(0, control.slot)
+        assert rows[:, 0, 0].tolist() == [float(ord(key)) for key in order]
+        assert not control.banks[1].projected_query[0].any()
+    assert calls == [["a", "b"], ["b"], ["a", "b"]]
