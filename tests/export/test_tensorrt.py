@@ -164,7 +164,9 @@ class Package:
         def deserialize(plan):
             assert self.inside
             self.plans.append(plan)
-            return types.SimpleNamespace(create_execution_context=create) if plan == b"plan" else None
+            return (
+                types.SimpleNamespace(create_execution_context=create) if plan == b"plan" else None
+            )
 
         return types.SimpleNamespace(deserialize_cuda_engine=deserialize)
 

@@ -307,8 +307,7 @@ class _Parser:
 class _Profile(dict):
     def set_shape(self, name, least, best, most):
         if not len(least) == len(best) == len(most) or not all(
-            0 <= low <= middle <= high
-            for low, middle, high in zip(least, best, most, strict=True)
+            0 <= low <= middle <= high for low, middle, high in zip(least, best, most, strict=True)
         ):
             raise ValueError(f"inconsistent shapes of {name}")
         self[name] = (least, best, most)
