@@ -330,6 +330,7 @@ def _say_engine(made: EngineFile, as_json: bool) -> None:
         "route": record.route,
         "attentions": record.attentions,
         "fused": record.fused,
+        "left_out": dict(record.left_out),
     }
     if as_json:
         click.echo(json.dumps(said))

@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from kinetiq import __version__
@@ -116,8 +117,10 @@ def save_plan(
     metadata: NetworkMetadata,
     plugins: Collection[str] = (),
     route: str | None = None,
+    left_out: Mapping[str, str] = MappingProxyType({}),
+    vouched: bool = True,
 ) -> EngineFile:
-    """Write what was built, and for what."""
+    """Write what was built, and for what; see `EngineRecord` and `write_engine`."""
     record = EngineRecord(
         format=FORMAT,
         kinetiq=__version__,
@@ -130,8 +133,9 @@ def save_plan(
         route=route,
         attentions=plan.attentions,
         fused=plan.fused,
+        left_out=dict(left_out),
     )
-    return write_engine(path, plan.data, record)
+    return write_engine(path, plan.data, record, vouched=vouched)
 
 
 def allow_parts(package: Any, network: Any) -> int:

@@ -14,7 +14,7 @@ import json
 import os
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class EngineRecord:
         route: which PTX those kernels are, of `plugin_ptx.ROUTES`; None where there are none.
         attentions: how many attentions must be one kernel each.
         fused: how many kernels the runtime reports that do a whole attention; None if it does not.
+        left_out: operators that were to run our kernels and do not, and why.
     """
 
     format: int
@@ -57,6 +58,7 @@ class EngineRecord:
     route: str | None
     attentions: int
     fused: int | None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -283,6 +285,7 @@ def _decode(said: str, where: str) -> EngineRecord:
                 "profile": Profile({name: Bounds(*ends) for name, ends in bounds.items()}),
                 "network": decode_metadata(entries["network"], where),
                 "plugins": tuple(entries["plugins"]),
+                "left_out": dict(entries["left_out"]),
             }
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -358,6 +358,6 @@ def _weights_beside(path: Path) -> set[str]:
 
     try:
         names = outside_files(onnx.load(path, load_external_data=False))
-    except Exception:  # noqa: BLE001  whatever is there is replaced; protobuf's class differs
+    except Exception:  # whatever is there is replaced; protobuf's class differs
         return set()
     return {name for name in names if name.startswith(f"{path.name}.") and name.endswith(_DATA)}

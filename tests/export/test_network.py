@@ -1,7 +1,7 @@
 """An exported network computes what the eager one does, for any shape and any control."""
 
-import hashlib
 import dataclasses
+import hashlib
 
 import pytest
 import torch
