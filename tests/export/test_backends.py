@@ -23,13 +23,19 @@ pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
 
 from kinetiq.backends import BACKENDS, EXPORTED, ON_GPU  # noqa: E402
-from kinetiq.errors import CheckpointError, MissingDependencyError, RequestError  # noqa: E402
-from kinetiq.export import cache_key, engine_rtx, loading  # noqa: E402
+from kinetiq.errors import (  # noqa: E402
+    CheckpointError,
+    MissingDependencyError,
+    RequestError,
+    WorkError,
+)
+from kinetiq.export import cache_key, engine_rtx, loading, onnxruntime_denoiser  # noqa: E402
 from kinetiq.export.cache_key import code_key, options_key  # noqa: E402
 from kinetiq.export.engine_profile import Bounds  # noqa: E402
 from kinetiq.export.onnxruntime_denoiser import OnnxruntimeDenoiser  # noqa: E402
 from kinetiq.export.openvino_denoiser import OpenvinoDenoiser  # noqa: E402
 from kinetiq.export.plugin_choice import PluginChoice  # noqa: E402
+from kinetiq.generation import is_out_of_memory  # noqa: E402
 
 SHAPE = {"frames": 4, "height": 16, "width": 16, "steps": 3}
 
@@ -250,9 +256,50 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, exported):
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(
-        MissingDependencyError, match=r"CUDAExecutionProvider must be there for cuda"
+        MissingDependencyError,
+        match=r"CUDAExecutionProvider must be there for cuda.*: pip uninstall -y onnxruntime && pip",
     ):
         OnnxruntimeDenoiser(exported(), "cuda")
+
+
+def test_cuda_multiplies_float32_in_all_its_bits():
+    name, options = onnxruntime_denoiser.provider_of(torch.device("cuda", 1))
+    assert name == "CUDAExecutionProvider"
+    assert options["device_id"] == 1 and options["use_tf32"] == 0
+    assert options["arena_extend_strategy"] == "kSameAsRequested"
+    assert options["cudnn_conv_algo_search"] == "HEURISTIC"
+    assert onnxruntime_denoiser.provider_of(torch.device("cpu")) == ("CPUExecutionProvider", {})
+
+
+def test_a_provider_that_cannot_be_loaded_is_not_another_in_silence():
+    calls = []
+    session = types.SimpleNamespace(
+        get_providers=lambda: ["CPUExecutionProvider"],
+        disable_fallback=lambda: calls.append("disabled"),
+    )
+    onnxruntime_denoiser.check_session(session, torch.device("cpu"))
+    with pytest.raises(
+        MissingDependencyError,
+        match=r"CUDAExecutionProvider must be usable for cuda, .* took CPU.*; install the CUDA and",
+    ):
+        onnxruntime_denoiser.check_session(session, torch.device("cuda"))
+    assert calls == ["disabled"] * 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Failed to allocate memory for requested buffer of size 8",
+        "Available memory of 4 is smaller than requested bytes of 8",
+        "CUDA failure 2: out of memory ; GPU=0",
+        "std::bad_alloc",
+    ],
+)
+def test_memory_that_runs_out_splits_the_batch(words):
+    error = onnxruntime_denoiser.explained(RuntimeError(words), "run", torch.device("cuda"))
+    assert is_out_of_memory(error) and words in str(error)
+    error = onnxruntime_denoiser.explained(RuntimeError("a shape"), "run", torch.device("cuda"))
+    assert type(error) is WorkError and "onnxruntime: must run, and failed: a shape" in str(error)
 
 
 def test_openvino_is_for_cpus(exported):

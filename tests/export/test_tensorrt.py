@@ -21,7 +21,13 @@ from kinetiq.errors import (
     ShapeError,
     WorkError,
 )
-from kinetiq.export import engine_runtime, engine_source, engine_tensorrt
+from kinetiq.export import (
+    engine_builder,
+    engine_log,
+    engine_runtime,
+    engine_source,
+    engine_tensorrt,
+)
 from kinetiq.export.engine_file import FORMAT, EngineRecord, write_engine
 from kinetiq.export.engine_profile import Bounds, Profile, make_profile
 from kinetiq.export.engine_runtime import EngineDenoiser, check_engine, open_engine
@@ -473,3 +479,48 @@ def test_opening_an_engine_without_what_it_needs(file, package, monkeypatch):
     with pytest.raises(CheckpointError, match=r"must be for tensorrt-rtx, got one for tensorrt$"):
         open_engine(file.path, runtime="tensorrt-rtx")
     assert not package.plans
+
+
+def make_layer(package, kind, dtype=None, d=64):
+    """A layer as the binding returns it: of the base class, with an attention where it is one."""
+    query = types.SimpleNamespace(shape=(2, 8, 64, d), dtype=dtype)
+    attention = types.SimpleNamespace(get_input=lambda _: query, decomposable=False)
+    layer = package.ILayer()
+    layer.type, layer.attention = kind, attention
+    return layer
+
+
+def test_attentions_that_no_kernel_does_alone_may_be_several():
+    kinds = enum.Enum("LayerType", ["ATTENTION_INPUT", "SHUFFLE"])
+    base = type("ILayer", (), {})
+    package = types.SimpleNamespace(
+        LayerType=kinds,
+        ILayer=base,
+        IAttentionInputLayer=type("IAttentionInputLayer", (base,), {}),
+        float32="float32",
+    )
+    given = {
+        "wide": make_layer(package, kinds.ATTENTION_INPUT, "float16", 16),
+        "unknown": make_layer(package, kinds.ATTENTION_INPUT, "bfloat16", -1),
+        "narrow": make_layer(package, kinds.ATTENTION_INPUT, "float16", 8),
+        "float32": make_layer(package, kinds.ATTENTION_INPUT, "float32"),
+        "other": make_layer(package, kinds.SHUFFLE, "float32"),
+    }
+    layers = list(given.values())
+    network = types.SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
+    assert engine_builder.allow_parts(package, network) == 2
+    several = {name for name, layer in given.items() if layer.attention.decomposable}
+    assert several == {"narrow", "float32"}
+    assert isinstance(given["wide"], package.IAttentionInputLayer)
+    assert not isinstance(given["other"], package.IAttentionInputLayer)
+
+
+def test_fused_kernels_are_counted_in_what_the_builder_says():
+    log = engine_log.make_log(types.SimpleNamespace(ILogger=fake_tensorrt._Logger))
+    assert engine_builder.count_fused(log.layers) is None
+    name = f"sm80{engine_builder.FUSED}_x"
+    log.log(3, f"Layers:\nName: {name}, Type: a\nName: other, TacticName: {name}\nName: b{name}\n")
+    assert engine_builder.count_fused(log.layers) == 2
+    for number in range(20):
+        log.log(fake_tensorrt._Logger.ERROR, str(number))
+    assert log.errors == [str(number) for number in range(4, 20)]  # the last of them
