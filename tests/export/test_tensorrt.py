@@ -519,7 +519,8 @@ def test_fused_kernels_are_counted_in_what_the_builder_says():
     log = engine_log.make_log(types.SimpleNamespace(ILogger=fake_tensorrt._Logger))
     assert engine_builder.count_fused(log.layers) is None
     name = f"sm80{engine_builder.FUSED}_x"
-    log.log(3, f"Layers:\nName: {name}, Type: a\nName: other, TacticName: {name}\nName: b{name}\n")
+    layers = f"Layers:\nName: {name}, Type: a\nName: other, TacticName: {name}\nName: b{name}\n"
+    log.log(fake_tensorrt._Logger.VERBOSE, layers)
     assert engine_builder.count_fused(log.layers) == 2
     for number in range(20):
         log.log(fake_tensorrt._Logger.ERROR, str(number))
