@@ -518,7 +518,8 @@ def _in_parts(
     failed: dict[int, KinetiqError] = {}
     left = list(runs)
     while left:
-        part, too_many = _fitting(left, size), None
+        part = _fitting(left, size)
+        too_many: _TooManyRows | None = None
         try:
             result = work(part)
         except _TooManyRows as error:

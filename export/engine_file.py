@@ -101,7 +101,7 @@ def write_engine(
         write_text(beside, json.dumps({"record": said, "checksum": checksum}), "engine")
         if vouched:
             vouch(checksum)
-    if former not in (None, beside):
+    if former is not None and former != beside:
         former.unlink(missing_ok=True)
     return EngineFile(file, record, checksum)
 
@@ -128,8 +128,8 @@ def read_engine(
     except FileNotFoundError as error:
         if file.exists() and list_records(file):
             raise CheckpointError(
-                f"{where}: the record beside it must be of this plan, and is of another: one of "
-                f"them was changed or damaged; build {file} again"
+                f"{where}: the record beside it must be of this plan, and is of another: plan or "
+                f"record were changed or damaged; build {file} again"
             ) from error
         raise CheckpointError(
             f"{where}: the plan and its record {file.name}.*.json beside it must be there, and "

@@ -19,7 +19,7 @@ from kinetiq.export.plugin_choice import check_operators, choose_by_record
 from kinetiq.export.plugin_compiler import PluginCompiler
 from kinetiq.export.plugin_layers import KINDS
 from kinetiq.export.plugin_ptx import PLAIN_SHARED, ROUTES, find_route
-from kinetiq.export.plugins import compiling, register_plugins
+from kinetiq.export.plugins import Failure, compiling, register_plugins
 from kinetiq.files import check_target
 from kinetiq.kernels.frame_attention import MAX_FRAMES
 
@@ -91,7 +91,8 @@ def build_engine(
             compiler = stack.enter_context(PluginCompiler(chosen))
         while True:
             leave_to_functions(model, node_names(model) - ours)
-            flags, failures = 0, []
+            flags = 0
+            failures: list[Failure] = []
             with ExitStack() as building:
                 if ours and compiler is not None:
                     flags = _prefer_ahead_of_time(package)
