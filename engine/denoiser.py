@@ -64,6 +64,8 @@ class Denoiser(Protocol):
 
     family: Family
     sites: tuple[Site, ...]
+    most_rows: int | None
+    """Of a batch; None: as many as memory holds."""
 
     def predict(
         self, latents: Tensor, timesteps: Tensor, text: Tensor, controls: ControlTensors
@@ -139,6 +141,8 @@ class EagerDenoiser:
         signal: what the forward pass under way was given; who runs a part of the network again,
             as recomputation does, gives it what it was given before.
     """
+
+    most_rows: int | None = None
 
     def __init__(self, network: Any, *, keep_zero_taps: bool = False) -> None:
         self.family = detect_family(network)

@@ -16,6 +16,7 @@ _PACKAGES: dict[str, tuple[str | None, str]] = {
     "transformers": (None, "the text encoders"),
     "safetensors": (None, "weights"),
     "huggingface_hub": (None, "models of the hub"),
+    "filelock": (None, "exports that are made by one process at a time"),
     "numpy": (None, "frames"),
     "av": (None, "video files"),
     "pillow": (None, "pictures"),

@@ -23,7 +23,7 @@ from kinetiq.board_run import BoardLatents, BoardRun, DecodeFrames
 from kinetiq.clip_run import ClipRun
 from kinetiq.control_tensors import KeyValueBank
 from kinetiq.denoiser import Denoiser, EagerDenoiser, Watched
-from kinetiq.errors import KinetiqError, NonFiniteError, RequestError, WorkError
+from kinetiq.errors import KinetiqError, NonFiniteError, RequestError, ShapeError, WorkError
 from kinetiq.inversion import blend_noise
 from kinetiq.kernels import guided_step
 from kinetiq.moft_guidance import GuidedClip, ResolvedMoftGuidance, guide
@@ -86,6 +86,14 @@ class _Room:
     clips: int
     guided: int
     recompute: bool = False
+
+
+@attrs.frozen
+class _TooManyRows(Exception):  # noqa: N818  it is caught where batches are made, and never seen
+    """A batch has more rows than the denoiser takes."""
+
+    rows: int
+    most: int
 
 
 @overload
@@ -494,7 +502,7 @@ def _in_parts(
     finish: Callable[[Sequence[_Run], _Result], dict[int, KinetiqError]],
     make_room: Callable[[_Run], bool] = lambda _: False,
 ) -> tuple[dict[int, KinetiqError], int]:
-    """Do something for all clips, in smaller parts where memory runs out.
+    """Do something for all clips, in smaller parts where memory or rows of the network run out.
 
     Args:
         runs: clips and boards; a board is never in two parts.
@@ -511,8 +519,11 @@ def _in_parts(
     left = list(runs)
     while left:
         part = _fitting(left, size)
+        too_many: _TooManyRows | None = None
         try:
             result = work(part)
+        except _TooManyRows as error:
+            too_many = error
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -522,7 +533,11 @@ def _in_parts(
             continue
         # Behind the handler, which would hold on to what did not fit.
         if len(part) > 1:
-            size = (_count(part) + 1) // 2
+            count = _count(part)
+            size = (count + 1) // 2 if too_many is None else _share(count, too_many)
+        elif too_many is not None:
+            failed[part[0].index] = _too_wide(part[0], too_many)
+            left = left[1:]
         elif not make_room(part[0]):
             failed[part[0].index] = _too_large(part[0], device)
             left = left[1:]
@@ -539,6 +554,20 @@ def _fitting(runs: Sequence[_Run], size: int) -> list[_Run]:
             break
         part.append(run)
     return part
+
+
+def _share(clips: int, too_many: _TooManyRows) -> int:
+    """How many of some clips have as many rows as there may be, were all alike."""
+    return max(1, min(clips - 1, clips * too_many.most // too_many.rows))
+
+
+def _too_wide(run: Run, too_many: _TooManyRows) -> ShapeError:
+    what = run.name if isinstance(run, ClipRun) else f"the {len(run.shots)} shots of one board"
+    return ShapeError(
+        f"denoise: {what} must be at most {too_many.most} rows of the network, got "
+        f"{too_many.rows}: guidance and each source of a control are rows too; build an engine "
+        "with a wider profile"
+    )
 
 
 def _too_large(run: Run, device: torch.device) -> WorkError:
@@ -575,7 +604,14 @@ def _batch(states: Sequence[ClipState], model: _Model, boards: Sequence[BoardSta
 
 
 def _predict(batch: Batch, model: _Model) -> tuple[Tensor, Tensor]:
-    """The network's output for the conditional and the unconditional half of every clip."""
+    """The network's output for the conditional and the unconditional half of every clip.
+
+    Raises:
+        _TooManyRows: the denoiser takes fewer rows.
+    """
+    most, rows = model.denoiser.most_rows, len(batch.latents)
+    if most is not None and rows > most:
+        raise _TooManyRows(rows, most)
     with span("network"), torch.inference_mode():
         output = model.denoiser.predict(batch.latents, batch.timesteps, batch.text, batch.controls)
     return output[batch.conditional], output[batch.unconditional]

@@ -10,7 +10,7 @@ import importlib.util
 import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from kinetiq.errors import CheckpointError, MissingDependencyError, RequestError
 from kinetiq.export.engine_profile import Profile
 from kinetiq.export.engine_runtime import open_engine
 from kinetiq.export.example import (
+    BankSizes,
     Example,
     ExampleShape,
     cast_example,
@@ -147,7 +148,8 @@ def check_engine_file(
     profile = denoiser.file.record.profile
     shapes = [shape_inside(shape, profile) for shape in example_shapes(denoiser.metadata)]
     denoisers = {denoiser.file.record.runtime: denoiser}
-    yield from _compare_all(checkpoint, denoiser.metadata, shapes, denoisers)
+    banks = banks_inside(BankSizes(), profile)
+    yield from _compare_all(checkpoint, denoiser.metadata, shapes, denoisers, banks)
 
 
 def shape_inside(shape: ExampleShape, profile: Profile) -> ExampleShape:
@@ -157,6 +159,16 @@ def shape_inside(shape: ExampleShape, profile: Profile) -> ExampleShape:
         for axis, length in asdict(shape).items()
     }
     return ExampleShape(**nearest)
+
+
+def banks_inside(sizes: BankSizes, profile: Profile) -> BankSizes:
+    """The banks inside a profile that are nearest; it may know of none."""
+    nearest = {
+        axis: min(max(length, profile.bounds[axis].least), profile.bounds[axis].most)
+        for axis, length in asdict(sizes).items()
+        if axis in profile.bounds
+    }
+    return replace(sizes, **nearest)
 
 
 def _require_same(
@@ -182,10 +194,11 @@ def _compare_all(
     metadata: NetworkMetadata,
     shapes: Collection[ExampleShape],
     denoisers: Mapping[str, Denoiser],
+    banks: BankSizes = BankSizes(),  # noqa: B008  it is frozen
 ) -> Iterator[Comparison]:
     for shape in shapes:
         for kinds in ((), metadata.controls) if metadata.controls else ((),):
-            yield from _compare(checkpoint.unet, metadata, shape, kinds, denoisers)
+            yield from _compare(checkpoint.unet, metadata, shape, kinds, denoisers, banks)
 
 
 def _compare(
@@ -194,9 +207,10 @@ def _compare(
     shape: ExampleShape,
     kinds: tuple[str, ...],
     denoisers: Mapping[str, Denoiser],
+    banks: BankSizes,
 ) -> Iterator[Comparison]:
     dtype: torch.dtype = getattr(torch, metadata.precision)
-    example = make_example(network, metadata, shape, kinds)
+    example = make_example(network, metadata, shape, kinds, banks=banks)
     for output in ("prediction", "features")[: 1 + (metadata.tap is not None)]:
         with _eager(network) as denoiser:
             exact = _ask(denoiser, output, example, metadata.tap)

@@ -15,7 +15,7 @@ import click
 from kinetiq.checkpoint import load_checkpoint, parse_device
 from kinetiq.command_line import PlainGroup
 from kinetiq.errors import RequestError
-from kinetiq.export.engine_file import SUFFIX, EngineFile, read_engine
+from kinetiq.export.engine_file import EngineFile, list_records, read_engine
 from kinetiq.export.engine_profile import Bounds
 from kinetiq.export.functions import OPSET
 from kinetiq.export.metadata import precision_of, read_metadata
@@ -131,7 +131,7 @@ def check(
         require_nodes,
     )
 
-    is_engine = network.with_name(network.name + SUFFIX).exists()
+    is_engine = bool(list_records(network))
     place = parse_device(device or ("cuda" if is_engine else "cpu"))
     if is_engine and (nodes or runtimes):
         raise RequestError(
@@ -330,6 +330,7 @@ def _say_engine(made: EngineFile, as_json: bool) -> None:
         "route": record.route,
         "attentions": record.attentions,
         "fused": record.fused,
+        "left_out": dict(record.left_out),
     }
     if as_json:
         click.echo(json.dumps(said))

@@ -45,6 +45,8 @@ class GraphDenoiser(ABC):
         device: where inputs are to be.
     """
 
+    most_rows: int | None = None
+
     def __init__(self, metadata: NetworkMetadata, where: str, device: torch.device) -> None:
         self.metadata = metadata
         self.family = metadata.family_of()
@@ -333,7 +335,9 @@ class GraphDenoiser(ABC):
         known = self._kept.get(kind)
         same = known is not None and (known[0] is banks or not (known[0] or banks))
         if known is None or not same or known[1] != frames:
-            known = self._kept[kind] = (banks, frames, make())
+            # Not of inference mode, so that it can be seen at every step that they are the same.
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._kept[kind] = (banks, frames, make())
         return known[2]
 
     def _own(self, tensor: Tensor) -> Tensor:

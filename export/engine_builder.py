@@ -1,23 +1,22 @@
 """Building an engine from an exported network, by TensorRT or TensorRT for RTX."""
 
-import logging
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from kinetiq import __version__
 from kinetiq.errors import WorkError
 from kinetiq.export.engine_file import FORMAT, EngineFile, EngineRecord, write_engine
+from kinetiq.export.engine_log import make_log
 from kinetiq.export.engine_profile import Profile
 from kinetiq.export.metadata import NetworkMetadata
 
 FUSED = "_gemm_mha_v2"  # in the name of a kernel that does a whole attention
 _LEAST_FUSED = 16  # columns of a head; fewer, and float32, have no kernel that does it all
-_LOG = logging.getLogger(__name__)
 _FUSED_LAYER = re.compile(rf"^Name: \S*{FUSED}", re.MULTILINE)
-_LAYERS = "Layers:"  # what the list of layers that a build ends with begins with
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def build_plan(
     Raises:
         WorkError: the network cannot be parsed or built; the message has the reasons given.
     """
-    log = _make_log(package)
+    log = make_log(package)
     builder = package.Builder(log)
     if hasattr(package.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):  # 11 knows no other
         flags |= 1 << int(package.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -71,10 +70,9 @@ def build_plan(
     attentions = allow_parts(package, network)
     config = builder.create_builder_config()
     config.profiling_verbosity = package.ProfilingVerbosity.DETAILED  # so that layers are listed
-    bounds = builder.create_optimization_profile()
-    for tensor in metadata.inputs:
-        bounds.set_shape(tensor.name, *profile.shapes(tensor))
-    config.add_optimization_profile(bounds)
+    if metadata.precision == "float32":  # which TensorRT multiplies in ten bits unless it is told
+        config.clear_flag(package.BuilderFlag.TF32)
+    add_profile(builder, config, profile, metadata, f"engine: {path}")
     if configure is not None:
         configure(config)
     plan = builder.build_serialized_network(network, config)
@@ -83,6 +81,30 @@ def build_plan(
             f"engine: {package.__name__} must build {path}: {'; '.join(log.errors[-3:])}"
         )
     return Plan(bytes(plan), attentions, count_fused(log.layers))
+
+
+def add_profile(
+    builder: Any, config: Any, profile: Profile, metadata: NetworkMetadata, where: str
+) -> None:
+    """Tell the builder the sizes that the engine is to take.
+
+    Raises:
+        WorkError: the builder refuses them.
+    """
+    bounds = builder.create_optimization_profile()
+    for tensor in metadata.inputs:
+        try:
+            bounds.set_shape(tensor.name, *profile.shapes(tensor))
+        except ValueError as error:
+            raise WorkError(
+                f"{where}: the builder must take the bounds of {tensor.name}, "
+                f"{profile.shapes(tensor)}, and refuses them: {error}; ask for others"
+            ) from error
+    if config.add_optimization_profile(bounds) < 0:
+        raise WorkError(
+            f"{where}: the builder must take the bounds of the profile, and refuses them; ask for "
+            "others"
+        )
 
 
 def save_plan(
@@ -95,8 +117,10 @@ def save_plan(
     metadata: NetworkMetadata,
     plugins: Collection[str] = (),
     route: str | None = None,
+    left_out: Mapping[str, str] = MappingProxyType({}),
+    vouched: bool = True,
 ) -> EngineFile:
-    """Write what was built, and for what."""
+    """Write what was built, and for what; see `EngineRecord` and `write_engine`."""
     record = EngineRecord(
         format=FORMAT,
         kinetiq=__version__,
@@ -109,8 +133,9 @@ def save_plan(
         route=route,
         attentions=plan.attentions,
         fused=plan.fused,
+        left_out=dict(left_out),
     )
-    return write_engine(path, plan.data, record)
+    return write_engine(path, plan.data, record, vouched=vouched)
 
 
 def allow_parts(package: Any, network: Any) -> int:
@@ -136,23 +161,3 @@ def allow_parts(package: Any, network: Any) -> int:
 def count_fused(layers: str) -> int | None:
     """Kernels that do a whole attention, in a build's list of layers; None where it has none."""
     return len(_FUSED_LAYER.findall(layers)) if layers else None
-
-
-def _make_log(package: Any) -> Any:
-    """A logger that keeps errors and the final list of layers."""
-    serious = (package.ILogger.INTERNAL_ERROR, package.ILogger.ERROR)
-
-    class Log(package.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            package.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.layers = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in serious:
-                self.errors.append(message)
-            if message.startswith(_LAYERS):
-                self.layers += message
-            _LOG.debug("%s: %s", severity, message)
-
-    return Log()

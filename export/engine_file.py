@@ -1,25 +1,31 @@
 """Engines as files: a plan of TensorRT, and beside it a record of what it was built for.
 
+The record is named after the content of its plan, so that two that write one engine at a time leave
+one that is whole, whichever is last.
+
 A plan holds code that runs with the rights of who loads it, so one is opened only if somebody
 vouches for its checksum: the caller, or this user by having built it (checksums of those are kept
 in the user's cache). The checksum is of the record and the plan, so neither can be exchanged.
 """
 
+import glob
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kinetiq.errors import CheckpointError, OutputError
+from kinetiq.errors import CheckpointError, KinetiqWarning, OutputError
 from kinetiq.export.engine_profile import Bounds, Profile
 from kinetiq.export.metadata import NetworkMetadata, decode_metadata, encode_metadata
 from kinetiq.files import make_cache, replacing, write_text
 
-FORMAT = 1
-SUFFIX = ".json"  # behind the name of the plan
+FORMAT = 2
+_NAMED = 16  # digits of the plan's digest in the name of its record
+_OTHERS_WRITE = 0o022  # bits of a folder's mode
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class EngineRecord:
         route: which PTX those kernels are, of `plugin_ptx.ROUTES`; None where there are none.
         attentions: how many attentions must be one kernel each.
         fused: how many kernels the runtime reports that do a whole attention; None if it does not.
+        left_out: operators that were to run our kernels and do not, and why.
     """
 
     format: int
@@ -51,6 +58,7 @@ class EngineRecord:
     route: str | None
     attentions: int
     fused: int | None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,16 @@ class EngineFile:
     checksum: str
 
 
-def write_engine(path: str | os.PathLike[str], plan: bytes, record: EngineRecord) -> EngineFile:
+def write_engine(
+    path: str | os.PathLike[str], plan: bytes, record: EngineRecord, *, vouched: bool = True
+) -> EngineFile:
     """Write a plan and its record, and vouch for them as their builder.
+
+    Args:
+        path: of the plan.
+        plan: the engine.
+        record: what it was built for.
+        vouched: whether this user may open it from now on; without it, who has its checksum may.
 
     Raises:
         OutputError: they cannot be written.
@@ -77,10 +93,16 @@ def write_engine(path: str | os.PathLike[str], plan: bytes, record: EngineRecord
     said = _encode(record)
     checksum = _checksum(said, plan)
     file = Path(path)
+    beside = record_path(file, plan)
     with replacing(file, "engine") as temporary:
         temporary.write_bytes(plan)
-        write_text(_beside(file), json.dumps({"record": said, "checksum": checksum}), "engine")
-    vouch(checksum)
+        former = _former_record(file)
+        # All that a plan needs is there before the plan is: nothing is missing if this ends here.
+        write_text(beside, json.dumps({"record": said, "checksum": checksum}), "engine")
+        if vouched:
+            vouch(checksum)
+    if former is not None and former != beside:
+        former.unlink(missing_ok=True)
     return EngineFile(file, record, checksum)
 
 
@@ -98,25 +120,39 @@ def read_engine(
     """
     file = Path(path)
     where = f"engine {file}"
+    beside = record_path(file, b"")
     try:
-        plan, text = file.read_bytes(), _beside(file).read_text(encoding="utf-8")
+        plan = file.read_bytes()
+        beside = record_path(file, plan)
+        text = beside.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        if file.exists() and list_records(file):
+            raise CheckpointError(
+                f"{where}: the record beside it must be of this plan, and is of another: plan or "
+                f"record were changed or damaged; build {file} again"
+            ) from error
+        raise CheckpointError(
+            f"{where}: the plan and its record {file.name}.*.json beside it must be there, and "
+            f"{error.filename} is not; build it with `kinetiq export tensorrt`"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(
-            f"{where}: the plan and {file.name}{SUFFIX} beside it must be readable: {reason}; "
-            "build it with `kinetiq export tensorrt`"
+            f"{where}: the plan and its record {file.name}.*.json beside it must be readable: "
+            f"{reason}; build {file} again"
         ) from error
     try:
         entries = json.loads(text)
         said, checksum = str(entries["record"]), str(entries["checksum"])
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{where}: {file.name}{SUFFIX} must be the record of an engine, and is not ({error!r})"
+            f"{where}: {beside.name} must be the record of an engine, and is not ({error!r}); "
+            f"build {file} again"
         ) from error
     if _checksum(said, plan) != checksum:
         raise CheckpointError(
             f"{where}: its checksum must be {checksum}, and is not: plan or record were changed or "
-            "damaged; build it again"
+            f"damaged; build {file} again"
         )
     vouched = {trust} if isinstance(trust, str) else set(trust)
     if checksum not in vouched | vouched_for():
@@ -133,9 +169,8 @@ def vouch(checksum: str) -> None:
     Raises:
         OutputError: the user's cache cannot be written.
     """
-    folder = _trusted().parent
-    make_cache(folder, "engine", " to keep the checksums of engines in")
-    if checksum in vouched_for():
+    make_engine_folder()
+    if not _is_ours(engine_folder()) or checksum in vouched_for():
         return
     try:
         with _trusted().open("a", encoding="utf-8") as file:  # builds side by side add theirs too
@@ -148,20 +183,79 @@ def vouch(checksum: str) -> None:
 
 
 def vouched_for() -> set[str]:
-    """Checksums of the engines that this user built."""
+    """Checksums of the engines that this user built; none where others may write them."""
     try:
-        return set(_trusted().read_text(encoding="utf-8").split())
+        known = set(_trusted().read_text(encoding="utf-8").split())
     except FileNotFoundError:
         return set()
+    return known if _is_ours(engine_folder()) else set()
+
+
+def engine_folder() -> Path:
+    """Where this user's engines are kept, and the checksums that this user vouches for."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "kinetiq" / "engines"
+
+
+def make_engine_folder() -> Path:
+    """Make that folder, for this user alone, unless it is there.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    folder, use = engine_folder(), " to keep engines and their checksums in"
+    make_cache(folder.parent, "engine", use)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise OutputError(
+            f"engine: {folder} must be a folder{use}: {error.strerror}; set XDG_CACHE_HOME to one "
+            "that can be written"
+        ) from error
+    return folder
+
+
+def list_records(path: str | os.PathLike[str]) -> list[Path]:
+    """The records beside a plan; a file without one is no engine."""
+    file = Path(path)
+    return sorted(file.parent.glob(f"{glob.escape(file.name)}.{'[0-9a-f]' * _NAMED}.json"))
+
+
+def record_path(file: Path, plan: bytes) -> Path:
+    """Where the record of a plan lies."""
+    return file.with_name(f"{file.name}.{hashlib.sha256(plan).hexdigest()[:_NAMED]}.json")
+
+
+def _former_record(file: Path) -> Path | None:
+    """The record of the plan that is at a path now."""
+    try:
+        with file.open("rb") as plan:
+            digest = hashlib.file_digest(plan, "sha256").hexdigest()
+    except OSError:
+        return None
+    return file.with_name(f"{file.name}.{digest[:_NAMED]}.json")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody else can write a folder; said where it is not so."""
+    if not hasattr(os, "getuid"):
+        return True  # a system where the user's folders are the user's
+    found = folder.stat()
+    if found.st_uid == os.getuid() and not found.st_mode & _OTHERS_WRITE:
+        return True
+    warnings.warn(
+        f"engine: {folder} must be a folder that you own and nobody else can write, and is not, so "
+        f"the checksums in it are not used; chmod 700 {folder}",
+        KinetiqWarning,
+        stacklevel=3,
+    )
+    return False
 
 
 def _trusted() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "kinetiq" / "engines" / "trusted.txt"
-
-
-def _beside(file: Path) -> Path:
-    return file.with_name(file.name + SUFFIX)
+    return engine_folder() / "trusted.txt"
 
 
 def _checksum(said: str, plan: bytes) -> str:
@@ -191,6 +285,7 @@ def _decode(said: str, where: str) -> EngineRecord:
                 "profile": Profile({name: Bounds(*ends) for name, ends in bounds.items()}),
                 "network": decode_metadata(entries["network"], where),
                 "plugins": tuple(entries["plugins"]),
+                "left_out": dict(entries["left_out"]),
             }
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -48,12 +48,7 @@ def build_rtx_engine(
         WorkError: the build failed.
     """
     package = load_gpu_runtime(RUNTIME, "export")
-    known = targets(package)
-    if target not in known:
-        raise RequestError(
-            f"export: TensorRT for RTX builds for {', '.join(known)}, got {target!r}"
-            + ("; full TensorRT runs on it: leave --rtx out, on that GPU" * (target == "sm_90"))
-        )
+    known = require_target(package, target)
     check_target(path, "engine")
     model, metadata = read_source(network, controls)
     if metadata.precision == "bfloat16" and int(target.removeprefix("sm_")) < _OLDEST_BF16:
@@ -78,6 +73,21 @@ def build_rtx_engine(
         profile=profile,
         metadata=metadata,
     )
+
+
+def require_target(package: Any, target: str) -> dict[str, Any]:
+    """All targets, of which this must be one.
+
+    Raises:
+        RequestError: it is not.
+    """
+    known = targets(package)
+    if target not in known:
+        raise RequestError(
+            f"export: TensorRT for RTX builds for {', '.join(known)}, got {target!r}"
+            + ("; full TensorRT runs on it: leave --rtx out, on that GPU" * (target == "sm_90"))
+        )
+    return known
 
 
 def targets(package: Any) -> dict[str, Any]:

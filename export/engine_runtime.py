@@ -1,16 +1,20 @@
 """Engines of TensorRT and TensorRT for RTX as denoisers."""
 
 import os
+import warnings
+import weakref
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kinetiq.errors import CheckpointError, RequestError, WorkError
+from kinetiq.errors import CheckpointError, KinetiqWarning, RequestError, WorkError
 from kinetiq.export.denoiser import GraphDenoiser
 from kinetiq.export.engine_file import EngineFile, read_engine
+from kinetiq.export.engine_log import make_log, says_no_room
 from kinetiq.export.packages import load_gpu_runtime
 
 _CHANNELS = "feature_channels"
@@ -48,6 +52,7 @@ def open_engine(
         )
     place = torch.device(device)
     package = require_gpu(file.record.runtime, place, f"engine {file.path}")
+    place = with_index(place)
     major, minor = torch.cuda.get_device_capability(place)
     check_engine(file, package.__version__, f"sm_{major}{minor}")
     return EngineDenoiser(file, plan, package, place, graphs=graphs)
@@ -94,27 +99,53 @@ def check_engine(file: EngineFile, version: str, architecture: str) -> None:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """A context that knows what it reads and writes.
+
+    Args:
+        context: of the engine, with the shapes and the addresses of the others.
+        inputs: what it reads.
+        outputs: what it writes.
+        memory: for its activations.
+    """
+
+    context: Any
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    memory: Tensor
+
+
+@dataclass(frozen=True)
 class Captured:
     """The launches for inputs of one shape.
 
     Args:
         graph: of CUDA.
-        context: of the engine, which must stay as it was captured.
-        inputs: what the launches read.
-        outputs: what they write.
+        bound: what the launches read and write, which must stay as it was captured.
+        filled: what each input was last filled from, and its version then.
     """
 
     graph: Any
-    context: Any
-    inputs: Mapping[str, Tensor]
-    outputs: Mapping[str, Tensor]
+    bound: Bound
+    filled: dict[str, tuple[weakref.ref[Tensor], int]] = field(default_factory=dict)
+
+    def fill(self, given: Mapping[str, Tensor]) -> None:
+        """Copy what is not there already; banks of motions are the same at every step."""
+        for name, tensor in given.items():
+            # Of a tensor of inference mode it cannot be known whether it was changed in place.
+            version = -1 if tensor.is_inference() else tensor._version  # noqa: SLF001  no public way
+            known, before = self.filled.get(name, (None, -1))
+            if known is None or known() is not tensor or not before == version >= 0:
+                self.bound.inputs[name].copy_(tensor)
+                self.filled[name] = (weakref.ref(tensor), version)
 
 
 class EngineDenoiser(GraphDenoiser):
     """A `kinetiq.denoiser.Denoiser` that is an engine.
 
     The engine reads its inputs from PyTorch's memory and writes into it; nothing is copied but
-    what a captured graph must find at its own addresses.
+    what a captured graph must find at its own addresses. Memory for activations is PyTorch's too,
+    as much as the shapes at hand take, so that a wide profile costs nothing until it is used.
 
     Args:
         file: what the plan is.
@@ -122,6 +153,10 @@ class EngineDenoiser(GraphDenoiser):
         package: the runtime.
         device: where the engine runs.
         graphs: whether launches are captured and replayed.
+
+    Raises:
+        OutOfMemoryError: of PyTorch; the engine does not fit.
+        WorkError: the runtime refuses the plan.
     """
 
     def __init__(
@@ -133,18 +168,19 @@ class EngineDenoiser(GraphDenoiser):
         *,
         graphs: bool,
     ) -> None:
-        super().__init__(file.record.network, file.record.runtime, device)
+        super().__init__(file.record.network, file.record.runtime, with_index(device))
         self.file = file
+        self.most_rows = file.record.profile.bounds["rows"].most
         self._outputs = {tensor.name: tensor for tensor in file.record.network.outputs}
-        self._runtime = package.Runtime(package.Logger(package.Logger.WARNING))
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
-            raise WorkError(
-                f"engine {file.path}: {file.record.runtime} must take the plan, and refuses it; "
-                "its own log says why"
-            )
-        self._context = self._engine.create_execution_context()
+        self._package = package
+        self._log = make_log(package)
+        self._context: Any = None  # of launches that are not captured, once there are any
         self._captured: dict[Any, Captured] | None = {} if graphs else None
+        with _on(self.device):
+            self._runtime = package.Runtime(self._log)
+            self._engine = self._runtime.deserialize_cuda_engine(plan)
+            if self._engine is None:
+                raise self._failed(f"{file.record.runtime} must take the plan, and refuses it")
 
     def wanted(self, kinds: Collection[str]) -> frozenset[str]:
         """All that the engine was built with: its inputs are fixed."""
@@ -159,6 +195,7 @@ class EngineDenoiser(GraphDenoiser):
         """One output; see `GraphDenoiser.run`.
 
         Raises:
+            OutOfMemoryError: of PyTorch; the batch does not fit.
             ShapeError: an input is outside the engine's profile.
             WorkError: the engine failed.
         """
@@ -167,47 +204,161 @@ class EngineDenoiser(GraphDenoiser):
             given[_CHANNELS] = torch.zeros(1, dtype=torch.int64, device=self.device)
         for name, tensor in given.items():
             self.file.record.profile.check(self._infos[name], tuple(tensor.shape))
+        with _on(self.device):
+            self._log.errors = []
+            captured = self._captured_for(given)
+            if captured is not None:
+                captured.fill(given)
+                captured.graph.replay()
+                return captured.bound.outputs[output].clone()
+            if self._context is None:
+                self._context = self._make_context()
+            bound = self._bind(self._context, given)
+            self._launch(bound)
+            return bound.outputs[output]
+
+    def _captured_for(self, given: Mapping[str, Tensor]) -> Captured | None:
+        """The launches for such inputs, captured now unless they are; None: they cannot be."""
         if self._captured is None:
-            return self._enqueue(self._context, given)[output]
+            return None
         key = tuple((name, tuple(tensor.shape)) for name, tensor in given.items())
         captured = self._captured.pop(key, None)
         if captured is None:
             if len(self._captured) == _GRAPHS:
                 del self._captured[next(iter(self._captured))]  # what was used longest ago
-            captured = self._capture(given)
+            bound = self._warm_up_with_room(given, self._captured)
+            try:
+                captured = Captured(self._capture(bound), bound)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, WorkError) as error:
+                warnings.warn(
+                    f"engine {self.file.path}: its launches cannot be captured in a CUDA graph, "
+                    f"and are made one by one from now on: {error}",
+                    KinetiqWarning,
+                    stacklevel=2,
+                )
+                self._captured = None
+                return None
         self._captured[key] = captured
-        for name, tensor in given.items():
-            captured.inputs[name].copy_(tensor)
-        captured.graph.replay()
-        return captured.outputs[output].clone()
+        return captured
 
-    def _enqueue(self, context: Any, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run on the current stream, from and into PyTorch's memory."""
+    def _warm_up_with_room(self, given: Mapping[str, Tensor], others: dict[Any, Captured]) -> Bound:
+        """Warm up; where memory runs out, once more without what was captured for other shapes."""
+        try:
+            return self._warm_up(given)
+        except torch.OutOfMemoryError:
+            if not others:
+                raise
+        others.clear()  # behind the handler, which would hold on to what did not fit
+        return self._warm_up(given)
+
+    def _warm_up(self, given: Mapping[str, Tensor]) -> Bound:
+        """Run once in a context of its own: what a first run sets up cannot be captured."""
+        # Not of inference mode, outside of which its tensors could not be filled again.
+        with torch.inference_mode(False), torch.no_grad():
+            bound = self._bind(
+                self._make_context(), {name: tensor.clone() for name, tensor in given.items()}
+            )
+        self._launch(bound)
+        _wait(self.device)
+        return bound
+
+    def _capture(self, bound: Bound) -> Any:
+        """A CUDA graph of the launches.
+
+        Raises:
+            RuntimeError: CUDA cannot capture them.
+            WorkError: the engine says that they cannot be captured, or fails.
+        """
+        stream = torch.cuda.Stream(self.device)
+        if hasattr(bound.context, "is_stream_capturable") and (  # TensorRT for RTX alone
+            not bound.context.is_stream_capturable(stream.cuda_stream)
+        ):
+            raise WorkError(f"{self.file.record.runtime} says so of the shapes at hand")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self._launch(bound)
+        return graph
+
+    def _make_context(self) -> Any:
+        """A context without memory for activations.
+
+        Raises:
+            OutOfMemoryError: of PyTorch; what it needs beside them does not fit.
+            WorkError: the runtime makes none.
+        """
+        memory = self._package.ExecutionContextAllocationStrategy.USER_MANAGED
+        kernels = getattr(self._package, "DynamicShapesKernelSpecializationStrategy", None)
+        if kernels is None:
+            context = self._engine.create_execution_context(memory)
+        else:  # TensorRT for RTX, which would otherwise exchange kernels after they were captured
+            config = self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(memory)
+            config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+            context = self._engine.create_execution_context(config)
+        if context is None:
+            raise self._failed("a context of it must be made, and is not", no_room=True)
+        return context
+
+    def _bind(self, context: Any, given: Mapping[str, Tensor]) -> Bound:
+        """Tell a context what to read, and give it memory to write into."""
         for name, tensor in given.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise WorkError(
                     f"engine {self.file.path}: {name} must be of a shape that it takes, got "
                     f"{list(tensor.shape)}"
                 )
-            context.set_tensor_address(name, tensor.data_ptr())
-        outputs = {}
-        for name, info in self._outputs.items():
-            shape, dtype = tuple(context.get_tensor_shape(name)), getattr(torch, info.dtype)
-            outputs[name] = torch.empty(shape, dtype=dtype, device=self.device)
-            context.set_tensor_address(name, outputs[name].data_ptr())
-        if not context.execute_async_v3(_stream_of(self.device)):
-            raise WorkError(f"engine {self.file.path}: must run, and failed; its log says why")
-        return outputs
+        outputs = {
+            name: torch.empty(
+                tuple(context.get_tensor_shape(name)),
+                dtype=getattr(torch, info.dtype),
+                device=self.device,
+            )
+            for name, info in self._outputs.items()
+        }
+        for name, tensor in {**given, **outputs}.items():
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise self._failed(f"it must take {name} where it lies, and refuses it")
+        size = context.update_device_memory_size_for_shapes()
+        memory = torch.empty(max(size, 1), dtype=torch.uint8, device=self.device)
+        context.set_device_memory(memory.data_ptr(), size)
+        return Bound(context, given, outputs, memory)
 
-    def _capture(self, given: Mapping[str, Tensor]) -> Captured:
-        context = self._engine.create_execution_context()
-        held = {name: tensor.clone() for name, tensor in given.items()}
-        self._enqueue(context, held)  # what a first run sets up cannot be captured
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph):
-            outputs = self._enqueue(context, held)
-        return Captured(graph, context, held, outputs)
+    def _launch(self, bound: Bound) -> None:
+        """Run on the current stream."""
+        if not bound.context.execute_async_v3(_stream_of(self.device)):
+            raise self._failed("it must run, and failed")
+
+    def _failed(self, what: str, *, no_room: bool = False) -> Exception:
+        """The error to raise, with what the runtime said; PyTorch's own where memory ran out.
+
+        Args:
+            what: went wrong.
+            no_room: whether memory ran out where the runtime says nothing else.
+        """
+        said = "; ".join(self._log.errors[-3:])
+        words = f"engine {self.file.path}: {what}: {said or 'the runtime does not say why'}"
+        if says_no_room(said) or (no_room and not said):
+            return torch.OutOfMemoryError(words)
+        return WorkError(words)
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The very GPU that a device is now: the current one may be another later."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, the device is the current one, on which TensorRT works whatever its arguments say."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _stream_of(device: torch.device) -> int:

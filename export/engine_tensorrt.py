@@ -2,13 +2,14 @@
 
 import importlib
 import os
+import warnings
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from kinetiq.errors import RequestError
+from kinetiq.errors import KinetiqWarning, MissingDependencyError, RequestError
 from kinetiq.export.engine_builder import build_plan, save_plan
 from kinetiq.export.engine_file import EngineFile
 from kinetiq.export.engine_profile import Bounds, Profile, make_profile
@@ -17,12 +18,13 @@ from kinetiq.export.packages import load_gpu_runtime
 from kinetiq.export.plugin_choice import check_operators, choose_by_record
 from kinetiq.export.plugin_compiler import PluginCompiler
 from kinetiq.export.plugin_layers import KINDS
-from kinetiq.export.plugin_ptx import PLAIN_SHARED, find_route
-from kinetiq.export.plugins import compiling, register_plugins
+from kinetiq.export.plugin_ptx import PLAIN_SHARED, ROUTES, find_route
+from kinetiq.export.plugins import Failure, compiling, register_plugins
 from kinetiq.files import check_target
 from kinetiq.kernels.frame_attention import MAX_FRAMES
 
 RUNTIME = "tensorrt"
+_OLDEST = "11.4"  # earlier ones convert arrays in a way that NumPy 2.4 refuses
 _TOGETHER = 32  # frames that one program can hold, which moving deviations takes
 
 
@@ -36,6 +38,7 @@ def build_engine(
     route: str | None = None,
     shared_bytes: int = PLAIN_SHARED,
     level: int | None = None,
+    vouched: bool = True,
 ) -> EngineFile:
     """Build an engine for the GPU at hand, which runs without Python.
 
@@ -47,11 +50,13 @@ def build_engine(
             are made by several kernels.
         plugins: the operators whose nodes are to run our kernels, of `plugin_choice.OPERATORS`;
             None: those that the record of this GPU says, of which only those nodes that can at
-            these sizes. The others run their function bodies.
+            these sizes. The others run their function bodies, and so do those for which a kernel
+            cannot be made, which is said and recorded; of operators that are named it is an error.
         route: which PTX to embed, of `plugin_ptx.ROUTES`; None: the one that the record of this GPU
             says, or else its first.
         shared_bytes: of a block, the most that our kernels may take.
         level: how long to look for faster kernels, 0 to 5; None: the builder's own.
+        vouched: see `engine_file.write_engine`.
 
     Raises:
         RequestError: an axis, a control, a plugin or a route is not one that there is.
@@ -63,33 +68,50 @@ def build_engine(
     package = load_tensorrt()
     target = find_gpu()
     recorded = choose_by_record(target)
-    chosen = find_route(target, recorded.route if route is None else route)
     check_target(path, "engine")
     model, metadata = read_source(network, controls, unusual=("reduced",))
     profile = make_profile(metadata, bounds or {})
     able = choose_nodes(node_names(model), profile, plugins)
     ours = able if plugins is not None else of_operators(able, recorded.operators)
-    leave_to_functions(model, node_names(model) - ours)
+    if ours and plugins is None and route is None and target not in ROUTES:
+        _say(f"no kernel of ours is made for {target}, so nodes run their function bodies")
+        ours = set()
+    wanted = recorded.route if route is None else route
+    chosen = find_route(target, wanted) if ours or route is not None else None
 
     def configure(config: Any) -> None:
         if level is not None:
             config.builder_optimization_level = level
 
+    left_out: dict[str, str] = {}
     with ExitStack() as stack:
-        flags, compilation = 0, None
-        if ours:
-            register_plugins(importlib.import_module(f"{RUNTIME}.plugin"))
-            flags = 1 << int(package.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+        compiler = None
+        if ours and chosen is not None:
+            register_plugins(_plugin_package(package))
             compiler = stack.enter_context(PluginCompiler(chosen))
-            compilation = stack.enter_context(compiling(compiler, shared_bytes))
-        try:
-            plan = build_plan(
-                package, model, network, metadata, profile, flags=flags, configure=configure
-            )
-        except Exception as error:  # TensorRT says of a plugin only that it failed
-            if compilation is not None and compilation.errors:
-                raise compilation.errors[0] from error
-            raise
+        while True:
+            leave_to_functions(model, node_names(model) - ours)
+            flags = 0
+            failures: list[Failure] = []
+            with ExitStack() as building:
+                if ours and compiler is not None:
+                    flags = _prefer_ahead_of_time(package)
+                    compilation = building.enter_context(compiling(compiler, shared_bytes))
+                    failures = compilation.failures
+                try:
+                    plan = build_plan(
+                        package, model, network, metadata, profile, flags=flags, configure=configure
+                    )
+                    break
+                except Exception as error:  # TensorRT says of a plugin only that it failed
+                    if not failures:
+                        raise
+                    if plugins is not None:
+                        raise failures[0].error from error
+            operator, why = failures[0].operator, str(failures[0].error)
+            _say(f"{operator} is left to its function body: {why}")
+            left_out[operator] = why
+            ours = ours - of_operators(ours, (operator,))
     return save_plan(
         plan,
         path,
@@ -98,8 +120,35 @@ def build_engine(
         profile=profile,
         metadata=metadata,
         plugins=ours,
-        route=chosen.name if ours else None,
+        route=chosen.name if ours and chosen is not None else None,
+        left_out=left_out,
+        vouched=vouched,
     )
+
+
+def _say(what: str) -> None:
+    warnings.warn(f"export: {what}", KinetiqWarning, stacklevel=3)
+
+
+def _plugin_package(package: Any) -> Any:
+    """TensorRT's package of plugins in Python.
+
+    Raises:
+        MissingDependencyError: this TensorRT is too old for it.
+    """
+    try:
+        _prefer_ahead_of_time(package)
+        return importlib.import_module(f"{RUNTIME}.plugin")
+    except (ImportError, AttributeError) as error:
+        raise MissingDependencyError(
+            f"export: our kernels need TensorRT {_OLDEST} or newer, got {package.__version__} "
+            f'({error}): pip install ".[tensorrt]", or leave them out with --plugin none'
+        ) from error
+
+
+def _prefer_ahead_of_time(package: Any) -> int:
+    """The network's flag that takes a plugin's compiled kernel where it has Python's too."""
+    return 1 << int(package.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
 
 
 def load_tensorrt() -> Any:

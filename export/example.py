@@ -24,8 +24,6 @@ from kinetiq.export.metadata import NetworkMetadata, level_tokens
 from kinetiq.families import SiteKind
 
 _Bank = TypeVar("_Bank", MotionBank, LoraBank)
-_SLOTS = 3  # of which the first is none
-_RANK = 2
 _GAIN = 0.3  # of what learned motions add, beside activations of order one
 
 
@@ -46,6 +44,21 @@ class ExampleShape:
     height: int
     width: int
     text_tokens: int
+
+
+@dataclass(frozen=True)
+class BankSizes:
+    """Sizes of the banks of motions and LoRAs.
+
+    Args:
+        motion_slots: motions, of which the first is none.
+        lora_slots: LoRAs, likewise.
+        lora_rank: of each of them.
+    """
+
+    motion_slots: int = 3
+    lora_slots: int = 3
+    lora_rank: int = 2
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,7 @@ def make_example(
     *,
     regions: bool = True,
     seed: int = 0,
+    banks: BankSizes = BankSizes(),
 ) -> Example:
     """Draw latents, text and controls.
 
@@ -106,8 +120,9 @@ def make_example(
         kinds: of control, as in `kinetiq.export.nodes.KINDS`.
         regions: whether injections act on parts of the picture, by masks.
         seed: of the random numbers.
+        banks: sizes of the banks.
     """
-    draw = _Draw(network, metadata, shape, seed)
+    draw = _Draw(network, metadata, shape, seed, banks)
     sizes = {tensor.name: tensor.axes for tensor in metadata.inputs}
     return Example(
         latents=draw.normal(
@@ -129,8 +144,14 @@ class _Draw:
     """Random controls of one batch."""
 
     def __init__(
-        self, network: Any, metadata: NetworkMetadata, shape: ExampleShape, seed: int
+        self,
+        network: Any,
+        metadata: NetworkMetadata,
+        shape: ExampleShape,
+        seed: int,
+        banks: BankSizes,
     ) -> None:
+        self._banks = banks
         self._network, self._metadata, self._shape = network, metadata, shape
         self._generator = torch.Generator().manual_seed(seed)
         self._device, self._dtype = network.device, network.dtype
@@ -153,8 +174,8 @@ class _Draw:
         shape = self._shape
         return self._uniform(shape.rows, shape.frames, shape.height, shape.width)
 
-    def _slot(self) -> Tensor:
-        return ((torch.arange(self._shape.rows) + 1) % _SLOTS).to(self._device)
+    def _slot(self, slots: int) -> Tensor:
+        return ((torch.arange(self._shape.rows) + 1) % slots).to(self._device)
 
     def query(self, regions: bool, reduced: bool) -> QueryControl:
         blend = self._region() if regions else self._uniform(self._shape.rows)
@@ -175,13 +196,15 @@ class _Draw:
         for number, site in enumerate(self._metadata.sites):
             if site.kind is SiteKind.TEMPORAL and number % 3:  # some sites have none
                 banks[number] = self._bank(site.name, site.width, self._level(site.name))
-        return MotionControl(self._slot(), 0.5 + self._uniform(self._shape.rows), banks)
+        slot = self._slot(self._banks.motion_slots)
+        return MotionControl(slot, 0.5 + self._uniform(self._shape.rows), banks)
 
     def _bank(self, path: str, width: int, level: int) -> MotionBank:
         shape = self._shape
         tokens = level_tokens(shape.height, shape.width, level)
-        query_key = _GAIN * self.normal(_SLOTS, shape.frames, width)
-        value = _GAIN * self.normal(_SLOTS, shape.frames, tokens, width)
+        slots = self._banks.motion_slots
+        query_key = _GAIN * self.normal(slots, shape.frames, width)
+        value = _GAIN * self.normal(slots, shape.frames, tokens, width)
         query_key[0], value[0] = 0, 0
         attention = self._network.get_submodule(path)
 
@@ -204,18 +227,18 @@ class _Draw:
         return int(str(tokens).rpartition("_")[2])
 
     def lora(self) -> LoraControl:
-        banks = {}
+        banks, slots, rank = {}, self._banks.lora_slots, self._banks.lora_rank
         names = [info for info in self._metadata.inputs if info.name.startswith("lora.")]
         for down, up in zip(names[::2], names[1::2], strict=True):
             path = down.name.removeprefix("lora.").removesuffix(".down")
             inner, outer = int(down.axes[2]), int(up.axes[1])
             bank = LoraBank(
-                self.normal(_SLOTS, _RANK, inner) * inner**-0.5,
-                self.normal(_SLOTS, outer, _RANK) * _GAIN,
+                self.normal(slots, rank, inner) * inner**-0.5,
+                self.normal(slots, outer, rank) * _GAIN,
             )
             bank.up[0] = 0
             banks[path] = bank
-        return LoraControl(self._slot(), 0.5 + self._uniform(self._shape.rows), banks)
+        return LoraControl(self._slot(slots), 0.5 + self._uniform(self._shape.rows), banks)
 
     def skip(self, count: int) -> SkipControl:
         rows = self._shape.rows

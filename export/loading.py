@@ -1,29 +1,37 @@
 """Bringing a model to a back end: exported once, kept in the user's cache, checked when read."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from filelock import FileLock
 
 from kinetiq.backends import ON_GPU
 from kinetiq.checkpoint import Checkpoint, parse_device, resolve_device
 from kinetiq.denoiser import Denoiser
-from kinetiq.errors import CheckpointError, RequestError
+from kinetiq.errors import CheckpointError, OutputError, RequestError
 from kinetiq.export import onnxruntime_denoiser, openvino_denoiser
+from kinetiq.export.cache_key import code_key, options_key
+from kinetiq.export.engine_file import make_engine_folder
 from kinetiq.export.engine_profile import Bounds
-from kinetiq.export.engine_rtx import build_rtx_engine
+from kinetiq.export.engine_rtx import build_rtx_engine, require_target
 from kinetiq.export.engine_runtime import open_engine, require_gpu
 from kinetiq.export.engine_tensorrt import build_engine, find_gpu
 from kinetiq.export.functions import OPSET
 from kinetiq.export.metadata import NetworkMetadata, precision_of, read_metadata
 from kinetiq.export.network import export_onnx
+from kinetiq.export.plugin_choice import FUNCTIONS, choose_by_record
 from kinetiq.families import FAMILIES
 from kinetiq.files import make_cache
 from kinetiq.taps import DEFAULT_TAP, list_taps
 
 _NAMED = 20  # digits of a fingerprint in the name of a file
+_MOST_ROWS = 16  # of a cached engine; more clips than these are of go in several batches
+_Result = TypeVar("_Result")
 _LOG = logging.getLogger(__name__)
 
 
@@ -74,46 +82,59 @@ def load_denoiser(
         raise RequestError(f"load: trust is for engines of TensorRT, got it with {backend!r}")
     if backend == "onnxruntime":
         onnxruntime_denoiser.require_support(precision_of(checkpoint.dtype), device)
-        path = _require_network(checkpoint, network)
-        return onnxruntime_denoiser.OnnxruntimeDenoiser(path, device)
-    path = _require_network(checkpoint, network)
-    return openvino_denoiser.OpenvinoDenoiser(path, device)
+
+    def run(path: Path) -> Denoiser:
+        if backend == "onnxruntime":
+            return onnxruntime_denoiser.OnnxruntimeDenoiser(path, device)
+        return openvino_denoiser.OpenvinoDenoiser(path, device)
+
+    if network is None:
+        return use_cached_network(checkpoint, run)
+    _require_same(checkpoint, read_metadata(network), network)
+    return run(Path(network))
 
 
-def cached_network(checkpoint: Checkpoint) -> Path:
-    """The model's export in the user's cache, made now unless it is there.
+def use_cached_network(checkpoint: Checkpoint, use: Callable[[Path], _Result]) -> _Result:
+    """What is made of the model's export in the user's cache, which is made unless it is there.
 
-    It lies in `$XDG_CACHE_HOME/kinetiq/exports`, or `~/.cache/kinetiq/exports`, by fingerprint
-    and precision, and carries all kinds of control and the default tap.
+    It lies in `$XDG_CACHE_HOME/kinetiq/exports`, or `~/.cache/kinetiq/exports`, by fingerprint,
+    precision and what exported it, and carries all kinds of control and the default tap.
+
+    Args:
+        checkpoint: the model.
+        use: reads it; where it finds it damaged, it is exported once more.
 
     Raises:
         OutputError: the cache cannot be written.
+        WorkError: the export failed.
     """
     cache = _cache("exports")
     precision = precision_of(checkpoint.dtype)
-    path = cache / f"{checkpoint.fingerprint[:_NAMED]}-{precision}-opset{OPSET}.onnx"
-    if not path.exists():
-        make_cache(cache, "export", " to keep exported networks in")
+    path = cache / f"{checkpoint.fingerprint[:_NAMED]}-{precision}-opset{OPSET}-{code_key()}.onnx"
+
+    def make() -> None:
         _LOG.warning("exporting %s to %s, once", checkpoint.name, path)
         taps = [tap.name for tap in list_taps(checkpoint.unet)]
         export_onnx(checkpoint, path, tap=DEFAULT_TAP if DEFAULT_TAP in taps else None)
-    return path
+
+    make_cache(cache, "export", " to keep exported networks in")
+    return _use_kept(path, make, use)
 
 
-def _require_network(checkpoint: Checkpoint, network: str | os.PathLike[str] | None) -> Path:
-    """The network that is to run, which must be an export of the model."""
-    if network is None:
-        return cached_network(checkpoint)
-    _require_same(checkpoint, read_metadata(network), network)
-    return Path(network)
-
-
-def cached_engine(backend: str, checkpoint: Checkpoint) -> Path:
-    """The engine of a model for the GPU that it is on, built now unless it is in the user's cache.
+def use_cached_engine(
+    backend: str, checkpoint: Checkpoint, use: Callable[[Path], _Result]
+) -> _Result:
+    """What is made of the model's engine for its GPU, which is built unless it is in the cache.
 
     It lies in `$XDG_CACHE_HOME/kinetiq/engines`, or `~/.cache/kinetiq/engines`, by all that decides
-    whether it can run: fingerprint, precision, runtime and its version, and the GPU's architecture.
-    It takes the sizes of `engine_profile.make_profile`; for others build one and name it.
+    what it is and whether it can run: fingerprint, precision, runtime and its version, the GPU's
+    architecture, what built it, sizes, and which nodes run our kernels. For other sizes build one
+    and name it.
+
+    Args:
+        backend: "tensorrt" or "tensorrt-rtx".
+        checkpoint: the model.
+        use: opens it; where it finds it damaged, it is built once more.
 
     Raises:
         MissingDependencyError: the runtime or a GPU is missing.
@@ -121,28 +142,74 @@ def cached_engine(backend: str, checkpoint: Checkpoint) -> Path:
         RequestError: the runtime builds nothing for this GPU.
         WorkError: the build failed.
     """
-    version = require_gpu(backend, checkpoint.device).__version__
-    cache, precision = _cache("engines"), precision_of(checkpoint.dtype)
+    package = require_gpu(backend, checkpoint.device)
     with torch.cuda.device(checkpoint.device):
         target = find_gpu()
-        name = f"{checkpoint.fingerprint[:_NAMED]}-{precision}-{backend}-{version}-{target}.engine"
-        path = cache / name
-        if not path.exists():
-            network = cached_network(checkpoint)
-            make_cache(cache, "engine", " to keep engines in")
+        if backend == "tensorrt-rtx":
+            require_target(package, target)  # before the model is exported for nothing
+        bounds = _bounds(checkpoint)
+        choice = choose_by_record(target) if backend == "tensorrt" else FUNCTIONS
+        parts = (
+            checkpoint.fingerprint[:_NAMED],
+            precision_of(checkpoint.dtype),
+            backend,
+            package.__version__,
+            target,
+            code_key(),
+            options_key(sorted(bounds.items()), choice.operators, choice.route),
+        )
+        path = make_engine_folder() / f"{'-'.join(parts)}.engine"
+
+        def build(network: Path) -> None:
             _LOG.warning("building %s for %s, once", path, target)
             if backend == "tensorrt":
-                build_engine(network, path, bounds=_bounds(checkpoint))
+                build_engine(network, path, bounds=bounds)
             else:
-                build_rtx_engine(network, path, target=target, bounds=_bounds(checkpoint))
-    return path
+                build_rtx_engine(network, path, target=target, bounds=bounds)
+
+        return _use_kept(path, lambda: use_cached_network(checkpoint, build), use)
+
+
+def _use_kept(path: Path, make: Callable[[], None], use: Callable[[Path], _Result]) -> _Result:
+    """Use a file of our own cache; others that want it at the same time wait for it."""
+    if not path.exists():
+        with _alone(path):
+            if not path.exists():
+                make()
+    try:
+        return use(path)
+    except CheckpointError as error:
+        _LOG.warning("making %s again, since it cannot be used: %s", path, error)
+    with _alone(path):
+        make()
+    return use(path)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Inside, no other process makes the file."""
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise OutputError(
+            f"load: {path.parent} must be a folder that can be written, to make {path.name} in: "
+            f"{error.strerror}; set XDG_CACHE_HOME to one that can be"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _bounds(checkpoint: Checkpoint) -> dict[str, Bounds]:
-    """No more frames than the network knows positions of, where that is fewer than is usual."""
+    """Rows of a whole batch, and no more frames than the network knows positions of."""
     usual = FAMILIES[checkpoint.family].frames
     known = getattr(checkpoint.unet.config, "motion_max_seq_length", None) or 2 * usual
-    return {"frames": Bounds(1, min(usual, known), min(2 * usual, known))}
+    return {
+        "rows": Bounds(1, 2, _MOST_ROWS),
+        "frames": Bounds(1, min(usual, known), min(2 * usual, known)),
+    }
 
 
 def _load_engine(
@@ -151,10 +218,12 @@ def _load_engine(
     network: str | os.PathLike[str] | None,
     trust: str | Collection[str],
 ) -> Denoiser:
-    path = cached_engine(backend, checkpoint) if network is None else network
-    denoiser = open_engine(path, trust=trust, device=checkpoint.device, runtime=backend)
-    _require_same(checkpoint, denoiser.metadata, path)
-    return denoiser
+    def run(path: str | os.PathLike[str]) -> Denoiser:
+        denoiser = open_engine(path, trust=trust, device=checkpoint.device, runtime=backend)
+        _require_same(checkpoint, denoiser.metadata, path)
+        return denoiser
+
+    return use_cached_engine(backend, checkpoint, run) if network is None else run(network)
 
 
 def _cache(part: str) -> Path:

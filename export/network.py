@@ -1,6 +1,7 @@
 """Exporting a network to one ONNX file."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -39,6 +40,9 @@ from kinetiq.taps import DEFAULT_TAP, find_tap
 OPSETS = (OPSET,)
 """The opsets that a network can be exported with; 23 is the first with `Attention`."""
 
+PACKAGES = ("kinetiq", "torch", "diffusers", "onnx", "onnxscript")
+"""Those whose versions decide what an export is."""
+
 _INSIDE_BYTES = 1 << 26  # of weights; a network with more keeps them in a file beside it
 _EXAMPLE = {  # sizes while the graph is recorded; none alike, and none 0 or 1
     "rows": 2,
@@ -49,7 +53,8 @@ _EXAMPLE = {  # sizes while the graph is recorded; none alike, and none 0 or 1
     "lora_rank": 7,
     "feature_channels": 8,
 }
-_PACKAGES = ("kinetiq", "torch", "diffusers", "onnx", "onnxscript")
+_DATA = ".data"
+_NAMED = 12  # digits of the digest in the name of a file of weights
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ def export_onnx(
 
     Rows, frames, height, width, tokens of the prompt, slots and ranks may be of any size when it
     runs; height and width are multiples of the network's own. Weights of more than 64 MiB lie in
-    a second file, `path` with ".data" behind it.
+    a second file beside it, named after `path` and what is in it, so that two exports to one path
+    cannot mix.
 
     Args:
         source: a loaded model.
@@ -130,7 +136,7 @@ def export_onnx(
             sites=graph.sites,
             inputs=inputs,
             outputs=outputs,
-            versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+            versions={name: importlib.metadata.version(name) for name in PACKAGES},
             checksum="",
         )
         return _write(model, metadata, Path(path))
@@ -304,7 +310,7 @@ def _write(model: Any, metadata: NetworkMetadata, path: Path) -> ExportedNetwork
     import onnx_ir
 
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    beside = f"{path.name}.data" if weights > _INSIDE_BYTES else None
+    beside = f"{path.name}{_DATA}" if weights > _INSIDE_BYTES else None
     with (
         replacing(path, "export") as final,
         tempfile.TemporaryDirectory(dir=path.parent, prefix=".kinetiq-") as folder,
@@ -312,11 +318,46 @@ def _write(model: Any, metadata: NetworkMetadata, path: Path) -> ExportedNetwork
         written = Path(folder) / path.name
         onnx_ir.save(model, written, external_data=beside)
         proto = onnx.load(written, load_external_data=False)
+        name_by_content(proto, written)
         metadata = replace(metadata, checksum=checksum_of(proto, metadata, written.parent))
         del proto.metadata_props[:]
         proto.metadata_props.add(key=KEY, value=encode_metadata(metadata))
         final.write_bytes(proto.SerializeToString())
         files = outside_files(proto)
+        former = _weights_beside(path) - set(files)
         for name in files:
             (Path(folder) / name).replace(path.with_name(name))
+    for name in former:
+        path.with_name(name).unlink(missing_ok=True)
     return ExportedNetwork(path, metadata, (path, *(path.with_name(name) for name in files)))
+
+
+def name_by_content(proto: Any, path: Path) -> None:
+    """Name the file that holds a model's outside weights after what is in it.
+
+    Args:
+        proto: an `onnx.ModelProto`; it is told the name.
+        path: of the model, beside which the file lies.
+    """
+    for name in outside_files(proto):
+        with path.with_name(name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        given = f"{path.name}.{digest[:_NAMED]}{_DATA}"
+        path.with_name(name).rename(path.with_name(given))
+        for tensor in proto.graph.initializer:
+            for entry in tensor.external_data:
+                if (entry.key, entry.value) == ("location", name):
+                    entry.value = given
+
+
+def _weights_beside(path: Path) -> set[str]:
+    """Files of weights that an export to this path made and that the network there reads."""
+    if not path.exists():
+        return set()
+    import onnx
+
+    try:
+        names = outside_files(onnx.load(path, load_external_data=False))
+    except Exception:  # whatever is there is replaced; protobuf's class differs
+        return set()
+    return {name for name in names if name.startswith(f"{path.name}.") and name.endswith(_DATA)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kinetiq.errors import MissingDependencyError, RequestError, WorkError
+from kinetiq.export.engine_log import says_no_room
 from kinetiq.export.packages import require_packages
 from kinetiq.export.specialising_denoiser import SpecialisingDenoiser, first_line
 
@@ -44,7 +45,13 @@ class OnnxruntimeDenoiser(SpecialisingDenoiser):
         require_support(self.metadata.precision, place)
 
     def compile(self, model: Any, folder: Path) -> Any:
-        """A session; see `SpecialisingDenoiser.compile`."""
+        """A session; see `SpecialisingDenoiser.compile`.
+
+        Raises:
+            MissingDependencyError: the provider of the device cannot be used.
+            OutOfMemoryError: of PyTorch; the weights do not fit.
+            WorkError: onnxruntime refuses the graph.
+        """
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -54,12 +61,22 @@ class OnnxruntimeDenoiser(SpecialisingDenoiser):
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(folder)
         )
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=[_provider(self.device)]
-        )
+        try:
+            session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=[provider_of(self.device)]
+            )
+        except Exception as error:  # onnxruntime's own classes share no base of their own
+            raise explained(error, "take the network", self.device) from error
+        check_session(session, self.device)
+        return session
 
     def run(self, inputs: Mapping[str, Tensor], kinds: frozenset[str], output: str) -> Tensor:
-        """One output; see `GraphDenoiser.run`."""
+        """One output; see `GraphDenoiser.run`.
+
+        Raises:
+            OutOfMemoryError: of PyTorch; the batch does not fit.
+            WorkError: onnxruntime failed.
+        """
         session = self.program(kinds, output)
         out = torch.empty(
             self.output_shape(output, inputs["latents"]), dtype=self._dtype, device=self.device
@@ -73,10 +90,8 @@ class OnnxruntimeDenoiser(SpecialisingDenoiser):
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's own classes share no base of their own
-            raise WorkError(
-                f"{_NAME}: the network must run on inputs of latents "
-                f"{list(inputs['latents'].shape)}, and failed: {first_line(error)}"
-            ) from error
+            what = f"run the network on inputs of latents {list(inputs['latents'].shape)}"
+            raise explained(error, what, self.device) from error
         binding.synchronize_outputs()
         return out
 
@@ -92,6 +107,22 @@ class OnnxruntimeDenoiser(SpecialisingDenoiser):
         """Finish what PyTorch was asked, since onnxruntime's stream does not wait for it."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
+
+
+def explained(error: Exception, what: str, device: torch.device) -> Exception:
+    """The error to raise; PyTorch's own where memory ran out, for which a batch is split.
+
+    Args:
+        error: of onnxruntime.
+        what: it must do.
+        device: where.
+    """
+    if says_no_room(str(error)):
+        return torch.OutOfMemoryError(
+            f"{_NAME}: must {what} in the memory of {device}, and it does not suffice: "
+            f"{first_line(error)}"
+        )
+    return WorkError(f"{_NAME}: must {what}, and failed: {first_line(error)}")
 
 
 def require_runtime(device: torch.device) -> None:
@@ -126,9 +157,34 @@ def _place(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
     )
 
 
-def _provider(device: torch.device) -> Any:
+def provider_of(device: torch.device) -> tuple[str, dict[str, Any]]:
+    """The provider of a device, and its options."""
     name = _PROVIDERS[device.type]
-    return name if device.type == "cpu" else (name, {"device_id": device.index or 0})
+    if device.type == "cpu":
+        return name, {}
+    return name, {
+        "device_id": device.index or 0,
+        "use_tf32": 0,  # with which float32 would err by a thousandth
+        "arena_extend_strategy": "kSameAsRequested",  # PyTorch has memory beside it
+        "cudnn_conv_algo_search": "HEURISTIC",  # the usual search takes long at every new shape
+    }
+
+
+def check_session(session: Any, device: torch.device) -> None:
+    """Require that a session runs on a device, now and later.
+
+    Raises:
+        MissingDependencyError: onnxruntime took another provider, as it does where the wanted one
+            cannot be loaded.
+    """
+    session.disable_fallback()  # else a failed run is repeated on a CPU, and so are all behind it
+    wanted, found = _PROVIDERS[device.type], session.get_providers()
+    if wanted not in found:
+        raise MissingDependencyError(
+            f"{_NAME}: {wanted} must be usable for {device}, and onnxruntime took "
+            f"{', '.join(found)}; install the CUDA and the cuDNN that this onnxruntime-gpu is "
+            "built for"
+        )
 
 
 def _require_provider(device: torch.device) -> None:
@@ -140,5 +196,6 @@ def _require_provider(device: torch.device) -> None:
     if wanted not in onnxruntime.get_available_providers():
         raise MissingDependencyError(
             f"{_NAME}: {wanted} must be there for {device}, and this build has "
-            f"{', '.join(onnxruntime.get_available_providers())}: pip install onnxruntime-gpu"
+            f"{', '.join(onnxruntime.get_available_providers())}: "
+            "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
         )

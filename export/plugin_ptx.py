@@ -39,14 +39,19 @@ class Route:
 
 # The first is taken unless another is asked for. Kernels for sm_90 and sm_100 are made of those
 # architectures' own matrix instructions, which do not assemble without the suffix; the driver
-# compiles PTX of an older architecture for them, whose matrix instructions they still have.
+# compiles PTX of an older architecture for them, whose matrix instructions they still have. So it
+# does for those that no kernel is tuned for.
 ROUTES: Mapping[str, tuple[Route, ...]] = {
     "sm_80": (Route("sm_80"),),
     "sm_86": (Route("sm_86"),),
+    "sm_87": (Route("sm_80"),),
     "sm_89": (Route("sm_89"),),
     "sm_90": (Route("sm_80"), Route("sm_90", own=True)),
     "sm_100": (Route("sm_80"), Route("sm_100", own=True)),
+    "sm_103": (Route("sm_80"),),
+    "sm_110": (Route("sm_80"),),
     "sm_120": (Route("sm_120"),),
+    "sm_121": (Route("sm_120"),),
 }
 
 

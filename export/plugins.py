@@ -56,12 +56,25 @@ class Compilation:
     Args:
         compiler: for one GPU.
         shared_bytes: the most that a block may have; tactics that take more are left out.
-        errors: why a layer has no kernel; TensorRT itself says only that a plugin failed.
+        failures: why a layer is no plugin; TensorRT itself says only that a plugin failed.
     """
 
     compiler: PluginCompiler
     shared_bytes: int
-    errors: list[KinetiqError] = field(default_factory=list)
+    failures: list["Failure"] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a layer is no plugin.
+
+    Args:
+        operator: whose kernel was to run it.
+        error: what went wrong.
+    """
+
+    operator: str
+    error: KinetiqError
 
 
 def register_plugins(package: Any) -> None:
@@ -71,9 +84,26 @@ def register_plugins(package: Any) -> None:
         package: `tensorrt.plugin`.
     """
     for kind in KINDS.values():
-        if kind.name not in _registered:
+        if kind.name in _registered:
+            continue
+        try:
             _register(package, kind)
-            _registered.add(kind.name)
+        except BaseException:
+            _forget(package, kind)
+            raise
+        _registered.add(kind.name)
+
+
+def _forget(package: Any, kind: PluginKind) -> None:
+    """Take what was registered of a kind out of NVIDIA's tables, so that it can be tried again.
+
+    Only the definition in Python: the creator in TensorRT's own registry finds the next by its
+    name.
+    """
+    package._lib.QDP_REGISTRY.pop(f"{DOMAIN}::{kind.name}", None)  # noqa: SLF001  no public way
+    operators = getattr(package.op, DOMAIN, None)
+    if hasattr(operators, kind.name):
+        delattr(operators, kind.name)
 
 
 @contextmanager
@@ -130,14 +160,6 @@ def usable_kernels(layer: Layer) -> dict[int, PluginKernel]:
             "plugins: an engine with plugins must be built by `kinetiq export tensorrt`"
         )
     compilation = _compiling[-1]
-    try:
-        return _compile_tactics(layer, compilation)
-    except KinetiqError as error:
-        compilation.errors.append(error)
-        raise
-
-
-def _compile_tactics(layer: Layer, compilation: Compilation) -> dict[int, PluginKernel]:
     found: dict[int, PluginKernel] = {}
     taken = []
     for tactic in TACTICS:
@@ -195,13 +217,39 @@ def _register(package: Any, kind: PluginKind) -> None:
         with _on_stream(stream):
             launch_operator(kind.operator, of, heads, _view(outputs[0]))
 
-    package.register(name)(_signed(describe, inputs | attributes, package.TensorDesc))
+    package.register(name)(
+        _signed(_noting(kind, describe), inputs | attributes, package.TensorDesc)
+    )
     asked = inputs | attributes | {"outputs": tuple[package.TensorDesc]}
-    package.autotune(name)(_signed(tune, asked, list[package.AutoTuneCombination]))
-    package.aot_impl(name)(_signed(compile_ahead, asked | {"tactic": int}, plan))
+    package.autotune(name)(_signed(_noting(kind, tune), asked, list[package.AutoTuneCombination]))
+    package.aot_impl(name)(_signed(_noting(kind, compile_ahead), asked | {"tactic": int}, plan))
     tensors = dict.fromkeys(kind.inputs, package.Tensor) | attributes
     asked = tensors | {"outputs": tuple[package.Tensor], "stream": int}
     package.impl(name)(_signed(run, asked, None))
+
+
+def _noting(kind: PluginKind, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose errors are kept: TensorRT passes none of them on."""
+
+    def noting(*given: Any, **named: Any) -> Any:
+        try:
+            return function(*given, **named)
+        except Exception as error:
+            if _compiling:
+                known = error if isinstance(error, KinetiqError) else _as_work_error(kind, error)
+                _compiling[-1].failures.append(Failure(kind.operator, known))
+            raise
+
+    return noting
+
+
+def _as_work_error(kind: PluginKind, error: Exception) -> WorkError:
+    explained = WorkError(
+        f"plugins: {kind.name} must be a plugin of TensorRT, and failed: {error!r}; leave "
+        f"{kind.operator} to its function body"
+    )
+    explained.__cause__ = error
+    return explained
 
 
 def _signed(

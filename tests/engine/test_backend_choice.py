@@ -83,12 +83,32 @@ def test_a_kind_is_the_newest_instructions(monkeypatch):
     assert cpu_kind() == "aarch64"
 
 
-def test_the_packages_data_is_of_known_words():
-    for kinds in read_ratios().values():
+def check_ratios(table):
+    """Require that a table has no words but ours: others would never be looked up."""
+    for kinds in table.values():
         assert set(kinds) <= set(PRECISIONS)
         for found in kinds.values():
             assert set(found) <= set(BACKENDS) - {EAGER}
             assert all(ratio > 0 for ratio in found.values())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"float31": {"openvino": 0.5}},
+        {"float32": {"openvine": 0.5}},
+        {"float32": {EAGER: 1.0}},
+        {"float32": {"openvino": 0.0}},
+    ],
+)
+def test_a_table_of_unknown_words_is_found(wrong):
+    check_ratios({"any": {"float32": {"openvino": 0.5}}})
+    with pytest.raises(AssertionError):
+        check_ratios({"any": wrong})
+
+
+def test_the_packages_data_is_of_known_words():
+    check_ratios(read_ratios())
     assert json.loads(backend_choice.RATIOS_FILE.read_text()) == read_ratios()
 
 

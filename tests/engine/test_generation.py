@@ -156,15 +156,19 @@ def test_a_bad_request_leaves_the_others_alone(engine):
 
 
 class Fragile:
-    """A denoiser that runs out of memory above some rows, or answers NaN to one row's latents."""
+    """A denoiser that runs out of memory above some rows, or answers NaN to one row's latents.
 
-    def __init__(self, inner, rows=100, poison=None):
-        self.inner, self.rows, self.poison = inner, rows, poison
+    Above `most_rows` it must not be asked.
+    """
+
+    def __init__(self, inner, rows=100, poison=None, most_rows=None):
+        self.inner, self.rows, self.poison, self.most_rows = inner, rows, poison, most_rows
         self.family, self.sites = inner.family, inner.sites
         self.seen = []
 
     def predict(self, latents, timesteps, text, controls):
         self.seen.append(len(latents))
+        assert self.most_rows is None or len(latents) <= self.most_rows
         if len(latents) > self.rows:
             raise torch.OutOfMemoryError("out of memory")
         out = self.inner.predict(latents, timesteps, text, controls).clone()
@@ -185,6 +189,31 @@ def test_running_out_of_memory_splits_the_batch(engine, reference):
         assert_equal(got, wanted)
     assert fragile.seen[0] == 9  # four clips and one source
     assert max(fragile.seen[1:]) <= 5
+
+
+def test_a_batch_has_no_more_rows_than_the_network_takes(engine):
+    requests = [kq.Request("a ring", seed=s, frames=4, steps=3) for s in range(3)]
+    whole = list(engine.generate_latents(requests))
+    narrow = Fragile(engine.denoiser, most_rows=4)
+    engine.denoiser, kept = narrow, engine.denoiser
+    split = list(engine.generate_latents(requests))
+    engine.denoiser = kept
+    for got, wanted in zip(split, whole, strict=True):
+        assert_equal(got, wanted)
+    assert narrow.seen == [4, 2] * 3  # six rows: two clips, then one
+
+
+def test_a_clip_of_more_rows_than_the_network_takes_says_so_and_the_rest_goes_on(engine):
+    engine.denoiser, kept = Fragile(engine.denoiser, most_rows=1), engine.denoiser
+    requests = [
+        kq.Request("a ring", frames=3, steps=2),
+        kq.Request("a ring", frames=3, steps=2, guidance_scale=1.0),
+    ]
+    wide, narrow = engine.generate_many(requests, on_error="return")
+    engine.denoiser = kept
+    assert isinstance(narrow, kq.Clip)
+    assert isinstance(wide, kq.ShapeError)
+    assert "request 0 ('a ring') must be at most 1 rows of the network, got 2" in str(wide)
 
 
 def test_a_clip_too_large_for_the_memory_says_so_and_the_rest_goes_on(engine):

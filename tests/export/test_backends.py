@@ -1,9 +1,13 @@
 """Back ends behind `Engine.load`: the same requests, with the same results."""
 
 import contextlib
+import importlib.metadata
 import importlib.util
+import re
 import shutil
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 
@@ -19,11 +23,19 @@ pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
 
 from kinetiq.backends import BACKENDS, EXPORTED, ON_GPU  # noqa: E402
-from kinetiq.errors import CheckpointError, MissingDependencyError, RequestError  # noqa: E402
-from kinetiq.export import loading  # noqa: E402
+from kinetiq.errors import (  # noqa: E402
+    CheckpointError,
+    MissingDependencyError,
+    RequestError,
+    WorkError,
+)
+from kinetiq.export import cache_key, engine_rtx, loading, onnxruntime_denoiser  # noqa: E402
+from kinetiq.export.cache_key import code_key, options_key  # noqa: E402
 from kinetiq.export.engine_profile import Bounds  # noqa: E402
 from kinetiq.export.onnxruntime_denoiser import OnnxruntimeDenoiser  # noqa: E402
 from kinetiq.export.openvino_denoiser import OpenvinoDenoiser  # noqa: E402
+from kinetiq.export.plugin_choice import PluginChoice  # noqa: E402
+from kinetiq.generation import is_out_of_memory  # noqa: E402
 
 SHAPE = {"frames": 4, "height": 16, "width": 16, "steps": 3}
 
@@ -34,7 +46,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "kinetiq" / "exports"
 
 
-def test_a_model_is_exported_once_and_read_from_the_cache(cache, exported, monkeypatch):
+def test_a_model_is_exported_once_and_read_from_the_cache(cache, exported, monkeypatch, caplog):
     checkpoint = small_checkpoint("animatediff")
     made = []
 
@@ -47,11 +59,51 @@ def test_a_model_is_exported_once_and_read_from_the_cache(cache, exported, monke
     second = loading.load_denoiser("openvino", checkpoint)
     assert isinstance(first, OnnxruntimeDenoiser) and isinstance(second, OpenvinoDenoiser)
     assert made == [{"tap": "up_blocks.1"}]
-    (kept,) = cache.iterdir()
-    assert kept.name == f"{checkpoint.fingerprint[:20]}-float32-opset23.onnx"
+    (kept,) = cache.glob("*.onnx")
+    assert kept.name == f"{checkpoint.fingerprint[:20]}-float32-opset23-{code_key()}.onnx"
     kept.write_bytes(kept.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match=r"^network .*\.onnx: "):
+    loading.load_denoiser("onnxruntime", checkpoint)
+    assert len(made) == 2
+    assert f"making {kept} again, since it cannot be used: network {kept}: " in caplog.text
+    monkeypatch.setattr(loading, "export_onnx", lambda *_, **__: kept.write_bytes(b"no"))
+    kept.write_bytes(b"no")
+    with pytest.raises(CheckpointError, match=r"^network .*\.onnx: "):  # once is enough
         loading.load_denoiser("onnxruntime", checkpoint)
+
+
+def test_who_wants_what_another_makes_waits_for_it(cache):
+    path, made, used = cache / "a.onnx", [], []
+    cache.mkdir(parents=True)
+
+    def make():
+        made.append(path)
+        time.sleep(0.05)  # which the others spend before the lock
+        path.touch()
+
+    threads = [
+        threading.Thread(target=loading._use_kept, args=(path, make, used.append)) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (made, used) == ([path], [path] * 3)
+
+
+def test_other_code_has_another_key(monkeypatch, tmp_path):
+    assert re.fullmatch("[0-9a-f]{12}", code_key())
+    code_key.cache_clear()
+    keys = set()
+    for version in ("1", "2"):
+        monkeypatch.setattr(importlib.metadata, "version", lambda _, version=version: version)
+        keys.add(code_key())
+        code_key.cache_clear()
+    monkeypatch.setattr(cache_key, "__file__", str(tmp_path / "cache_key.py"))
+    (tmp_path / "network.py").write_text("other")
+    keys.add(code_key())
+    code_key.cache_clear()
+    assert len(keys) == 3
+    assert options_key({"rows": Bounds(1, 2, 4)}) != options_key({"rows": Bounds(1, 2, 5)})
 
 
 def test_a_given_network_must_be_of_the_model(exported):
@@ -99,7 +151,7 @@ def gpu(monkeypatch):
     builds, opened = [], []
 
     def build(network, path, *, bounds, target="the GPU at hand"):
-        assert bounds == {"frames": Bounds(1, 16, 32)}
+        assert bounds == {"rows": Bounds(1, 2, 16), "frames": Bounds(1, 16, 32)}
         builds.append((network.name, path.name, target))
         path.write_bytes(b"plan")
 
@@ -115,6 +167,9 @@ def gpu(monkeypatch):
     package = types.SimpleNamespace(__version__="1.7")
     monkeypatch.setattr(loading, "require_gpu", lambda *_: package)
     monkeypatch.setattr(loading, "find_gpu", lambda: "sm_89")
+    monkeypatch.setattr(
+        engine_rtx, "targets", lambda given: {"sm_89": 1} if given is package else {}
+    )
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(loading, "build_engine", build)
     monkeypatch.setattr(loading, "build_rtx_engine", build)
@@ -128,17 +183,54 @@ def test_an_engine_is_built_once_for_a_gpu_and_a_version(cache, gpu, exported, m
     for _ in range(2):
         loading.load_denoiser("tensorrt", checkpoint)
     stem = f"{checkpoint.fingerprint[:20]}-float32"
-    network, engine = f"{stem}-opset23.onnx", f"{stem}-tensorrt-1.7-sm_89.engine"
+    network = f"{stem}-opset23-{code_key()}.onnx"
+    ((_, engine, _),) = gpu.builds
+    assert engine.startswith(f"{stem}-tensorrt-1.7-sm_89-{code_key()}-")
     assert gpu.builds == [(network, engine, "the GPU at hand")]
     assert gpu.opened == [(engine, (), "tensorrt")] * 2
     assert (cache.parent / "engines" / engine).exists()
     gpu.package.__version__ = "1.8"
     loading.load_denoiser("tensorrt-rtx", checkpoint, trust="00")
-    assert gpu.builds[1] == (network, f"{stem}-tensorrt-rtx-1.8-sm_89.engine", "sm_89")
+    assert gpu.builds[1][::2] == (network, "sm_89")
+    assert gpu.builds[1][1].startswith(f"{stem}-tensorrt-rtx-1.8-sm_89-{code_key()}-")
     assert gpu.opened[-1][1:] == ("00", "tensorrt-rtx")
     with pytest.raises(CheckpointError, match="must be an export of small-unet3d"):
         loading.load_denoiser("tensorrt", small_checkpoint("unet3d"), network=Path("a.engine"))
     assert len(gpu.builds) == 2
+    # Other nodes that run our kernels are another engine.
+    gpu.package.__version__ = "1.7"
+    monkeypatch.setattr(loading, "choose_by_record", lambda _: PluginChoice((), None))
+    loading.load_denoiser("tensorrt", checkpoint)
+    assert gpu.builds[2][1] != engine
+    # What TensorRT for RTX does not build for is refused before a model is exported.
+    monkeypatch.setattr(loading, "find_gpu", lambda: "sm_90")
+    monkeypatch.setattr(loading, "export_onnx", None)
+    shutil.rmtree(cache)
+    with pytest.raises(RequestError, match="TensorRT for RTX builds for sm_89, got 'sm_90'"):
+        loading.load_denoiser("tensorrt-rtx", checkpoint)
+
+
+def test_an_engine_that_is_broken_is_built_again_once(cache, gpu, exported, monkeypatch, caplog):
+    checkpoint = small_checkpoint("animatediff")
+    monkeypatch.setattr(loading, "export_onnx", lambda _, path, **__: shutil.copy(exported(), path))
+    open_engine, broken = loading.open_engine, [CheckpointError("a checksum is wrong")]
+
+    def open_once(path, **options):
+        if broken:
+            raise broken.pop()
+        return open_engine(path, **options)
+
+    monkeypatch.setattr(loading, "open_engine", open_once)
+    loading.load_denoiser("tensorrt", checkpoint)
+    assert len(gpu.builds) == 2
+    assert "again, since it cannot be used: a checksum is wrong" in caplog.text
+    broken += [CheckpointError("no")] * 2
+    with pytest.raises(CheckpointError, match="no"):
+        loading.load_denoiser("tensorrt", checkpoint)
+    broken += [CheckpointError("no")]
+    with pytest.raises(CheckpointError, match="no"):  # what the caller names is not ours to build
+        loading.load_denoiser("tensorrt", checkpoint, network=Path("a.engine"))
+    assert len(gpu.builds) == 3
 
 
 @pytest.mark.parametrize(
@@ -149,7 +241,7 @@ def test_an_engine_takes_no_more_frames_than_the_network_knows(known, frames):
     checkpoint = types.SimpleNamespace(
         family="animatediff", unet=types.SimpleNamespace(config=config)
     )
-    assert loading._bounds(checkpoint) == {"frames": Bounds(*frames)}
+    assert loading._bounds(checkpoint) == {"rows": Bounds(1, 2, 16), "frames": Bounds(*frames)}
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch, exported):
@@ -164,9 +256,50 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, exported):
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(
-        MissingDependencyError, match=r"CUDAExecutionProvider must be there for cuda"
+        MissingDependencyError,
+        match=r"CUDAExecutionProvider must be there for cuda.*: pip uninstall -y onnxruntime && pip",
     ):
         OnnxruntimeDenoiser(exported(), "cuda")
+
+
+def test_cuda_multiplies_float32_in_all_its_bits():
+    name, options = onnxruntime_denoiser.provider_of(torch.device("cuda", 1))
+    assert name == "CUDAExecutionProvider"
+    assert options["device_id"] == 1 and options["use_tf32"] == 0
+    assert options["arena_extend_strategy"] == "kSameAsRequested"
+    assert options["cudnn_conv_algo_search"] == "HEURISTIC"
+    assert onnxruntime_denoiser.provider_of(torch.device("cpu")) == ("CPUExecutionProvider", {})
+
+
+def test_a_provider_that_cannot_be_loaded_is_not_another_in_silence():
+    calls = []
+    session = types.SimpleNamespace(
+        get_providers=lambda: ["CPUExecutionProvider"],
+        disable_fallback=lambda: calls.append("disabled"),
+    )
+    onnxruntime_denoiser.check_session(session, torch.device("cpu"))
+    with pytest.raises(
+        MissingDependencyError,
+        match=r"CUDAExecutionProvider must be usable for cuda, .* took CPU.*; install the CUDA and",
+    ):
+        onnxruntime_denoiser.check_session(session, torch.device("cuda"))
+    assert calls == ["disabled"] * 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Failed to allocate memory for requested buffer of size 8",
+        "Available memory of 4 is smaller than requested bytes of 8",
+        "CUDA failure 2: out of memory ; GPU=0",
+        "std::bad_alloc",
+    ],
+)
+def test_memory_that_runs_out_splits_the_batch(words):
+    error = onnxruntime_denoiser.explained(RuntimeError(words), "run", torch.device("cuda"))
+    assert is_out_of_memory(error) and words in str(error)
+    error = onnxruntime_denoiser.explained(RuntimeError("a shape"), "run", torch.device("cuda"))
+    assert type(error) is WorkError and "onnxruntime: must run, and failed: a shape" in str(error)
 
 
 def test_openvino_is_for_cpus(exported):

@@ -18,13 +18,14 @@ from kinetiq.errors import CheckpointError, RequestError  # noqa: E402
 from kinetiq.export import check as check_module  # noqa: E402
 from kinetiq.export import command  # noqa: E402
 from kinetiq.export.check import (  # noqa: E402
+    banks_inside,
     check_network,
     find_first_difference,
     installed_runtimes,
 )
 from kinetiq.export.engine_file import EngineRecord, write_engine  # noqa: E402
-from kinetiq.export.engine_profile import Bounds, make_profile  # noqa: E402
-from kinetiq.export.example import example_shapes  # noqa: E402
+from kinetiq.export.engine_profile import Bounds, Profile, make_profile  # noqa: E402
+from kinetiq.export.example import BankSizes, example_shapes, make_example  # noqa: E402
 from kinetiq.export.metadata import (  # noqa: E402
     KEY,
     checksum_of,
@@ -223,3 +224,22 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, exported):
         assert result.exit_code == 2, result.output
         assert words in result.stderr and result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_banks_are_inside_a_profile():
+    sizes = BankSizes(motion_slots=3, lora_slots=3, lora_rank=2)
+    narrow = {"motion_slots": Bounds(1, 1, 1), "lora_rank": Bounds(4, 8, 8)}
+    assert banks_inside(sizes, Profile(narrow)) == BankSizes(1, 3, 4)
+
+
+def test_an_example_has_banks_of_the_sizes_that_it_is_told(exported):
+    metadata = read_metadata(exported())
+    network, shape = small_checkpoint("animatediff").unet, example_shapes(metadata)[1]
+    for sizes in (BankSizes(), BankSizes(1, 2, 3)):
+        given = make_example(network, metadata, shape, ("motion", "lora"), banks=sizes).controls
+        assert {len(bank.value) for bank in given.motion.banks.values()} == {sizes.motion_slots}
+        assert {bank.down.shape[:2] for bank in given.lora.banks.values()} == {
+            (sizes.lora_slots, sizes.lora_rank)
+        }
+        assert int(given.motion.slot.max()) < sizes.motion_slots
+        assert int(given.lora.slot.max()) < sizes.lora_slots

@@ -1,12 +1,13 @@
 """Engines on disk: what they were built for, and who vouches for them."""
 
 import json
+import stat
 from dataclasses import replace
 
 import pytest
 from one_node import make_metadata
 
-from kinetiq.errors import CheckpointError, RequestError, ShapeError
+from kinetiq.errors import CheckpointError, KinetiqWarning, OutputError, RequestError, ShapeError
 from kinetiq.export import engine_file
 from kinetiq.export.engine_file import EngineRecord, read_engine, write_engine
 from kinetiq.export.engine_profile import Bounds, Profile, make_profile
@@ -91,13 +92,14 @@ def no_record(path, beside):
         (swap_plan, "were changed or damaged"),
         (swap_target, "were changed or damaged"),
         (cut_off, "must be the record of an engine"),
-        (no_record, "must be readable: No such file"),
+        (no_record, r"\.json is not; build it with"),
     ],
 )
 def test_a_tampered_engine(tmp_path, record, change, words):
     path = tmp_path / "net.engine"
     write_engine(path, b"plan", record)
-    change(path, tmp_path / "net.engine.json")
+    (beside,) = engine_file.list_records(path)
+    change(path, beside)
     with pytest.raises(CheckpointError, match=words) as caught:
         read_engine(path)
     assert str(path) in str(caught.value)
@@ -106,7 +108,7 @@ def test_a_tampered_engine(tmp_path, record, change, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 2}, "format 1, got 2"),
+        ({"format": 3}, "format 2, got 3"),
         ({"network": "{}"}, "metadata must be what"),
         ({"profile": {}}, "record must be what"),
     ],
@@ -114,10 +116,11 @@ def test_a_tampered_engine(tmp_path, record, change, words):
 def test_another_record(tmp_path, record, change, words):
     path = tmp_path / "net.engine"
     write_engine(path, b"plan", record)
-    entries = json.loads((tmp_path / "net.engine.json").read_text())
+    (beside,) = engine_file.list_records(path)
+    entries = json.loads(beside.read_text())
     said = json.dumps(json.loads(entries["record"]) | change)
     checksum = engine_file._checksum(said, b"plan")
-    (tmp_path / "net.engine.json").write_text(json.dumps({"record": said, "checksum": checksum}))
+    beside.write_text(json.dumps({"record": said, "checksum": checksum}))
     with pytest.raises(CheckpointError, match=words):
         read_engine(path, trust=checksum)
 
@@ -130,6 +133,58 @@ def test_a_plan_without_its_record_never_carries_the_name(tmp_path, record, monk
     with pytest.raises(RequestError, match="no room"):
         write_engine(tmp_path / "net.engine", b"plan", record)
     assert not (tmp_path / "net.engine").exists()
+
+
+def test_two_that_write_one_engine_at_a_time_leave_one_that_is_whole(tmp_path, record, monkeypatch):
+    path, write_text = tmp_path / "net.engine", engine_file.write_text
+    other = replace(record, target="sm_80")
+
+    def overtaken(*given):
+        write_text(*given)
+        monkeypatch.setattr(engine_file, "write_text", write_text)
+        write_engine(path, b"other", other)  # all of it between this record and its plan
+
+    monkeypatch.setattr(engine_file, "write_text", overtaken)
+    write_engine(path, b"plan", record)
+    found, plan = read_engine(path)
+    assert (found.record, plan) == (record, b"plan")
+
+
+def test_an_engine_in_the_place_of_another_leaves_nothing_of_it(tmp_path, record):
+    path = tmp_path / "net.engine"
+    for plan in (b"one", b"two", b"two"):
+        written = write_engine(path, plan, record)
+        assert read_engine(path)[0] == written
+        assert len(engine_file.list_records(path)) == 1
+
+
+def test_an_engine_is_vouched_for_before_it_is_there(tmp_path, record, monkeypatch):
+    monkeypatch.setattr(engine_file, "vouch", lambda _: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OutputError, match="killed"):
+        write_engine(tmp_path / "net.engine", b"plan", record)
+    assert not (tmp_path / "net.engine").exists()
+
+
+def test_who_is_not_to_vouch_does_not(tmp_path, record):
+    written = write_engine(tmp_path / "net.engine", b"plan", record, vouched=False)
+    assert engine_file.vouched_for() == set()
+    assert read_engine(tmp_path / "net.engine", trust=written.checksum)[0] == written
+
+
+def test_checksums_that_others_may_write_are_not_used(tmp_path, record):
+    path = tmp_path / "net.engine"
+    write_engine(path, b"plan", record)
+    folder = engine_file.engine_folder()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o770)
+    words = "must be a folder that you own and nobody else can write, .*; chmod 700 "
+    with pytest.warns(KinetiqWarning, match=words):
+        assert engine_file.vouched_for() == set()
+    with pytest.warns(KinetiqWarning, match=words):
+        engine_file.vouch("0" * 64)
+    folder.chmod(0o700)
+    assert "0" * 64 not in engine_file.vouched_for()
+    read_engine(path)
 
 
 def test_a_profile_follows_from_what_is_asked():

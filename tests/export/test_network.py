@@ -1,6 +1,7 @@
 """An exported network computes what the eager one does, for any shape and any control."""
 
 import dataclasses
+import hashlib
 
 import pytest
 import torch
@@ -161,7 +162,9 @@ def test_many_weights_lie_beside_the_file(exported, runtime, tmp_path, monkeypat
     metadata = read_metadata(exported())
     monkeypatch.setattr(network, "_INSIDE_BYTES", 0)
     made = network._write(onnx_ir.load(exported()), metadata, tmp_path / "net.onnx")
-    assert [path.name for path in made.files] == ["net.onnx", "net.onnx.data"]
+    assert made.files[0].name == "net.onnx"
+    digest = hashlib.sha256(made.files[1].read_bytes()).hexdigest()[:12]
+    assert made.files[1].name == f"net.onnx.{digest}.data"  # no other export's has that name
     assert sorted(tmp_path.iterdir()) == sorted(made.files)
     assert made.path.stat().st_size < made.files[1].stat().st_size / 2
     assert read_metadata(made.path) == made.metadata
@@ -170,6 +173,11 @@ def test_many_weights_lie_beside_the_file(exported, runtime, tmp_path, monkeypat
         small_checkpoint("animatediff").unet, metadata, example_shapes(metadata)[1], ("query",)
     )
     assert torch.equal(predict(inside, example), predict(beside, example))
+    other = network._write(
+        onnx_ir.load(exported("unet3d")), read_metadata(exported("unet3d")), made.path
+    )
+    assert other.files[1] != made.files[1]
+    assert sorted(tmp_path.iterdir()) == sorted(other.files)  # nothing is left of the former
 
 
 def test_exporting_leaves_the_network_as_it_was(tmp_path):

@@ -112,11 +112,30 @@ def test_without_a_record_all_operators_are_ours():
         check_operators(("norm", "attention"))
 
 
-def test_the_packages_choices_can_be_made():
-    for target, record in read_table(CHOICE_FILE).items():
+def check_choices(table):
+    """Require of records that they can be followed, and that what they choose was measured."""
+    for target, record in table.items():
         assert target in ROUTES
         assert record.choice.route in (None, *route_names(target))
         assert record.choice.name in record.seconds
+
+
+def test_the_packages_choices_can_be_made():
+    check_choices(read_table(CHOICE_FILE))
+
+
+@pytest.mark.parametrize(
+    ("target", "choice"),
+    [
+        ("sm_00", RECORD.choice),
+        ("sm_89", RECORD.choice),  # which has no such route
+        ("sm_90", PluginChoice(("query_attention",), "sm_80")),  # which was not measured
+    ],
+)
+def test_choices_that_cannot_be_made_are_found(target, choice):
+    check_choices({"sm_90": RECORD})
+    with pytest.raises(AssertionError):
+        check_choices({target: replace(RECORD, choice=choice)})
 
 
 class Opened:
@@ -141,6 +160,7 @@ def gpu(monkeypatch):
     seconds = {"functions": 3.0, "query_attention by sm_80": 2.0, "query_attention by sm_90a": 1.0}
 
     def build(network, path, *, plugins, route, **options):
+        assert options.pop("vouched") is False  # it is thrown away
         built.append((PluginChoice(plugins, route).name, options))
         metadata = plugin_tuning.read_source(network, options["controls"])[1]
         profile = make_profile(metadata, options["bounds"] or {})

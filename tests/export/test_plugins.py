@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -14,8 +15,9 @@ from click.testing import CliRunner
 from closeness import assert_as_good_as
 from one_node import write_one_node
 
-from kinetiq.errors import RequestError, WorkError
+from kinetiq.errors import KinetiqWarning, MissingDependencyError, RequestError, WorkError
 from kinetiq.export import command, engine_tensorrt, plugins
+from kinetiq.export.engine_file import read_engine
 from kinetiq.export.engine_tensorrt import build_engine, find_gpu
 from kinetiq.export.plugin_choice import PluginChoice
 from kinetiq.export.plugin_compiler import PluginCompiler
@@ -297,7 +299,7 @@ def test_the_command_builds_what_it_is_told(gpu, tmp_path):
         (("--plugin", "none", "--plugin", "all"), 2, "must stand alone"),
         (("--plugin", "attention"), 2, "plugins must be among query_attention, frame_attention"),
         (("--route", "sm_86"), 2, "the route to sm_90 must be one of sm_80, sm_90a, got 'sm_86'"),
-        (("--shared-bytes", "1"), 2, "at most 1 bytes of shared memory"),
+        (("--plugin", "all", "--shared-bytes", "1"), 2, "at most 1 bytes of shared memory"),
     ):
         result = CliRunner().invoke(command.export, ["tensorrt", str(network), *words])
         assert result.exit_code == status, result.output
@@ -313,12 +315,110 @@ def test_queries_that_no_kernel_makes_are_left_out(gpu, tmp_path):
     assert (record.network.controls, record.plugins) == (("query", "reduced"), ())
 
 
-def test_why_an_engine_has_not_been_built(gpu, tmp_path):
+def test_why_an_engine_has_not_been_built(gpu, tmp_path, monkeypatch):
     network = tmp_path / "net.onnx"
     write_one_node(network, "query_attention")
-    with pytest.raises(RequestError, match="at most 1 bytes of shared memory"):
-        build_engine(network, tmp_path / "net.engine", shared_bytes=1)
-    assert not (tmp_path / "net.engine").exists()
+    for error, words in (
+        (None, "at most 1 bytes of shared memory"),
+        (
+            ValueError("a width"),
+            r"query_attention must be a plugin .* failed: ValueError\('a width'",
+        ),
+    ):
+        if error:  # not ours, but a fault: it is told too, though TensorRT swallows it
+            monkeypatch.setattr(plugins, "describe_layer", raise_error(error))
+        with pytest.raises(RequestError if error is None else WorkError, match=words):
+            build_engine(
+                network, tmp_path / "net.engine", plugins=["query_attention"], shared_bytes=1
+            )
+        assert not (tmp_path / "net.engine").exists()
+
+
+def raise_error(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_an_operator_without_a_kernel_is_left_out_where_nobody_named_it(gpu, tmp_path):
+    network, path = tmp_path / "net.onnx", tmp_path / "net.engine"
+    write_one_node(network, "query_attention")
+    gpu.configs.clear()
+    with pytest.warns(KinetiqWarning, match="query_attention is left to its function body: .* 1 b"):
+        record = build_engine(network, path, shared_bytes=1).record
+    assert (record.plugins, record.route, gpu.built) == ((), None, [])
+    assert len(gpu.configs) == 2
+    assert "at most 1 bytes of shared memory" in record.left_out["query_attention"]
+    assert read_engine(path)[0].record == record
+
+
+def test_a_fault_that_is_no_plugins_is_not_tried_again(gpu, tmp_path, monkeypatch):
+    write_one_node(tmp_path / "net.onnx", "query_attention")
+    gpu.configs.clear()
+    monkeypatch.setattr(fake_tensorrt, "build_layer", raise_error(MemoryError()))
+    with pytest.raises(WorkError, match=r"tensorrt must build .*: a plugin failed"):
+        build_engine(tmp_path / "net.onnx", tmp_path / "net.engine")
+    assert len(gpu.configs) == 1
+
+
+@pytest.mark.parametrize("target", ["sm_75", "sm_70"])
+def test_a_gpu_without_a_route_runs_function_bodies(gpu, tmp_path, monkeypatch, target):
+    network, path = tmp_path / "net.onnx", tmp_path / "net.engine"
+    write_one_node(network, "query_attention")
+    monkeypatch.setattr(engine_tensorrt, "find_gpu", lambda: target)
+    assert build_engine(network, path, plugins=()).record.plugins == ()
+    with pytest.warns(KinetiqWarning, match=f"no kernel of ours is made for {target}"):
+        record = build_engine(network, path).record
+    assert (record.plugins, record.route, record.target) == ((), None, target)
+    with pytest.raises(RequestError, match=f"target must be one of sm_80, .*, got '{target}'"):
+        build_engine(network, path, plugins=["query_attention"])
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_float32_is_not_multiplied_in_fewer_bits(gpu, tmp_path, precision):
+    write_one_node(tmp_path / "net.onnx", "query_attention", precision=precision)
+    gpu.configs.clear()
+    build_engine(tmp_path / "net.onnx", tmp_path / "net.engine", plugins=())
+    (config,) = gpu.configs
+    assert config.get_flag(gpu.BuilderFlag.TF32) is (precision != "float32")
+
+
+def test_bounds_that_the_builder_refuses(gpu, tmp_path, monkeypatch):
+    write_one_node(tmp_path / "net.onnx", "query_attention")
+    profile, config = fake_tensorrt._Profile, fake_tensorrt._Config
+    with monkeypatch.context() as patched:
+        patched.setattr(profile, "set_shape", raise_error(ValueError("no such shape")))
+        with pytest.raises(WorkError, match=r"take the bounds of latents, .*: no such shape; ask"):
+            build_engine(tmp_path / "net.onnx", tmp_path / "net.engine", plugins=())
+    monkeypatch.setattr(config, "add_optimization_profile", lambda *_: -1)
+    with pytest.raises(WorkError, match="must take the bounds of the profile, and refuses them"):
+        build_engine(tmp_path / "net.onnx", tmp_path / "net.engine", plugins=())
+
+
+def test_a_tensorrt_that_is_too_old_is_named(gpu, tmp_path, monkeypatch):
+    write_one_node(tmp_path / "net.onnx", "query_attention")
+    words = r"our kernels need TensorRT 11\.4 or newer, got 11\.4 \(.*\.\[tensorrt\]"
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "tensorrt.plugin", None)
+        with pytest.raises(MissingDependencyError, match=words):
+            build_engine(tmp_path / "net.onnx", tmp_path / "net.engine")
+    monkeypatch.setattr(gpu, "NetworkDefinitionCreationFlag", gpu.ProfilingVerbosity)
+    with pytest.raises(MissingDependencyError, match=words):
+        build_engine(tmp_path / "net.onnx", tmp_path / "net.engine")
+
+
+def test_a_registration_that_failed_can_be_tried_again(tensorrt, monkeypatch):
+    package, name = tensorrt.plugin, "query_attention"
+    plugins._forget(package, KINDS[name])
+    plugins._registered.discard(name)
+    with monkeypatch.context() as patched:
+        patched.setattr(package, "autotune", raise_error(RuntimeError("broken")))
+        with pytest.raises(RuntimeError, match="broken"):
+            plugins.register_plugins(package)
+    assert name not in plugins._registered
+    plugins.register_plugins(package)
+    assert name in plugins._registered
 
 
 @pytest.mark.gpu

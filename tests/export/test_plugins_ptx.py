@@ -101,6 +101,8 @@ def test_what_cannot_be_embedded():
 def test_routes_to_a_target():
     assert find_route("sm_89").name == "sm_89"
     assert find_route("sm_90").name == "sm_80"
+    for target, older in (("sm_87", 80), ("sm_103", 80), ("sm_110", 80), ("sm_121", 120)):
+        assert find_route(target) == Route(f"sm_{older}")  # which every later GPU takes
     assert find_route("sm_90", "sm_90a") == Route("sm_90", own=True)
     with pytest.raises(RequestError, match=r"target must be one of sm_80, .*got 'sm_70'"):
         find_route("sm_70")
@@ -113,7 +115,7 @@ def test_routes_to_a_target():
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "route"), EVERY, ids=[f"{t}-{r.name}" for t, r in EVERY])
 def test_each_target_by_each_route(target, route, tmp_path):
-    names = set()
+    names, min_limit = set(), SHARED_LIMITS["sm_86"]
     channels = {"x": activation(), "channels": Operand("i64", (51,), (False,))}
     layers = [
         attention(),
@@ -127,7 +129,7 @@ def test_each_target_by_each_route(target, route, tmp_path):
                 kernel = compiler.compile(layer, tactic)
                 done = assemble(kernel.ptx, route.name, tmp_path)
                 assert not done.returncode, done.stderr
-                assert kernel.shared_bytes <= SHARED_LIMITS[target]
+                assert kernel.shared_bytes <= SHARED_LIMITS.get(target, min_limit)
                 entry, types = parameters(kernel.ptx)
                 pointers = len(layer.operands)
                 integers = len(kernel.arguments) - pointers - 1

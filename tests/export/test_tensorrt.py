@@ -1,10 +1,13 @@
 """Engines of full TensorRT as far as they go without it, and engines as denoisers."""
 
+import contextlib
 import ctypes
+import enum
 import sys
 import types
 from dataclasses import replace
 
+import fake_tensorrt
 import onnx
 import pytest
 import torch
@@ -12,18 +15,26 @@ from one_node import make_metadata, write_one_node
 
 from kinetiq.errors import (
     CheckpointError,
+    KinetiqWarning,
     MissingDependencyError,
     RequestError,
     ShapeError,
     WorkError,
 )
-from kinetiq.export import engine_source, engine_tensorrt
+from kinetiq.export import (
+    engine_builder,
+    engine_log,
+    engine_runtime,
+    engine_source,
+    engine_tensorrt,
+)
 from kinetiq.export.engine_file import FORMAT, EngineRecord, write_engine
 from kinetiq.export.engine_profile import Bounds, Profile, make_profile
 from kinetiq.export.engine_runtime import EngineDenoiser, check_engine, open_engine
 from kinetiq.export.metadata import TensorInfo
 from kinetiq.export.plugin_choice import OPERATORS
 from kinetiq.export.plugin_layers import KINDS
+from kinetiq.generation import is_out_of_memory
 
 LATENTS = TensorInfo("latents", "float32", ("rows", 4, "frames", "height", "width"))
 INPUTS = (
@@ -106,13 +117,25 @@ class Context:
 
     def set_tensor_address(self, name, address):
         self.addresses[name] = address
+        return name != self.log.unaddressable
+
+    def update_device_memory_size_for_shapes(self):
+        return torch.Size(self.shapes["latents"]).numel()
+
+    def set_device_memory(self, address, size):
+        assert address
+        self.memory = size
 
     def get_tensor_shape(self, name):
         assert name == "prediction"
         return self.shapes["latents"]
 
     def execute_async_v3(self, stream):
+        assert self.log.inside
+        assert self.memory == torch.Size(self.shapes["latents"]).numel()
         self.log.runs.append((dict(self.shapes), dict(self.addresses), stream))
+        if self.log.says:
+            self.log.logger.log(self.log.ILogger.ERROR, self.log.says)
         count = torch.Size(self.shapes["latents"]).numel()
         read, write = (
             torch.frombuffer(
@@ -131,14 +154,25 @@ class Package:
 
     def __init__(self):
         self.runs, self.accepts, self.works, self.plans = [], True, True, []
-        self.Logger = types.SimpleNamespace
-        self.Logger = type("Logger", (), {"WARNING": 0, "__init__": lambda *_: None})
+        self.contexts, self.has_contexts, self.unaddressable, self.says = 0, True, None, ""
+        self.inside = False  # whether the engine's device is the current one
+        self.ILogger = fake_tensorrt._Logger
+        self.ExecutionContextAllocationStrategy = enum.Enum("Strategy", ["STATIC", "USER_MANAGED"])
 
-    def Runtime(self, _):  # noqa: N802  TensorRT's word
+    def Runtime(self, logger):  # noqa: N802  TensorRT's word
+        self.logger = logger
+
+        def create(strategy):
+            assert strategy is self.ExecutionContextAllocationStrategy.USER_MANAGED
+            self.contexts += 1
+            return Context(self) if self.has_contexts else None
+
         def deserialize(plan):
+            assert self.inside
             self.plans.append(plan)
-            engine = types.SimpleNamespace(create_execution_context=lambda: Context(self))
-            return engine if plan == b"plan" else None
+            return (
+                types.SimpleNamespace(create_execution_context=create) if plan == b"plan" else None
+            )
 
         return types.SimpleNamespace(deserialize_cuda_engine=deserialize)
 
@@ -167,12 +201,24 @@ def file(tmp_path):
 
 
 @pytest.fixture
-def package():
-    return Package()
+def package(monkeypatch):
+    package = Package()
+
+    @contextlib.contextmanager
+    def enter(device):
+        assert device == torch.device("cpu") and not package.inside
+        package.inside = True
+        try:
+            yield
+        finally:
+            package.inside = False
+
+    monkeypatch.setattr(engine_runtime, "_on", enter)
+    return package
 
 
-def make_denoiser(file, package, plan=b"plan"):
-    return EngineDenoiser(file, plan, package, torch.device("cpu"), graphs=False)
+def make_denoiser(file, package, plan=b"plan", *, graphs=False):
+    return EngineDenoiser(file, plan, package, torch.device("cpu"), graphs=graphs)
 
 
 def test_an_engine_predicts_in_place(file, package, cpu_rng):
@@ -203,12 +249,208 @@ def test_an_engine_that_refuses(file, package):
         make_denoiser(file, package, b"other")
     given = (torch.zeros(1, 4, 8, 4, 4), torch.ones(1), torch.zeros(1, 5, 8))
     denoiser = make_denoiser(file, package)
-    package.works = False
-    with pytest.raises(WorkError, match="must run, and failed"):
+    for name in ("text", "prediction"):
+        package.unaddressable = name
+        with pytest.raises(WorkError, match=f"it must take {name} where it lies, and refuses it"):
+            denoiser.predict(*given)
+    package.unaddressable, package.works = None, False
+    with pytest.raises(WorkError, match=r"must run, and failed: the runtime does not say why$"):
+        denoiser.predict(*given)
+    package.says = "IExecutionContext: broken"
+    with pytest.raises(WorkError, match=r"must run, and failed: IExecutionContext: broken$"):
         denoiser.predict(*given)
     package.accepts = False
     with pytest.raises(WorkError, match="latents must be of a shape that it takes"):
         denoiser.predict(*given)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "[executionContext.cpp] Error Code 2: OutOfMemory (Requested size was 1 bytes.)",
+        "Requested amount of GPU memory (1 bytes) could not be allocated.",
+        "Cuda Runtime (out of memory)",
+    ],
+)
+def test_memory_that_runs_out_is_said_as_pytorch_says_it(file, package, says):
+    given = (torch.zeros(1, 4, 8, 4, 4), torch.ones(1), torch.zeros(1, 5, 8))
+    denoiser = make_denoiser(file, package)
+    package.works, package.says = False, says
+    with pytest.raises(torch.OutOfMemoryError, match="must run, and failed: ") as caught:
+        denoiser.predict(*given)
+    assert is_out_of_memory(caught.value)  # so that the batch is split
+    package.has_contexts, package.says = False, ""
+    with pytest.raises(torch.OutOfMemoryError, match="a context of it must be made, and is not"):
+        make_denoiser(file, package).predict(*given)
+
+
+def test_a_context_is_made_when_it_is_needed(file, package):
+    denoiser = make_denoiser(file, package)
+    assert package.contexts == 0
+    for _ in range(2):
+        denoiser.predict(torch.zeros(1, 4, 8, 4, 4), torch.ones(1), torch.zeros(1, 5, 8))
+    assert package.contexts == 1
+
+
+def test_a_batch_is_as_wide_as_the_profile(file, package):
+    assert make_denoiser(file, package).most_rows == 4
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs that keep what is launched while they are captured, and launch it again."""
+    state = types.SimpleNamespace(made=[], open=None, error=None, modes=[])
+
+    class Graph:
+        def __init__(self):
+            self.launches = []
+            state.made.append(self)
+
+        def replay(self):
+            for launch in self.launches:
+                launch()
+
+    @contextlib.contextmanager
+    def capture(graph, *, stream, capture_error_mode):
+        state.modes.append(capture_error_mode)
+        if state.error:
+            raise state.error
+        state.open = graph
+        yield
+        state.open = None
+
+    execute = Context.execute_async_v3
+
+    def record(context, stream):
+        if state.open is None:
+            return execute(context, stream)
+        state.open.launches.append(lambda: execute(context, stream))
+        return True
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: types.SimpleNamespace(cuda_stream=5))
+    monkeypatch.setattr(Context, "execute_async_v3", record)
+    return state
+
+
+def draw(rows, rng, frames=3):
+    latents = torch.randn(rows, 4, frames, 4, 2, generator=rng)
+    return latents, torch.ones(rows), torch.randn(rows, 5, 8, generator=rng)
+
+
+def test_launches_are_captured_once_for_a_shape_and_replayed(file, package, graphs, cpu_rng):
+    denoiser = make_denoiser(file, package, graphs=True)
+    for rows in (1, 2, 1, 2, 1):
+        given = draw(rows, cpu_rng)
+        got = denoiser.predict(*given)
+        torch.testing.assert_close(got, 2 * given[0], rtol=0, atol=0)
+    assert len(graphs.made) == package.contexts == 2
+    assert graphs.modes == ["thread_local"] * 2  # what other threads do is no error
+    _, addresses, _ = package.runs[-1]
+    assert addresses["latents"] != given[0].data_ptr()  # a graph has addresses of its own
+    # The one that was used longest ago makes room for a third.
+    denoiser.predict(*draw(3, cpu_rng))
+    denoiser.predict(*draw(1, cpu_rng))
+    assert len(graphs.made) == 3
+    denoiser.predict(*draw(2, cpu_rng))
+    assert len(graphs.made) == 4
+    assert denoiser._context is None  # nothing was launched without a graph
+
+
+def test_a_captured_context_is_not_touched_again(file, package, graphs, cpu_rng, monkeypatch):
+    denoiser = make_denoiser(file, package, graphs=True)
+    bound = []
+    monkeypatch.setattr(
+        Context, "set_input_shape", lambda self, name, shape: bound.append(name) or
+        self.shapes.update({name: shape}) is None
+    )  # fmt: skip
+    for _ in range(3):
+        denoiser.predict(*draw(2, cpu_rng))
+    assert sorted(bound) == ["latents", "text", "timesteps"]  # once, before the warm-up
+
+
+def test_what_did_not_change_is_not_copied_again(file, package, graphs, cpu_rng):
+    denoiser = make_denoiser(file, package, graphs=True)
+    latents, timesteps, text = draw(1, cpu_rng)
+    denoiser.predict(latents, timesteps, text)
+    (captured,) = denoiser._captured.values()
+    captured.bound.inputs["latents"].zero_()
+    assert not denoiser.predict(latents, timesteps, text).any()  # it was not filled again
+    latents.mul_(2)
+    got = denoiser.predict(latents, timesteps, text)
+    torch.testing.assert_close(got, 2 * latents, rtol=0, atol=0)
+    other = latents.clone()
+    captured.bound.inputs["latents"].zero_()
+    assert denoiser.predict(other, timesteps, text).any()
+    with torch.inference_mode():  # in which a change in place leaves no trace
+        latents = torch.ones_like(latents)
+        denoiser.predict(latents, timesteps, text)
+        latents.mul_(3)
+        got = denoiser.predict(latents, timesteps, text)
+    torch.testing.assert_close(got, torch.full_like(got, 6.0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operation not permitted"), None])
+def test_where_nothing_can_be_captured_launches_are_made_one_by_one(
+    file, package, graphs, cpu_rng, error, monkeypatch
+):
+    graphs.error = error
+    if error is None:  # TensorRT for RTX says it beforehand
+        monkeypatch.setattr(Context, "is_stream_capturable", lambda *_: False, raising=False)
+    denoiser = make_denoiser(file, package, graphs=True)
+    every = [draw(rows, cpu_rng) for rows in (1, 2, 1)]
+    with pytest.warns(KinetiqWarning, match=r"cannot be captured in a CUDA graph, .*: "):
+        results = [denoiser.predict(*every[0])]
+    results += [denoiser.predict(*given) for given in every[1:]]  # a second warning would fail
+    for given, got in zip(every, results, strict=True):
+        torch.testing.assert_close(got, 2 * given[0], rtol=0, atol=0)
+
+
+def test_what_was_captured_makes_room(file, package, graphs, cpu_rng, monkeypatch):
+    denoiser = make_denoiser(file, package, graphs=True)
+    denoiser.predict(*draw(1, cpu_rng))
+    bind, failures = EngineDenoiser._bind, [torch.OutOfMemoryError("full")]
+
+    def fail_once(*given):
+        if failures:
+            raise failures.pop()
+        return bind(*given)
+
+    monkeypatch.setattr(EngineDenoiser, "_bind", fail_once)
+    assert denoiser.predict(*draw(2, cpu_rng)).any()
+    assert len(denoiser._captured) == 1
+    failures += [torch.OutOfMemoryError("full")] * 2
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        denoiser.predict(*draw(1, cpu_rng))
+
+
+def test_tensorrt_for_rtx_has_all_its_kernels_before_they_are_captured(file, package):
+    made, config = [], types.SimpleNamespace()
+    config.set_execution_context_allocation_strategy = made.append
+    package.DynamicShapesKernelSpecializationStrategy = enum.Enum("S", ["LAZY", "EAGER"])
+    denoiser = make_denoiser(file, package)
+    denoiser._engine = types.SimpleNamespace(
+        create_runtime_config=lambda: config,
+        create_execution_context=lambda given: Context(package) if given is config else None,
+    )
+    denoiser.predict(torch.zeros(1, 4, 8, 4, 4), torch.ones(1), torch.zeros(1, 5, 8))
+    assert config.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
+    assert [strategy.name for strategy in made] == ["USER_MANAGED"]
+
+
+def test_a_gpu_is_named_by_its_number(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: contextlib.nullcontext(entered.append(device))
+    )
+    assert engine_runtime.with_index(torch.device("cuda")) == torch.device("cuda", 1)
+    assert engine_runtime.with_index(torch.device("cuda", 0)) == torch.device("cuda", 0)
+    assert engine_runtime.with_index(torch.device("cpu")) == torch.device("cpu")
+    with engine_runtime._on(torch.device("cuda", 1)), engine_runtime._on(torch.device("cpu")):
+        pass
+    assert entered == [torch.device("cuda", 1)]
 
 
 def test_an_engine_runs_where_it_was_built_for(file):
@@ -237,3 +479,49 @@ def test_opening_an_engine_without_what_it_needs(file, package, monkeypatch):
     with pytest.raises(CheckpointError, match=r"must be for tensorrt-rtx, got one for tensorrt$"):
         open_engine(file.path, runtime="tensorrt-rtx")
     assert not package.plans
+
+
+def make_layer(package, kind, dtype=None, d=64):
+    """A layer as the binding returns it: of the base class, with an attention where it is one."""
+    query = types.SimpleNamespace(shape=(2, 8, 64, d), dtype=dtype)
+    attention = types.SimpleNamespace(get_input=lambda _: query, decomposable=False)
+    layer = package.ILayer()
+    layer.type, layer.attention = kind, attention
+    return layer
+
+
+def test_attentions_that_no_kernel_does_alone_may_be_several():
+    kinds = enum.Enum("LayerType", ["ATTENTION_INPUT", "SHUFFLE"])
+    base = type("ILayer", (), {})
+    package = types.SimpleNamespace(
+        LayerType=kinds,
+        ILayer=base,
+        IAttentionInputLayer=type("IAttentionInputLayer", (base,), {}),
+        float32="float32",
+    )
+    given = {
+        "wide": make_layer(package, kinds.ATTENTION_INPUT, "float16", 16),
+        "unknown": make_layer(package, kinds.ATTENTION_INPUT, "bfloat16", -1),
+        "narrow": make_layer(package, kinds.ATTENTION_INPUT, "float16", 8),
+        "float32": make_layer(package, kinds.ATTENTION_INPUT, "float32"),
+        "other": make_layer(package, kinds.SHUFFLE, "float32"),
+    }
+    layers = list(given.values())
+    network = types.SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
+    assert engine_builder.allow_parts(package, network) == 2
+    several = {name for name, layer in given.items() if layer.attention.decomposable}
+    assert several == {"narrow", "float32"}
+    assert isinstance(given["wide"], package.IAttentionInputLayer)
+    assert not isinstance(given["other"], package.IAttentionInputLayer)
+
+
+def test_fused_kernels_are_counted_in_what_the_builder_says():
+    log = engine_log.make_log(types.SimpleNamespace(ILogger=fake_tensorrt._Logger))
+    assert engine_builder.count_fused(log.layers) is None
+    name = f"sm80{engine_builder.FUSED}_x"
+    layers = f"Layers:\nName: {name}, Type: a\nName: other, TacticName: {name}\nName: b{name}\n"
+    log.log(fake_tensorrt._Logger.VERBOSE, layers)
+    assert engine_builder.count_fused(log.layers) == 2
+    for number in range(20):
+        log.log(fake_tensorrt._Logger.ERROR, str(number))
+    assert log.errors == [str(number) for number in range(4, 20)]  # the last of them

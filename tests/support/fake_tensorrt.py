@@ -138,8 +138,9 @@ def hosted():
     core.PluginTensorDesc, core.DynamicPluginTensorDesc = _Description, _DynamicDescription
     registry = _Registry()
     core.get_plugin_registry = lambda: registry
-    core.__version__, core.built = "11.4", []
+    core.__version__, core.built, core.configs = "11.4", [], []
     core.NetworkDefinitionCreationFlag = enum.IntEnum("Flag", list(_FLAGS))
+    core.BuilderFlag = enum.Enum("BuilderFlag", ["TF32", "FP16"])
     core.ProfilingVerbosity = enum.Enum("ProfilingVerbosity", ["DETAILED"])
     core.OnnxParser = _Parser
     core.Builder = lambda log: _Builder(core, log)
@@ -305,7 +306,29 @@ class _Parser:
 
 class _Profile(dict):
     def set_shape(self, name, least, best, most):
+        if not len(least) == len(best) == len(most) or not all(
+            0 <= low <= middle <= high for low, middle, high in zip(least, best, most, strict=True)
+        ):
+            raise ValueError(f"inconsistent shapes of {name}")
         self[name] = (least, best, most)
+
+
+class _Config:
+    def __init__(self, core):
+        self.profiles, self.profiling_verbosity = [], None
+        self.flags = {core.BuilderFlag.TF32}  # which is set unless it is cleared
+
+    def clear_flag(self, flag):
+        self.flags.discard(flag)
+
+    def get_flag(self, flag):
+        return flag in self.flags
+
+    def add_optimization_profile(self, profile):
+        if not profile:
+            return -1
+        self.profiles.append(profile)
+        return len(self.profiles) - 1
 
 
 class _Builder:
@@ -319,15 +342,13 @@ class _Builder:
         return types.SimpleNamespace(model=None, num_layers=0, flags=flags)
 
     def create_builder_config(self):
-        profiles = []
-        return types.SimpleNamespace(
-            profiles=profiles, add_optimization_profile=profiles.append, profiling_verbosity=None
-        )
+        return _Config(self._core)
 
     def create_optimization_profile(self):
         return _Profile()
 
     def build_serialized_network(self, network, config):
+        self._core.configs.append(config)
         (profile,) = config.profiles
         assert set(profile) == {value.name for value in network.model.graph.input}
         kinds = {
