@@ -9,15 +9,19 @@ the VAE once).
 
 `seconds_per_clip` and `ratio_to_stock_best` are of the better way of ours; those of one way have
 its name before them. The ratio of ours compiled to stock is the product of the two that were timed
-in turn. `gpu.animatediff.seconds_per_clip` is of bfloat16, where a figure of float16 has "fp16" in
-its name. `share_of_roof` is of the matrix rate that is measured beside it, `share_of_floor` of the
-time that the operations take at 790 TFLOP/s, which an H200 was seen to reach.
+in turn, and to the best stock way there is one only once all of `STOCK_WAYS` were timed. Memory is
+the most that PyTorch held during a clip: what lies in the pool of a CUDA graph counts as free in
+what it says is in use. `gpu.animatediff.seconds_per_clip` is of bfloat16, where a figure of float16
+has "fp16" in its name. `share_of_roof` is of the matrix rate that is measured beside it,
+`share_of_floor` of the time that the operations take at 790 TFLOP/s, which an H200 was seen to
+reach.
 """
 
 import functools
+import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +34,19 @@ from kinetiq.bench.figures import Figure
 from kinetiq.bench.harness import BenchOptions, Progress
 from kinetiq.bench.kernels import Machine
 from kinetiq.bench.kernels import _flush_buffer as flush_buffer
-from kinetiq.bench.measure import Timing, time_ratio
-from kinetiq.bench.steps import Budget, Outcome, Stage, Step, free_memory, run_stages
+from kinetiq.bench.measure import Around, Timing, time_ratio
+from kinetiq.bench.steps import (
+    Budget,
+    Found,
+    Keep,
+    Note,
+    Outcome,
+    Stage,
+    Step,
+    free_memory,
+    in_short,
+    run_stages,
+)
 from kinetiq.bench.subjects import (
     ANIMATEDIFF,
     ZEROSCOPE,
@@ -46,6 +61,8 @@ from kinetiq.bench.subjects import (
 )
 from kinetiq.errors import KinetiqError, WorkError
 from kinetiq.files import write_text
+from kinetiq.generation import is_out_of_memory
+from kinetiq.request import ResolvedRequest
 from kinetiq.sprites.cases import transfer_pairs
 
 STEPS = 25
@@ -57,9 +74,27 @@ _REPEATS = 3
 _GIB = 2**30
 _KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _HEADLINE = torch.bfloat16
+STOCK_WAYS = ("stock", "stock_cudnn", "stock_compiled")
+ELSEWHERE: Mapping[str, str] = {  # what the figures of a part leave open, and why
+    "gpu.zeroscope: bfloat16": "float16 is measured, which its weights are published in",
+    "gpu.zeroscope: stock with cuDNN attention, or compiled": "the headline has the stock ways",
+    "gpu.zeroscope: 4 and 8 clips": "as many as fit are measured",
+}
 _BUILD = 45.0
 _COMPILE = 130.0  # a full-size network, and clips of it
 _PROFILED = 30  # lines of the profiler's table
+_PROFILED_STEPS = 2
+_OURS = ("query_attention", "frame_attention", "temporal_block", "guided_step")
+_GROUPS: Mapping[str, tuple[str, ...]] = {  # words in names of kernels, the first that fits
+    **{f"our_{name}": (f"_{name}_kernel",) for name in _OURS},
+    # Before convolutions: Inductor names what it fuses after the operators around it.
+    "pointwise_and_norm": ("triton_poi", "triton_red", "triton_per"),
+    "attention": ("flash", "fmha", "sdpa", "attention"),
+    "convolution": ("conv", "fprop", "dgrad"),
+    "copies": ("memcpy", "memset", "copy_kernel", "catarray", "nchwtonhwc", "nhwctonchw"),
+    "matrix": ("gemm", "nvjet", "cutlass", "cublas", "splitk", "triton_tem"),
+    "stock_pointwise_and_norm": ("elementwise", "norm", "reduce", "softmax"),
+}
 
 
 @dataclass(eq=False)
@@ -94,7 +129,7 @@ class Bench:
         if self.seconds:
             quickest = min(self.seconds.values(), key=lambda figure: figure.value)
             found[f"{self.stem}.seconds_per_clip"] = quickest
-        if self.ratios:
+        if self.ratios.keys() >= set(STOCK_WAYS):  # else the best of them may not be among these
             ratio = min(self.ratios.values(), key=lambda figure: figure.value)
             if self.speedup.value > 1:
                 ratio = product(ratio, self.speedup)
@@ -112,9 +147,20 @@ def product(first: Figure, second: Figure) -> Figure:
     return Figure(first.value * second.value, low, high, n=first.n)
 
 
-def measure_clips(options: BenchOptions, budget: Budget, progress: Progress) -> Outcome:
+def measure_clips(
+    options: BenchOptions, budget: Budget, progress: Progress, keep: Keep = lambda *_: None
+) -> Outcome:
     """Measure all models that this device can run."""
-    return run_stages(stages(options), options.device, budget, progress, "clips")
+    outcome = run_stages(stages(options), options.device, budget, progress, "clips", keep)
+    if options.device.startswith("cuda"):
+        for name, why in ELSEWHERE.items():
+            outcome.leave_out([name], f"not part of the bench: {why}")
+    stem = stem_of(ANIMATEDIFF, _HEADLINE)
+    missing = [w for w in STOCK_WAYS if f"{stem}.eager.ratio_to_{w}" not in outcome.figures]
+    if missing and len(missing) < len(STOCK_WAYS):
+        why = f"needs all stock ways, {', '.join(missing)} was not timed"
+        outcome.leave_out([f"{stem}.ratio_to_stock_best"], why)
+    return outcome
 
 
 def stages(options: BenchOptions) -> list[Stage]:
@@ -135,11 +181,13 @@ def stages(options: BenchOptions) -> list[Stage]:
         ]
 
     headline = stem_of(ANIMATEDIFF, _HEADLINE)
-    where_time_goes = functools.partial(profile, folder=out)
     main = [
         Step(f"{headline}: a clip, ours and stock", 45.0, against_usual),
-        Step(f"{headline}: a clip, ours compiled", _COMPILE, ours_compiled),
-        Step(f"{headline}: where time goes", 20.0, where_time_goes),
+        Step(
+            f"{headline}: a clip, ours compiled, and where its time goes",
+            _COMPILE + 20.0,
+            functools.partial(ours_compiled, folder=out),
+        ),
         Step(f"{headline}: stock with cuDNN attention, channels last", 45.0, against_cudnn),
         Step(f"{headline}: stock with torch.compile", _COMPILE, against_compiled),
         *(
@@ -167,8 +215,8 @@ def stages(options: BenchOptions) -> list[Stage]:
         main, small = main[:1], small[:1]
     late = " compiled"  # what compiles takes minutes, so all of it but the headline comes last
     return [
-        Stage("embedded", 10.0, functools.partial(build_embedded, device), small, gpu=False),
         stage(ANIMATEDIFF, _HEADLINE, *main),
+        Stage("embedded", 10.0, functools.partial(build_embedded, device), small, gpu=False),
         stage(ZEROSCOPE, torch.float16, *several(ZEROSCOPE, torch.float16)),
         stage(ANIMATEDIFF, torch.float16, *several(ANIMATEDIFF, torch.float16)),
         stage(ANIMATEDIFF, _HEADLINE, *batches(ANIMATEDIFF, _HEADLINE, *BATCHES), name=late),
@@ -210,6 +258,7 @@ def together(bench: Bench, *, count: int) -> dict[str, Figure]:
 def compiled_together(bench: Bench, *, count: int) -> dict[str, Figure]:
     """The same, compiled; what it takes to compile is left out."""
     with compiled(bench.subject) as subject:
+        subject.check(subject.engine.denoiser, count)
         return sampled_together(bench, f"compiled.batch_{count}", count, _run_of(subject))
 
 
@@ -244,8 +293,11 @@ def stages_of(bench: Bench, way: str, subject: Subject) -> dict[str, Figure]:
     return found
 
 
-def ours_compiled(bench: Bench) -> dict[str, Figure]:
-    """A clip of ours compiled and one run eagerly, in turn; then the compiled one by its stages."""
+def ours_compiled(bench: Bench, folder: Path | None = None) -> Iterator[Found]:
+    """A clip of ours compiled and one run eagerly, in turn; then the compiled one by its stages.
+
+    Then where its time goes; what the profiler saw goes into the folder.
+    """
     with compiled(bench.subject) as subject:
         requests = subject.resolve(subject.requests(1, steps=bench.steps))
 
@@ -259,17 +311,21 @@ def ours_compiled(bench: Bench) -> dict[str, Figure]:
         subject.sample(subject.resolve(subject.requests(1, steps=1)))
         synchronise(device)
         found = bench.figure("compiled.first_step_seconds", time.perf_counter() - began, "s", n=1)
+        subject.check(subject.engine.denoiser, 1)
+        found |= bench.figure("compiled.same_bits", same_bits(subject, requests), n=2)
         peak = peak_of(lambda: subject.clips(requests), device)
         ratio = time_ratio(
             eager, lambda: subject.clips(requests), repeats=_REPEATS, warmup=0, device=str(device)
         )
         found |= stages_of(bench, "compiled", subject)
         found |= bench.figure("compiled.compilations", compilations(subject))
-    bench.speedup = ratio.figure
-    bench.seconds["compiled"] = seconds_figure(ratio.baseline, _REPEATS)
-    found[f"{bench.stem}.compiled.seconds_per_clip"] = bench.seconds["compiled"]
-    found[f"{bench.stem}.speedup_by_compiling"] = bench.speedup
-    return found | _memory(bench, "compiled.peak", peak) | bench.best()
+        bench.speedup = ratio.figure
+        bench.seconds["compiled"] = seconds_figure(ratio.baseline, _REPEATS)
+        found[f"{bench.stem}.compiled.seconds_per_clip"] = bench.seconds["compiled"]
+        found[f"{bench.stem}.speedup_by_compiling"] = bench.speedup
+        yield found | _memory(bench, "compiled.peak", peak) | bench.best()
+        if device.type == "cuda":
+            yield profile(bench, subject, folder)
 
 
 def against_cudnn(bench: Bench) -> dict[str, Figure]:
@@ -281,6 +337,8 @@ def against_cudnn(bench: Bench) -> dict[str, Figure]:
         SDPBackend.MATH,
     ]
 
+    stock = Stock(bench.subject)
+
     @contextmanager
     def tuned() -> Iterator[None]:
         checkpoint = bench.subject.engine.checkpoint
@@ -288,13 +346,13 @@ def against_cudnn(bench: Bench) -> dict[str, Figure]:
         for part in parts:
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         try:
-            with sdpa_kernel(order, set_priority=True):
+            with stock.borrowing(), sdpa_kernel(order, set_priority=True):
                 yield
         finally:
             for part in parts:
                 part.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
-    return against(bench, "stock_cudnn", Stock(bench.subject), tuned)
+    return against(bench, "stock_cudnn", stock, tuned)
 
 
 def against_compiled(bench: Bench) -> dict[str, Figure]:
@@ -307,7 +365,7 @@ def against_compiled(bench: Bench) -> dict[str, Figure]:
 
 
 def against(
-    bench: Bench, way: str, stock: Stock, around: Callable[[], Any] = nullcontext
+    bench: Bench, way: str, stock: Stock, around: Around | None = None
 ) -> dict[str, Figure]:
     """A clip of ours and one of a stock way, timed in turn.
 
@@ -315,22 +373,30 @@ def against(
         bench: what is measured.
         way: what the stock way's figures are called.
         stock: it.
-        around: what it needs around it.
+        around: what is set up around it, untimed; our modules are out of its network inside.
     """
     subject = bench.subject
+    around = around or stock.borrowing
     requests = subject.resolve(subject.requests(1, steps=bench.steps))
-    peaks: dict[str, int] = {}
+    theirs = stock.prepared(1, steps=bench.steps)
 
-    def ours() -> None:
-        subject.clips(requests)
+    def ours() -> object:
+        return subject.clips(requests)
 
-    def theirs() -> None:
-        with around():
-            stock.clips(1, steps=bench.steps)
-
-    for name, call in {"ours": ours, way: theirs}.items():
-        peaks[name] = peak_of(call, subject.device)
-    ratio = time_ratio(theirs, ours, repeats=_REPEATS, warmup=0, device=str(subject.device))
+    # What compiles or tries algorithms does so at first, in memory that no later clip needs.
+    subject.clips(subject.resolve(subject.requests(1, steps=1)))
+    peaks = {"ours": peak_of(ours, subject.device)}
+    with around():
+        stock.prepared(1, steps=1)()
+        peaks[way] = peak_of(theirs, subject.device)
+    ratio = time_ratio(
+        theirs,
+        ours,
+        repeats=_REPEATS,
+        warmup=0,
+        device=str(subject.device),
+        around_ours=around,
+    )
     bench.ratios[way] = ratio.figure
     bench.seconds["eager"] = seconds_figure(ratio.baseline, _REPEATS)
     found = {
@@ -346,34 +412,53 @@ def determinism(bench: Bench) -> dict[str, Figure]:
     """Whether the same request gives the same bits again: 1 or 0."""
     subject = bench.subject
     requests = subject.resolve(subject.requests(1, steps=bench.steps))
+    return bench.figure("same_bits", same_bits(subject, requests), n=2)
+
+
+def same_bits(subject: Subject, requests: list[ResolvedRequest]) -> float:
+    """1 if the first clip comes out bit for bit the same twice, else 0."""
     first, second = (subject.sample(requests)[0] for _ in range(2))
-    return bench.figure("same_bits", float(torch.equal(first, second)), n=2)
+    return float(torch.equal(first, second))
 
 
-def largest_ours(bench: Bench) -> dict[str, Figure]:
+def largest_ours(bench: Bench) -> Iterator[Found]:
     """As many clips together as fit, ours."""
-    return largest(bench, "batch", _run_of(bench.subject))
+    return largest(bench, "batch", _run_of(bench.subject), does_not_fit)
 
 
-def largest_stock(bench: Bench) -> dict[str, Figure]:
-    """As many clips together as fit the stock pipeline."""
+def largest_stock(bench: Bench) -> Iterator[Found]:
+    """As many clips together as the stock pipeline runs; its kernels refuse large launches too."""
     stock = Stock(bench.subject)
-    return largest(bench, "stock_batch", lambda count, steps: stock.clips(count, steps=steps))
+
+    def run(count: int, steps: int) -> object:
+        return stock.clips(count, steps=steps)
+
+    return largest(bench, "stock_batch", run, lambda error: isinstance(error, RuntimeError))
 
 
-def largest(bench: Bench, word: str, run: Callable[[int, int], object]) -> dict[str, Figure]:
+def largest(
+    bench: Bench,
+    word: str,
+    run: Callable[[int, int], object],
+    ends: Callable[[Exception], bool],
+) -> Iterator[Found]:
     """Double the batch until one step of it does not run; then time the last one that did.
 
     Args:
         bench: what is measured.
         word: of the figures.
         run: so many clips of so many steps.
+        ends: whether an error only says that a batch is too large.
     """
     device = bench.subject.device
     count = 1
-    while count < MOST and runs(functools.partial(run, 2 * count, 1), device):
+    while count < MOST:
+        if why := refusal(functools.partial(run, 2 * count, 1), device, ends):
+            yield Note(f"{bench.stem}.{word}.clips", f"{2 * count} clips: {why}")
+            break
         count *= 2
-    return bench.figure(f"{word}.clips", count) | sampled_together(bench, word, count, run)
+    yield bench.figure(f"{word}.clips", count)
+    yield sampled_together(bench, word, count, run)
 
 
 def sampled_together(
@@ -381,6 +466,7 @@ def sampled_together(
 ) -> dict[str, Figure]:
     """Seconds a clip, milliseconds a step of all of them, and peak memory; see `largest`."""
     device = bench.subject.device
+    # The first call may compile, which needs memory of its own: the peak is that of a later one.
     short, _ = timed(lambda: run(count, 1), 1, device)
     whole, peak = timed(lambda: run(count, 1 + PART_STEPS), 1, device)
     a_step = (whole.p50 - short.p50) / PART_STEPS
@@ -390,33 +476,46 @@ def sampled_together(
     return found | _memory(bench, f"{word}.peak", peak)
 
 
-def runs(call: Callable[[], object], device: torch.device) -> bool:
-    """Whether it runs; memory may run out, and stock kernels refuse large launches."""
+def refusal(
+    call: Callable[[], object], device: torch.device, ends: Callable[[Exception], bool]
+) -> str:
+    """Why a call does not run, empty if it does; errors that do not end a search are raised."""
     try:
         call()
         synchronise(device)
     except (RuntimeError, KinetiqError) as error:
-        print(f"bench gpu: the next larger batch does not run: {error}"[:300])  # noqa: T201
-        return False
+        if not ends(error):
+            raise
+        return in_short(error)
     finally:
         free_memory(str(device))
-    return True
+    return ""
 
 
-def profile(bench: Bench, folder: Path | None) -> dict[str, Figure]:
-    """Where the GPU's time goes in two steps: a table in the folder, and the share of the top."""
+def does_not_fit(error: Exception) -> bool:
+    """Whether clips of ours were too many for the memory, by PyTorch's words or by ours."""
+    return is_out_of_memory(error) or (isinstance(error, WorkError) and "must fit in" in str(error))
+
+
+def profile(bench: Bench, subject: Subject, folder: Path | None) -> dict[str, Figure]:
+    """Where the GPU's time goes in two steps: by groups of kernels, and the share of the top.
+
+    Args:
+        bench: what is measured.
+        subject: the way of ours that is looked at.
+        folder: for the trace and a table of kernels.
+    """
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiling
 
-    subject = bench.subject
-    requests = subject.resolve(subject.requests(1, steps=2))
+    requests = subject.resolve(subject.requests(1, steps=_PROFILED_STEPS))
     subject.sample(requests)
     with profiling(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         subject.sample(requests)
         synchronise(subject.device)
     events = profiler.key_averages()
-    kernels = [event for event in events if event.self_device_time_total > 0]
-    total = sum(event.self_device_time_total for event in kernels)
+    kernels = {event.key: event.self_device_time_total for event in events if _is_kernel(event)}
+    total = sum(kernels.values())
     if not total:
         raise WorkError("bench gpu: the profiler must see kernels, saw none; is CUPTI there?")
     if folder is not None:
@@ -424,8 +523,29 @@ def profile(bench: Bench, folder: Path | None) -> dict[str, Figure]:
             sort_by="self_device_time_total", row_limit=_PROFILED, max_name_column_width=90
         )
         write_text(folder / "profile.txt", table, "bench gpu")
-    top = max(event.self_device_time_total for event in kernels)
-    return bench.figure("longest_kernel_share", top / total, n=1)
+        profiler.export_chrome_trace(str(folder / "trace.json.gz"))
+    found = bench.figure("longest_kernel_share", max(kernels.values()) / total, n=1)
+    for group, microseconds in by_group(kernels.items()).items():
+        a_step = microseconds / 1e3 / _PROFILED_STEPS
+        found |= bench.figure(f"profile.{group}.milliseconds_per_step", a_step, "ms", n=1)
+    return found
+
+
+def by_group(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Time of kernels by what they do, told by their names, the longest first."""
+    found: dict[str, float] = {}
+    for name, taken in kernels:
+        lower = name.lower()
+        fitting = (group for group, words in _GROUPS.items() if any(w in lower for w in words))
+        group = next(fitting, "other")
+        found[group] = found.get(group, 0.0) + taken
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _is_kernel(event: Any) -> bool:
+    """Operators on the CPU are charged with their kernels' time a second time."""
+    on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+    return on_gpu and event.self_device_time_total > 0
 
 
 def timed(call: Callable[[], object], repeats: int, device: torch.device) -> tuple[Timing, int]:
@@ -445,15 +565,21 @@ def timed(call: Callable[[], object], repeats: int, device: torch.device) -> tup
 
 
 def peak_of(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes of GPU memory in use at most during a call, weights included; 0 on a CPU."""
+    """Bytes of GPU memory that PyTorch held at most during a call, weights included; 0 on a CPU.
+
+    Activations of a captured graph lie in its pool and are not in use between replays nor within
+    one, so bytes in use would leave them out.
+    """
     if device.type != "cuda":
         call()
         return 0
     synchronise(device)
+    gc.collect()
+    torch.cuda.empty_cache()  # else what earlier calls have freed would count
     torch.cuda.reset_peak_memory_stats(device)
     call()
     synchronise(device)
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_reserved(device)
 
 
 def synchronise(device: torch.device) -> None:

@@ -28,7 +28,7 @@ from kinetiq.bench.harness import (
     run_bench,
     unmet_needs,
 )
-from kinetiq.bench.parts import measure_parts, merge_folders
+from kinetiq.bench.parts import measure_parts, merge_folders, part_file
 from kinetiq.bench.records import Record, append_record, read_folder, read_records
 from kinetiq.bench.report import align, compare, render_comparison, render_readme, render_result
 from kinetiq.command_line import PlainGroup, say_error
@@ -129,11 +129,12 @@ def _bench_command(registry: Registry, name: str) -> click.Command:
         out: Path | None,
         part: tuple[str, ...] = (),
         merge: tuple[Path, ...] = (),
+        seconds: float | None = None,
     ) -> None:
         bench = registry.load(name)
         if part and merge:
             raise RequestError(f"bench {name}: --merge must come without --part, got both")
-        options = BenchOptions(quick, seed, choose_device(device), out)
+        options = BenchOptions(quick, seed, choose_device(device), out, seconds=seconds)
         folder = _results_folder(results, record=record)
         targets = load_targets()
         if merge:
@@ -172,7 +173,12 @@ def _part_options(parts: tuple[str, ...]) -> Callable[[_Function], _Function]:
             multiple=True,
             help="Measure nothing: join the records of parts in this folder; can be repeated.",
         )
-        return part(merge(function))
+        seconds = click.option(
+            "--seconds",
+            type=click.FloatRange(min=1),
+            help="What each part may take; what does not fit is named as unmeasured.",
+        )
+        return part(merge(seconds(function)))
 
     return add
 
@@ -184,7 +190,13 @@ def _measure_part(
     asked_device: str | None,
     part: str,
 ) -> Record:
-    return _measure(bench, replace(options, part=part), targets, asked_device)
+    out = options.out
+
+    def keep(record: Record) -> None:
+        if out is not None:
+            write_text(part_file(out, bench.name, part), record.line + "\n", f"bench {bench.name}")
+
+    return _measure(bench, replace(options, part=part), targets, asked_device, keep)
 
 
 def _all_command(registry: Registry) -> click.Command:
@@ -358,7 +370,11 @@ def _tune(
 
 
 def _measure(
-    bench: Bench, options: BenchOptions, targets: Mapping[str, Target], asked_device: str | None
+    bench: Bench,
+    options: BenchOptions,
+    targets: Mapping[str, Target],
+    asked_device: str | None,
+    keep: Callable[[Record], None] | None = None,
 ) -> Record:
     return run_bench(
         bench,
@@ -366,6 +382,7 @@ def _measure(
         targets=targets,
         command=_command_line(bench.name, options, asked_device),
         progress=Progress(visible=sys.stderr.isatty()),
+        keep=keep,
     )
 
 
@@ -374,6 +391,8 @@ def _command_line(name: str, options: BenchOptions, asked_device: str | None) ->
     words = ["kinetiq", "bench", name]
     if options.part is not None:
         words += ["--part", options.part]
+    if options.seconds is not None:
+        words += ["--seconds", f"{options.seconds:g}"]
     if options.quick:
         words.append("--quick")
     if options.seed:

@@ -4,7 +4,8 @@ Cost is the time of clips under a control over that of as many plain clips, samp
 VAE and what happens once a motion left out. MOFT guidance has the 25 steps that its window is laid
 out for, the others 5, of which 0.4 is exactly two. Milliseconds are a step's, on the mean;
 `share_of_floor` is that of the plain operations of the clips at 790 TFLOP/s, so what a control adds
-counts as lost. Costs are of the network run eagerly but for those under `compiled`.
+counts as lost. Costs are of the network run eagerly in float16, but for those under `compiled`:
+they are of bfloat16, whose plain plan the part `clips` has compiled before.
 
 Right is what the CPU says: the embedded model's latents under every control, float32 within 1e-4
 of the largest value, bfloat16 with at most twice the error that the CPU makes in that type.
@@ -24,7 +25,7 @@ from kinetiq.bench.clips import H200_RATE, peak_of
 from kinetiq.bench.figures import Figure
 from kinetiq.bench.harness import BenchOptions, Progress
 from kinetiq.bench.measure import time_ratio
-from kinetiq.bench.steps import Budget, Outcome, Stage, Step, run_stages
+from kinetiq.bench.steps import Budget, Keep, Outcome, Stage, Step, run_stages
 from kinetiq.bench.subjects import (
     ANIMATEDIFF,
     Subject,
@@ -126,9 +127,11 @@ COMPARED: dict[str, Case] = {
 }
 
 
-def measure_controls(options: BenchOptions, budget: Budget, progress: Progress) -> Outcome:
+def measure_controls(
+    options: BenchOptions, budget: Budget, progress: Progress, keep: Keep = lambda *_: None
+) -> Outcome:
     """Measure both models, and compare the GPU with the CPU."""
-    return run_stages(stages(options), options.device, budget, progress, "controls")
+    return run_stages(stages(options), options.device, budget, progress, "controls", keep)
 
 
 def stages(options: BenchOptions) -> list[Stage]:
@@ -175,7 +178,7 @@ def stages(options: BenchOptions) -> list[Stage]:
         Stage(
             "animatediff compiled",
             _BUILD,
-            functools.partial(full_size_subject, ANIMATEDIFF, device, torch.float16),
+            functools.partial(full_size_subject, ANIMATEDIFF, device, torch.bfloat16),
             [
                 Step(
                     f"gpu.compiled.{case.name}",
@@ -225,6 +228,7 @@ def cost(subject: Subject, *, case: Case, stem: str, repeats: int) -> dict[str, 
 def cost_compiled(subject: Subject, *, case: Case, stem: str, repeats: int) -> dict[str, Figure]:
     """The same with the network compiled; what that takes is left out."""
     with compiled(subject) as faster:
+        faster.check(faster.engine.denoiser, case.clips)
         return cost(faster, case=case, stem=stem, repeats=repeats)
 
 
@@ -286,8 +290,10 @@ def agree(state: Agreement, *, name: str) -> dict[str, Figure]:
     if not right:
         state.disagreeing.append(name)
         print(f"bench gpu: {name} disagrees: {figures}")  # noqa: T201  goes to standard error
-    count = Figure(len(state.disagreeing), n=len(state.compared))
-    return figures | {"gpu.agreement.disagreeing": count}
+    return figures | {
+        "gpu.agreement.disagreeing": Figure(len(state.disagreeing), n=len(state.compared)),
+        "gpu.agreement.not_compared": Figure(len(COMPARED) - len(state.compared), n=len(COMPARED)),
+    }
 
 
 def _latents(subject: Subject, case: Case) -> Tensor:

@@ -20,7 +20,7 @@ from kinetiq.bench import kernels
 from kinetiq.bench.figures import Figure
 from kinetiq.bench.harness import BenchOptions, Progress
 from kinetiq.bench.kernels import Line, Machine, Plan, Roof
-from kinetiq.bench.steps import NO_GPU, Budget, Outcome, in_short
+from kinetiq.bench.steps import NO_GPU, Budget, Keep, Outcome, in_short
 from kinetiq.kernels._launch import DEFAULT, Table, architecture, choosing, read_table
 from kinetiq.kernels._launch import LAUNCH_FILE as TABLE
 from kinetiq.kernels._launch import _nearest as nearest
@@ -41,7 +41,9 @@ _OPERATORS = {
 Asked = tuple[str, str]  # operator and key of the launch file
 
 
-def measure_kernels(options: BenchOptions, budget: Budget, progress: Progress) -> Outcome:
+def measure_kernels(
+    options: BenchOptions, budget: Budget, progress: Progress, keep: Keep = lambda *_: None
+) -> Outcome:
     """Measure as many cases as there is time for; a case that failed is named and counted."""
     outcome = Outcome()
     if not options.device.startswith("cuda"):
@@ -53,7 +55,7 @@ def measure_kernels(options: BenchOptions, budget: Budget, progress: Progress) -
     with torch.cuda.device(options.device):
         machine = Machine(options.device)
         roof = machine.roof(sorted({plan.element for plan in plans}))
-        run_plans(plans, machine, roof, options, budget, outcome, progress)
+        run_plans(plans, machine, roof, options, budget, outcome, progress, keep)
     return outcome
 
 
@@ -65,6 +67,7 @@ def run_plans(
     budget: Budget,
     outcome: Outcome,
     progress: Progress,
+    keep: Keep = lambda *_: None,
 ) -> None:
     """Run the cases in their order while time lasts, and look at the settings they ask for."""
     asked: dict[Asked, None] = {}
@@ -78,7 +81,7 @@ def run_plans(
         asked[operator, key] = None
         return found
 
-    affordable = within(in_order(plans), budget, outcome)
+    affordable = within(in_order(plans), budget, outcome, keep)
     shown = progress.track(affordable, "kernels", len(plans))
     with choosing(note):
         cases = kernels._run_all(shown, machine, roof, _TIMED)  # noqa: SLF001  one bench, two ways
@@ -119,12 +122,15 @@ def in_order(plans: Sequence[Plan]) -> list[Plan]:
     return sorted(plans, key=rank)
 
 
-def within(plans: Sequence[Plan], budget: Budget, outcome: Outcome) -> Iterator[Plan]:
+def within(
+    plans: Sequence[Plan], budget: Budget, outcome: Outcome, keep: Keep = lambda *_: None
+) -> Iterator[Plan]:
     """Those that there is time for when their turn comes, compiled ones where time allows it."""
     for place, plan in enumerate(plans):
         if why := budget.refusal(_CASE):
             outcome.leave_out([describe(plan)], why)
             continue
+        keep(outcome, describe(plan))
         rest = _CASE * (len(plans) - place - 1)
         if not plan.uncompiled and budget.refusal(rest + _COMPILED):
             outcome.leave_out([f"{describe(plan)}, compiled contestants"], _NO_TIME)

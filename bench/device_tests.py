@@ -22,7 +22,7 @@ from typing import IO
 from kinetiq.bench.environment import package_checkout
 from kinetiq.bench.figures import Figure
 from kinetiq.bench.harness import BenchOptions, Progress
-from kinetiq.bench.steps import NO_GPU, Budget, Outcome
+from kinetiq.bench.steps import NO_GPU, Budget, Keep, Outcome
 from kinetiq.errors import WorkError
 
 LOG, VERDICTS = "tests.log", "tests.{}.ndjson"
@@ -45,6 +45,7 @@ class Selection:
         marks: expression over marks.
         path: folder or file in the checkout.
         seconds: without which it is not begun.
+        rest: seconds that it leaves to what comes after it.
     """
 
     name: str
@@ -52,10 +53,15 @@ class Selection:
     marks: str
     path: str
     seconds: float = 30.0
+    rest: float = 0.0
+
+    def limit(self, left: float) -> float:
+        """Seconds that it may take when so many are left."""
+        return max(self.seconds, left - self.rest)
 
 
 SELECTIONS = (
-    Selection("gpu", "gpu.tests", "gpu and not slow", "tests"),
+    Selection("gpu", "gpu.tests", "gpu and not slow", "tests", rest=150.0),
     Selection("kernels", "gpu.tests.kernels", "not gpu and not slow", "tests/kernels"),
 )
 
@@ -69,7 +75,9 @@ class Verdict:
     why: str = ""
 
 
-def measure_tests(options: BenchOptions, budget: Budget, progress: Progress) -> Outcome:
+def measure_tests(
+    options: BenchOptions, budget: Budget, progress: Progress, keep: Keep = lambda *_: None
+) -> Outcome:
     """Run both selections on the GPU of `options`."""
     root = package_checkout()
     names = [f"tests: {selection.name}" for selection in SELECTIONS]
@@ -82,7 +90,7 @@ def measure_tests(options: BenchOptions, budget: Budget, progress: Progress) -> 
         outcome.leave_out(names, "needs the package pytest")
     else:
         with _folder(options.out) as folder:
-            run_selections(root, folder, options.device, budget, outcome, progress)
+            run_selections(root, folder, options.device, budget, outcome, progress, keep=keep)
     return outcome
 
 
@@ -94,6 +102,7 @@ def run_selections(
     outcome: Outcome,
     progress: Progress,
     selections: Sequence[Selection] = SELECTIONS,
+    keep: Keep = lambda *_: None,
 ) -> None:
     """Run selections of the tests of a checkout one after the other; logs stay in `folder`."""
     (folder / LOG).write_bytes(b"")
@@ -102,8 +111,10 @@ def run_selections(
         if why := budget.refusal(selection.seconds):
             outcome.leave_out([name], why)
             continue
+        keep(outcome, name)
+        limit = selection.limit(budget.left)
         try:
-            collected, verdicts, ended = run_selection(root, folder, device, selection, budget.left)
+            collected, verdicts, ended = run_selection(root, folder, device, selection, limit)
         except WorkError as error:
             outcome.fail([name], str(error))
             continue

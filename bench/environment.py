@@ -22,6 +22,7 @@ PACKAGES = (
     "openvino",
     "tensorrt-rtx-cu13",
 )
+COMMIT = "KINETIQ_COMMIT"
 _DRAWN = ("bench/results", "README.md")  # made from measurements, so no cause of them
 
 
@@ -63,13 +64,15 @@ def describe_machine() -> dict[str, Any]:
 def describe_commit(root: Path | None) -> tuple[str | None, bool | None]:
     """Commit of the git work tree whose top is `root`, and whether files differ from it.
 
-    Both are None where there is no such tree, no commit yet or no git. Records and the README do
-    not count as differences, since each run would make the next one dirty.
+    Without such a tree, or without git, the commit is what KINETIQ_COMMIT says, for a copy of the
+    files on a machine of its own; else both are None, as they are where there is no commit yet.
+    Records and the README do not count as differences, since each run would make the next one
+    dirty.
     """
     # A folder inside somebody else's repository would report that repository's commit.
     top = None if root is None else _git(root, "rev-parse", "--show-toplevel")
     if root is None or top is None or Path(top) != root.resolve():
-        return None, None
+        return os.environ.get(COMMIT) or None, None
     commit = _git(root, "rev-parse", "--verify", "HEAD")
     changes = _git(root, "status", "--porcelain", "--", ".", *(f":(exclude){p}" for p in _DRAWN))
     if commit is None or changes is None:

@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -46,6 +46,8 @@ class BenchOptions:
         device: "cpu", "cuda" or "cuda:N".
         out: folder for clips and plots that a bench makes on the way; None keeps none.
         part: one of the bench's parts; None: all of it.
+        seconds: that a part may take; None: what the bench allows.
+        keep: told of the figures found so far by a bench that may be cut off.
     """
 
     quick: bool = False
@@ -53,6 +55,8 @@ class BenchOptions:
     device: str = "cpu"
     out: Path | None = None
     part: str | None = None
+    seconds: float | None = None
+    keep: Callable[[Mapping[str, Figure]], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -168,10 +172,12 @@ def run_bench(
     targets: Mapping[str, Target],
     command: str,
     progress: Progress,
+    keep: Callable[[Record], None] | None = None,
 ) -> Record:
     """Measure, and judge the figures by `targets`; a missed target is no error.
 
     What the bench prints goes to standard error, since standard output belongs to the result.
+    `keep` is given a record of what was found so far as often as the bench says it.
 
     Raises:
         MissingDependencyError: the machine lacks what the bench needs.
@@ -181,11 +187,39 @@ def run_bench(
     if unmet:
         raise MissingDependencyError(f"bench {bench.name}: needs {' and '.join(unmet)}")
     began, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    environment = describe_environment(options.device)
+
+    def record(measured: Mapping[str, float | Figure]) -> Record:
+        figures = _check_figures(measured, f"bench {bench.name}")
+        values = {name: figure.value for name, figure in figures.items()}
+        return Record(
+            bench=bench.name,
+            figures=values,
+            targets={
+                name: {targets[name].kind: targets[name].bound}
+                for name in values
+                if name in targets
+            },
+            missed=missed_targets(values, targets),
+            environment=environment,
+            intervals={
+                name: [figure.low, figure.high, figure.n]
+                for name, figure in figures.items()
+                if figure.low is not None or figure.n is not None
+            },
+            quick=options.quick,
+            seconds=round(time.perf_counter() - began, 3),
+            command=command,
+            date=date,
+            units={name: figure.unit for name, figure in figures.items() if figure.unit},
+        )
+
+    if keep is not None:
+        options = replace(options, keep=lambda measured: keep(record(measured)))
     try:
         with contextlib.redirect_stdout(sys.stderr):
             measured = bench.run(options, progress)
-        seconds = time.perf_counter() - began
-        figures = _check_figures(measured, f"bench {bench.name}")
+        return record(measured)
     except WorkError:
         raise
     except Exception as error:
@@ -194,26 +228,6 @@ def run_bench(
             f"bench {bench.name}: must finish, got {type(error).__name__} "
             f"({Path(place.filename).name}, line {place.lineno}): {error}"
         ) from error
-    values = {name: figure.value for name, figure in figures.items()}
-    return Record(
-        bench=bench.name,
-        figures=values,
-        targets={
-            name: {targets[name].kind: targets[name].bound} for name in values if name in targets
-        },
-        missed=missed_targets(values, targets),
-        environment=describe_environment(options.device),
-        intervals={
-            name: [figure.low, figure.high, figure.n]
-            for name, figure in figures.items()
-            if figure.low is not None or figure.n is not None
-        },
-        quick=options.quick,
-        seconds=round(seconds, 3),
-        command=command,
-        date=date,
-        units={name: figure.unit for name, figure in figures.items() if figure.unit},
-    )
 
 
 def _check_figures(measured: Mapping[str, float | Figure], where: str) -> dict[str, Figure]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +21,7 @@ import torch
 from kinetiq.bench.figures import Figure
 from kinetiq.errors import RequestError, WorkError
 
+Around = Callable[[], AbstractContextManager[object]]
 _State = TypeVar("_State")
 _RESAMPLES = 2000
 
@@ -74,6 +76,8 @@ def time_ratio(
     warmup: int = 1,
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
+    around_ours: Around = nullcontext,
+    around_baseline: Around = nullcontext,
 ) -> TimeRatio:
     """Time two functions in turn: ours, baseline, ours, baseline, and so on.
 
@@ -84,6 +88,8 @@ def time_ratio(
         warmup: how many pairs are run before, untimed.
         device: on "cuda" the clock waits until the GPU is done.
         clock: seconds, monotonic.
+        around_ours: set up before each call and torn down after it, untimed.
+        around_baseline: likewise.
 
     Returns:
         Seconds of both, and their ratio. Its interval is a bootstrap over the pairs
@@ -97,11 +103,13 @@ def time_ratio(
         raise RequestError(f"time_ratio: repeats must be at least 1, got {repeats}")
     if warmup < 0:
         raise RequestError(f"time_ratio: warmup must be at least 0, got {warmup}")
+    sides = ((ours, around_ours), (baseline, around_baseline))
     for _ in range(warmup):
-        ours()
-        baseline()
+        for call, around in sides:
+            with around():
+                call()
     pairs = np.array(
-        [[_seconds(call, device, clock) for call in (ours, baseline)] for _ in range(repeats)]
+        [[_seconds(*side, device, clock) for side in sides] for _ in range(repeats)]
     )  # [repeats, 2]
     medians = np.median(pairs, axis=0)
     if medians[1] <= 0:
@@ -145,12 +153,15 @@ def peak_memory(
             ) from error
 
 
-def _seconds(call: Callable[[], object], device: str, clock: Callable[[], float]) -> float:
-    _synchronise(device)
-    start = clock()
-    call()
-    _synchronise(device)
-    return clock() - start
+def _seconds(
+    call: Callable[[], object], around: Around, device: str, clock: Callable[[], float]
+) -> float:
+    with around():
+        _synchronise(device)
+        start = clock()
+        call()
+        _synchronise(device)
+        return clock() - start
 
 
 def _synchronise(device: str) -> None:

@@ -1,13 +1,15 @@
 """Measurements that share a time budget: each runs if it can, and what does not run is named.
 
 A step says how long it may take, and begins only while that much time is left, so that a run ends
-when it was promised to. One that breaks is named with its error, and the next one goes on.
+when it was promised to. One that breaks is named with its error, and the next one goes on. What is
+found is handed on after every step, with the name of the next, so that a step which does not end
+takes nothing along.
 """
 
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,18 +50,35 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What is to be known of a figure besides its value.
+
+    Args:
+        figure: its name.
+        text: one line.
+    """
+
+    figure: str
+    text: str
+
+
+Found = Mapping[str, Figure] | Note
+
+
+@dataclass(frozen=True)
 class Step:
     """One measurement.
 
     Args:
         name: what is unmeasured without it.
         seconds: that it may take on a GPU of the H200's class.
-        run: measures, given what its stage has built.
+        run: measures, given what its stage has built. It returns all figures at the end, or gives
+            them one after the other: those given stay if it breaks later.
     """
 
     name: str
     seconds: float
-    run: Callable[[Any], Mapping[str, Figure]]
+    run: Callable[[Any], Mapping[str, Figure] | Iterable[Found]]
 
 
 @dataclass(frozen=True)
@@ -89,16 +108,19 @@ class Outcome:
         figures: by name.
         unmeasured: name → why, of everything that was left out or broke.
         failed: names of those that broke.
+        left: names of what was not come to yet.
         details: further findings for its file, ready for JSON.
     """
 
     figures: dict[str, Figure] = field(default_factory=dict)
     unmeasured: dict[str, str] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
     def leave_out(self, names: Sequence[str], why: str) -> None:
         """Name what was not begun."""
+        self.left = [name for name in self.left if name not in names]
         self.unmeasured |= dict.fromkeys(names, why)
 
     def fail(self, names: Sequence[str], why: str) -> None:
@@ -106,9 +128,24 @@ class Outcome:
         self.leave_out(names, why)
         self.failed += names
 
+    def take(self, found: Found) -> None:
+        """Keep what a step has found."""
+        if isinstance(found, Note):
+            self.details.setdefault("notes", {})[found.figure] = found.text
+        else:
+            self.figures |= found
+
+
+Keep = Callable[[Outcome, str], None]  # what was found so far, and what begins now
+
 
 def run_stages(
-    stages: Sequence[Stage], device: str, budget: Budget, progress: Progress, label: str
+    stages: Sequence[Stage],
+    device: str,
+    budget: Budget,
+    progress: Progress,
+    label: str,
+    keep: Keep = lambda *_: None,
 ) -> Outcome:
     """Build each stage in turn, run its steps, and let go of it.
 
@@ -118,8 +155,9 @@ def run_stages(
         budget: shared by all of them.
         progress: shows how far it is.
         label: of the progress.
+        keep: told what was found so far before anything is built or measured.
     """
-    outcome = Outcome()
+    outcome = Outcome(left=[step.name for stage in stages for step in stage.steps])
     for stage in progress.track(stages, label):
         names = [step.name for step in stage.steps]
         if stage.gpu and not device.startswith("cuda"):
@@ -129,13 +167,14 @@ def run_stages(
         if why := budget.refusal(least):
             outcome.leave_out(names, why)
             continue
-        _run_stage(stage, budget, outcome)
+        _run_stage(stage, budget, outcome, keep)
         free_memory(device)
     return outcome
 
 
-def _run_stage(stage: Stage, budget: Budget, outcome: Outcome) -> None:
+def _run_stage(stage: Stage, budget: Budget, outcome: Outcome, keep: Keep) -> None:
     built: list[Any] = []
+    keep(outcome, f"{stage.name}: building")
     with _failing(outcome, [step.name for step in stage.steps]):
         built.append(stage.build())
     if not built:
@@ -144,8 +183,12 @@ def _run_stage(stage: Stage, budget: Budget, outcome: Outcome) -> None:
         if why := budget.refusal(step.seconds):
             outcome.leave_out([step.name], why)
             continue
+        outcome.left = [name for name in outcome.left if name != step.name]
+        keep(outcome, step.name)
         with _failing(outcome, [step.name]):
-            outcome.figures |= step.run(built[0])
+            found = step.run(built[0])
+            for part in [found] if isinstance(found, Mapping) else found:
+                outcome.take(part)
         gc.collect()
 
 

@@ -24,7 +24,7 @@ from kinetiq.bench.moft_cost import random_channels
 from kinetiq.checkpoint import Checkpoint
 from kinetiq.clip import Clip
 from kinetiq.compiled import CompiledDenoiser
-from kinetiq.denoiser import NO_CONTROLS, EagerDenoiser
+from kinetiq.denoiser import NO_CONTROLS, Denoiser, EagerDenoiser
 from kinetiq.engine import Engine
 from kinetiq.errors import KinetiqError, WorkError
 from kinetiq.families import FAMILIES, SiteKind
@@ -58,7 +58,7 @@ _SCHEDULER: Mapping[str, Any] = MappingProxyType(
     }
 )
 _SLACK = 2.0  # times the error of the stock network in its own type
-_TIMESTEP = 500
+_TIMESTEP = 500.0  # of the type that the sampler's have
 LEARNED_SIZE = (16, 16)  # latents that random embeddings were learned at; they are resized for use
 _RANK = 16  # of a random LoRA
 _STRENGTH = 0.1  # of random motions, beside activations of order one
@@ -119,6 +119,8 @@ class Subject:
         guidance_scale: of every request.
         reference: a clip for controls that want one.
         flops: of one prediction for a clip with guidance, 0 where not counted.
+        check: raises a `WorkError` unless a denoiser of its network predicts for so many clips with
+            guidance, without any control, what it must.
     """
 
     name: str
@@ -131,6 +133,7 @@ class Subject:
     guidance_scale: float
     reference: Clip
     flops: int = 0
+    check: Callable[[Denoiser, int], None] = field(default=lambda *_: _refuse_unchecked())
 
     @property
     def device(self) -> torch.device:
@@ -254,10 +257,8 @@ def full_size_subject(model: FullSize, device: str, dtype: torch.dtype) -> Subje
     with FlopCounterMode(display=False) as counter:
         usual = predict_stock(network, model.family, *given)
     denoiser = EagerDenoiser(network).attach()
-    latents, timesteps, text = given
-    with torch.inference_mode():
-        ours = denoiser.predict(latents.to(dtype), timesteps, text.to(dtype), NO_CONTROLS)
-    require_as_good(model.name, ours, usual, exact)
+    check = functools.partial(check_prediction, model.name, given, usual, exact)
+    check(denoiser, 1)
     encode_text = random_text(model.text, device)
     checkpoint = Checkpoint(
         name=model.name,
@@ -283,6 +284,7 @@ def full_size_subject(model: FullSize, device: str, dtype: torch.dtype) -> Subje
         guidance_scale=model.guidance_scale,
         reference=Clip.from_array(pixels),
         flops=counter.get_total_flops(),
+        check=check,
     )
 
 
@@ -315,6 +317,41 @@ def predict_stock(
     with torch.inference_mode():
         output: Tensor = network(latents.to(dtype), timesteps, text.to(dtype), return_dict=False)[0]
     return output
+
+
+def check_prediction(
+    name: str,
+    given: tuple[Tensor, Tensor, Tensor],
+    usual: Tensor,
+    exact: Tensor,
+    denoiser: Denoiser,
+    clips: int,
+) -> None:
+    """Raise unless a denoiser is as good as the usual way, for as many rows as clips have.
+
+    Args:
+        name: of the model.
+        given: latents, timesteps and text of one clip with guidance.
+        usual: what the stock network says of them, in the denoiser's type.
+        exact: the same in float32.
+        denoiser: what is checked.
+        clips: how often the rows are repeated.
+
+    Raises:
+        WorkError: it errs more than twice as much.
+    """
+    latents, timesteps, text = (torch.cat([tensor] * clips) for tensor in given)
+    with torch.inference_mode():
+        ours = denoiser.predict(
+            latents.to(usual.dtype), timesteps, text.to(usual.dtype), NO_CONTROLS
+        )
+    require_as_good(name, ours, torch.cat([usual] * clips), torch.cat([exact] * clips))
+
+
+def _refuse_unchecked() -> None:
+    raise WorkError(
+        "bench gpu: a model must have been compared with stock to be timed compiled, and was not"
+    )
 
 
 def require_as_good(name: str, ours: Tensor, usual: Tensor, exact: Tensor) -> None:
@@ -358,28 +395,44 @@ class Stock:
 
     def clips(self, count: int, *, steps: int, latent: bool = False) -> Tensor:
         """Clips [count, frames, channels, h, w], or latents [count, channels, frames, h, w]."""
+        call = self.prepared(count, steps=steps, latent=latent)
+        with self.borrowing():
+            return call()
+
+    def prepared(self, count: int, *, steps: int, latent: bool = False) -> Callable[[], Tensor]:
+        """What makes the clips inside `borrowing`, and does nothing that stock would not do."""
         subject = self.subject
-        denoiser = subject.engine.denoiser
-        assert isinstance(denoiser, EagerDenoiser)
         text, negative = (
             subject.encode_text(prompt).to(subject.dtype).expand(count, -1, -1)
             for prompt in ("a red circle", "")
         )
-        with without_ours(denoiser), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of deprecations
+        noise = self._noise(count)
+
+        def call() -> Tensor:
             out = self.pipeline(
                 num_frames=subject.frames,
                 height=subject.height,
                 width=subject.width,
                 num_inference_steps=steps,
                 guidance_scale=subject.guidance_scale,
-                latents=self._noise(count),
+                latents=noise,
                 prompt_embeds=text,
                 negative_prompt_embeds=negative,
                 output_type="latent" if latent else "pt",
             )
-        clips: Tensor = out.frames
-        return clips
+            clips: Tensor = out.frames
+            return clips
+
+        return call
+
+    @contextlib.contextmanager
+    def borrowing(self) -> Iterator[None]:
+        """Inside, the network is the stock one, and deprecations are not said."""
+        denoiser = self.subject.engine.denoiser
+        assert isinstance(denoiser, EagerDenoiser)
+        with without_ours(denoiser), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
 
     def _noise(self, count: int) -> Tensor:
         """What our clips of the seeds 0, 1 and so on start from."""

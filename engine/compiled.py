@@ -5,6 +5,8 @@ rows, size, type, number of frames, length of prompts or set of kinds of control
 `kinetiq.plan_inputs` for how shapes are rounded, and `kinetiq.plan` for how a plan runs.
 """
 
+import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ from kinetiq.plan_inputs import (
     KINDS,
     Forms,
     MotionSite,
+    Path,
     list_forms,
     list_inputs,
     round_rows,
@@ -35,6 +38,7 @@ from kinetiq.profiling import span
 from kinetiq.prompt_keys import PromptKeys
 
 MOST_PLANS = 16
+_log = logging.getLogger(__name__)
 
 
 class CompiledDenoiser(EagerDenoiser):
@@ -112,7 +116,7 @@ class CompiledDenoiser(EagerDenoiser):
             inputs = list_inputs(latents, timesteps, self._prompts.of(text), controls)
             forms = list_forms(inputs, controls, self._motion_sites(controls), self._round_rows)
             with span("plan"):
-                return self._plan(forms, text).run(inputs, len(latents))
+                return self._run(forms, text, inputs)
 
     @contextmanager
     def eagerly(self) -> Iterator[None]:
@@ -141,6 +145,19 @@ class CompiledDenoiser(EagerDenoiser):
         self._prompts = PromptKeys(self.network, self.sites)
         return super().detach()
 
+    def _run(self, forms: Forms, text: Tensor, inputs: Mapping[Path, Tensor]) -> Tensor:
+        """What the plan says; where memory runs out, once more with all others dropped."""
+        plan = self._plan(forms, text)
+        rows = len(inputs["latents",])
+        try:
+            return plan.run(inputs, rows)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(self._plans) < 2:
+                raise
+        # Behind the handler, which would hold on to what did not fit.
+        self._drop_plans(plan)
+        return plan.run(inputs, rows)
+
     def _plan(self, forms: Forms, text: Tensor) -> Plan:
         key = (text.shape[1:], frozenset(forms.items()))
         plan = self._plans.get(key)
@@ -148,7 +165,9 @@ class CompiledDenoiser(EagerDenoiser):
             plan = self._prepared(forms, text)
             self._plans[key] = plan
             while len(self._plans) > self._most_plans:
-                self._plans.popitem(last=False)[1].close()
+                evicted = self._plans.popitem(last=False)[1]
+                _log.info("the plan for %s makes room", evicted.describe())
+                evicted.close()
         self._plans.move_to_end(key)
         return plan
 
@@ -168,6 +187,7 @@ class CompiledDenoiser(EagerDenoiser):
         device = text.device
         if device.type == "cuda" and self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        began = time.perf_counter()
         plan = Plan(
             self.network,
             self.signal,
@@ -182,13 +202,19 @@ class CompiledDenoiser(EagerDenoiser):
         except BaseException:
             plan.close()
             raise
+        seconds = time.perf_counter() - began
+        _log.info("compiled for %s in %.1f s", plan.describe(), seconds)
         return plan
 
-    def _drop_plans(self) -> None:
-        while self._plans:
-            self._plans.popitem()[1].close()
+    def _drop_plans(self, but: Plan | None = None) -> None:
+        """Let go of all plans but one; their memory is the GPU's again."""
+        for key, plan in list(self._plans.items()):
+            if plan is not but:
+                del self._plans[key]
+                plan.close()
         if self._pool is not None:
-            self._pool = None
+            if not self._plans:
+                self._pool = None
             torch.cuda.empty_cache()
 
     def _refuse_gradients(self, latents: Tensor, text: Tensor, controls: ControlTensors) -> None:

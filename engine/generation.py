@@ -59,6 +59,12 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 
 Run = ClipRun | BoardRun
+_NO_MEMORY = (  # what is said where PyTorch raises no error of its own for it
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",  # of the driver, as in a launch or a capture
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 @attrs.frozen(eq=False)
@@ -586,8 +592,9 @@ def _too_large(run: Run, device: torch.device) -> WorkError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch could not allocate, on a GPU or on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether PyTorch or a library under it could not allocate, on a GPU or on a CPU."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(word in said for word in _NO_MEMORY)
 
 
 def _batch(states: Sequence[ClipState], model: _Model, boards: Sequence[BoardState] = ()) -> Batch:

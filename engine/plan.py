@@ -6,6 +6,7 @@ graphs of a denoiser take their memory from one pool: they are replayed one afte
 nothing but the output, which is copied out, has to survive a replay.
 """
 
+import gc
 import logging
 import types
 import weakref
@@ -106,7 +107,7 @@ class Plan:
         function = types.FunctionType(self._code, globals())
         self._run = torch.compile(function, fullgraph=True, dynamic=False, backend=compiler)
         self._captured: tuple[torch.cuda.CUDAGraph, Tensor] | None = None  # with its output
-        self._pool = pool
+        self._device, self._pool = device, pool
 
     def prepare(self) -> None:
         """Compile, and on a GPU capture; see the class for what may go wrong."""
@@ -119,21 +120,32 @@ class Plan:
                     self._capture()
         except Exception as error:
             raise _explained(error, self.describe()) from error
-        if self._compiler.seen.count == before:
+        made = self._compiler.seen.count - before
+        if not made:
             raise WorkError(
                 f"compiled: torch.compile must be at work for {self.describe()}, and compiled "
                 "nothing; unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE, or " + _ADVICE
             )
+        if made > 1:
+            raise WorkError(
+                f"compiled: torch.compile must compile once for {self.describe()}, compiled {made} "
+                f"times, so it takes something for new that is not; {_ADVICE}"
+            )
 
     def run(self, inputs: Mapping[Path, Tensor], rows: int) -> Tensor:
-        """The network's output for the first rows; inputs that are not given are zero."""
+        """The network's output for the first rows; inputs that are not given are zero.
+
+        An input is copied if it is another tensor than the last time, or PyTorch has counted a
+        change in place. Writes through `.data` or by kernels of one's own are not counted.
+        """
         for path, buffer in self._buffers.items():
             self._fill(path, buffer, inputs.get(path))
         if self._captured is None:
             return self._predict()[:rows]
         graph, output = self._captured
-        graph.replay()
-        return output[:rows].clone()
+        with torch.cuda.device(self._device):
+            graph.replay()
+            return output[:rows].clone()
 
     def close(self) -> None:
         """Let go of what was compiled, in Dynamo's tables too."""
@@ -173,6 +185,7 @@ class Plan:
                 and known[1] == version >= 0
             )
         if not same:
+            self._filled.pop(path, None)  # what is half written is nobody's
             fill(buffer, path, given)
             self._filled[path] = state
 
@@ -197,16 +210,20 @@ class Plan:
         return out
 
     def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                self._predict()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = self._predict()
-        self._captured = graph, output
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream()  # of this device: the default one is that of the first
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    self._predict()
+            torch.cuda.current_stream().wait_stream(stream)
+            gc.collect()  # a graph that is collected during a capture breaks it
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                output = self._predict()
+            self._captured = graph, output
 
 
 def _predict(

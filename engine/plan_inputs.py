@@ -26,7 +26,7 @@ from kinetiq.control_tensors import (
     QueryControl,
     SkipControl,
 )
-from kinetiq.errors import ShapeError
+from kinetiq.errors import RequestError, ShapeError
 
 Path = tuple[str | int, ...]
 KINDS = ("query", "deviation", "motion", "lora", "skip")  # of control that a plan may carry
@@ -150,11 +150,17 @@ def list_forms(
         rows: rounds rows up.
 
     Raises:
+        RequestError: an input is on another device than the latents.
         ShapeError: an input has other rows than the latents, or a bank does not fit its site.
     """
     forms: dict[Path, Form] = {}
     latents = inputs["latents",]
     for path, tensor in inputs.items():
+        if tensor.device != latents.device:
+            raise RequestError(
+                f"compiled: {_words(path)} must be on {latents.device}, where the latents are, got "
+                f"{tensor.device}; move it there"
+            )
         shape = list(tensor.shape)
         for axis in bank_axes(path):
             shape[axis] = round_slots(shape[axis])

@@ -58,6 +58,13 @@ def test_without_git_or_commits_there_is_no_commit(tmp_path, monkeypatch):
     assert environment.describe_commit(tmp_path) == (None, None)
 
 
+def test_a_copy_without_git_is_told_its_commit(checkout, tmp_path, monkeypatch):
+    told = environment.describe_commit(checkout)
+    monkeypatch.setenv(environment.COMMIT, "0123abc")
+    assert environment.describe_commit(None) == ("0123abc", None)
+    assert environment.describe_commit(checkout) == told  # git knows better
+
+
 def test_the_repository_around_a_checkout_does_not_answer_for_it(checkout):
     assert environment.describe_commit(checkout / "bench") == (None, None)
 

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from kinetiq.bench.command import make_group
 from kinetiq.bench.figures import Figure, load_targets
 from kinetiq.bench.harness import Bench, BenchOptions, Progress, Registry
 from kinetiq.bench.records import read_records
-from kinetiq.bench.steps import Budget, Outcome, Stage, Step, run_stages
+from kinetiq.bench.steps import Budget, Note, Outcome, Stage, Step, run_stages
 from kinetiq.denoiser import EagerDenoiser
 from kinetiq.errors import InputError, MissingDependencyError, WorkError
 from kinetiq.request import Request
@@ -83,7 +85,18 @@ def test_what_cannot_run_is_named_and_the_rest_goes_on():
         Stage("brief", 1.0, lambda: "brief", [step("brief", 5.0, 5)], gpu=False),
         Stage("late", 1.0, lambda: pytest.fail("built"), [step("late", 2.0, 1)], gpu=False),
     ]
-    outcome = run_stages(stages, "cpu", Budget(11.0, clock), SILENT, "fake")
+    kept = []
+
+    def keep(outcome, name):
+        kept.append((name, sorted(outcome.figures), list(outcome.left)))
+
+    outcome = run_stages(stages, "cpu", Budget(11.0, clock), SILENT, "fake", keep)
+    assert kept[:3] == [
+        ("good: building", [], ["one", "two", "long", "of_bad", "brief", "late"]),
+        ("one", [], ["two", "long", "of_bad", "brief", "late"]),
+        ("two", ["a.one"], ["long", "of_bad", "brief", "late"]),
+    ]
+    assert outcome.left == []
     assert seen == [("one", "good"), ("brief", "brief")]
     assert list(outcome.figures) == ["a.one", "a.brief"]
     assert outcome.unmeasured == {
@@ -94,6 +107,18 @@ def test_what_cannot_run_is_named_and_the_rest_goes_on():
         "late": "no time: may take 3 s, 2 s were left",
     }
     assert outcome.failed == ["two", "of_bad"]
+
+
+def test_what_a_step_gave_stays_if_it_breaks_later():
+    def run(_):
+        yield {"a.one": Figure(1.0)}
+        yield Note("a.one", "the last that fitted")
+        raise ValueError("no luck")
+
+    stages = [Stage("s", 1.0, lambda: None, [Step("step", 1.0, run)], gpu=False)]
+    outcome = run_stages(stages, "cpu", Budget(11.0, Clock()), SILENT, "fake")
+    assert outcome.figures == {"a.one": Figure(1.0)} and outcome.failed == ["step"]
+    assert outcome.details == {"notes": {"a.one": "the last that fitted"}}
 
 
 # The test suite in a process of its own.
@@ -191,9 +216,6 @@ def test_time_ends_a_run_and_all_that_it_started(tmp_path):
     with (tmp_path / "log").open("wb") as log:
         status = device_tests.run_in_time([sys.executable, "-c", words], tmp_path, {}, log, 1.0)
     assert status is None
-    torch.tensor(0)
-    import time
-
     time.sleep(2.5)
     assert not started.exists()
 
@@ -213,6 +235,12 @@ def test_no_tests_are_no_measurement(suite):
     outcome = suite("", files={"test_it.py": "def test_it(): pass\n"})
     assert outcome.figures == {} and outcome.failed == ["tests: gpu"]
     assert "pytest must find tests in tests, exit status 5" in outcome.unmeasured["tests: gpu"]
+
+
+def test_tests_leave_time_to_those_of_the_kernels():
+    first, last = device_tests.SELECTIONS
+    assert (first.limit(440.0), last.limit(150.0)) == (290.0, 150.0)
+    assert first.limit(50.0) == first.seconds
 
 
 def test_tests_see_the_gpu_that_was_asked_for(monkeypatch):
@@ -349,6 +377,39 @@ def test_a_network_that_is_wrong_is_not_timed(monkeypatch):
         models.full_size_subject(full_size("animatediff"), "cpu", torch.float32)
 
 
+def test_a_compiled_network_that_is_wrong_is_not_timed(monkeypatch):
+    """Each of the ways to time one compares it first, in as many rows as it is timed with."""
+    subject = subject_of()
+    rows = []
+
+    def predict(_, latents, *rest):
+        rows.append((len(latents), rest[0].dtype))
+        wrong = subject.engine.denoiser.network(latents, *rest[:1], rest[1].repeat_interleave(3, 0))
+        return 1.01 * wrong.sample
+
+    monkeypatch.setattr(models.CompiledDenoiser, "predict", predict)
+    monkeypatch.setattr(models.Subject, "sample", lambda *_: rows.append("sampled"))
+    monkeypatch.setattr(clips, "time_ratio", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(control_costs, "cost", lambda *_, **__: pytest.fail("timed"))
+    bench = clips.Bench(subject, "gpu.tiny", steps=2)
+    for time_it, count in (
+        (lambda: list(clips.ours_compiled(bench)), 1),
+        (lambda: clips.compiled_together(bench, count=4), 4),
+        (
+            lambda: control_costs.cost_compiled(
+                subject, case=control_costs.CASES[1], stem="gpu", repeats=2
+            ),
+            4,
+        ),
+    ):
+        with pytest.raises(WorkError, match="tiny: our network must err at most"):
+            time_it()
+        assert rows[-1] == (2 * count, torch.float32)  # the sampler's type, so its plan
+        assert subject.engine.denoiser.attached
+    with pytest.raises(WorkError, match="must have been compared with stock"):
+        replace(subject, check=models.Subject.check).check(None, 1)
+
+
 def test_clips_that_do_not_fit_together_are_not_timed_in_parts(monkeypatch):
     subject = subject_of()
     counts = iter([0, 1])
@@ -364,6 +425,9 @@ def test_a_clip_against_stock_and_its_stages(monkeypatch):
     bench = clips.Bench(subject_of(), "gpu.tiny", steps=2)
     bench.ratios["stock_cudnn"] = Figure(0.001)
     found = clips.against_usual(bench)
+    assert "gpu.tiny.ratio_to_stock_best" not in found  # a way that was not timed may be the best
+    bench.ratios["stock_compiled"] = Figure(0.5)
+    found |= bench.best()
     ours, theirs = (found[f"gpu.tiny.{w}.seconds_per_clip"].value for w in ("eager", "stock"))
     assert found["gpu.tiny.eager.ratio_to_stock"].value == pytest.approx(theirs / ours)
     assert found["gpu.tiny.ratio_to_stock_best"].value == 0.001
@@ -384,6 +448,7 @@ def test_ours_compiled_is_timed_beside_ours_and_the_better_one_counts(
 ):
     subject = subject_of(family)
     bench = clips.Bench(subject, "gpu.tiny", steps=2)
+    bench.ratios |= {"stock_cudnn": Figure(4.0), "stock_compiled": Figure(5.0)}
     bench.ratios["stock"] = Figure(3.0, 2.0, 4.0, n=3)
     bench.seconds["eager"] = Figure(7.0)
     monkeypatch.setattr(
@@ -408,9 +473,10 @@ def test_ours_compiled_is_timed_beside_ours_and_the_better_one_counts(
 
     monkeypatch.setattr(EagerDenoiser, "predict", spy)
     monkeypatch.setattr(clips, "time_ratio", timed)
-    found = clips.ours_compiled(bench)
+    (found,) = clips.ours_compiled(bench)
     assert seen == {"eager": 2, "ours": 0}  # compiled ones are not predicted by the eager way
     assert found["gpu.tiny.compiled.compilations"].value == 1
+    assert found["gpu.tiny.compiled.same_bits"].value == 1
     assert found["gpu.tiny.compiled.seconds_per_clip"].value == 7.0 / speedup
     assert found["gpu.tiny.compiled.milliseconds_per_step"].value > 0
     assert found["gpu.tiny.seconds_per_clip"].value == (3.5 if speedup > 1 else 7.0)
@@ -456,9 +522,78 @@ def test_the_largest_batch_is_the_last_that_runs(monkeypatch, room, wanted):
             raise torch.OutOfMemoryError("full")
 
     bench = clips.Bench(subject_of(), "gpu.tiny", steps=25)
-    found = clips.largest(bench, "batch", run)
+    outcome = Outcome()
+    for part in clips.largest(bench, "batch", run, clips.does_not_fit):
+        outcome.take(part)
+    found = outcome.figures
     assert found["gpu.tiny.batch.clips"].value == wanted
     assert found["gpu.tiny.batch.seconds_per_clip"].value == pytest.approx(0.5 + 2.0 * 25)
+    notes = {"gpu.tiny.batch.clips": f"{2 * wanted} clips: OutOfMemoryError: full"}
+    assert outcome.details == ({} if wanted == clips.MOST else {"notes": notes})
+
+
+def test_only_stock_may_refuse_a_batch_for_another_reason(monkeypatch):
+    bench = clips.Bench(subject_of(), "gpu.tiny", steps=2)
+    error = RuntimeError("an illegal memory access")
+
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(models.Subject, "clips", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        next(clips.largest_ours(bench))
+    error = WorkError("16 clips must fit into memory together, and do not")
+    assert "16 clips must fit" in next(clips.largest_ours(bench)).text
+    error = WorkError("denoise: a value is not finite")
+    with pytest.raises(WorkError, match="not finite"):
+        next(clips.largest_ours(bench))
+    error = RuntimeError("invalid configuration argument")
+    monkeypatch.setattr(models.Stock, "clips", broken)
+    assert "2 clips: RuntimeError: invalid conf" in next(clips.largest_stock(bench)).text
+
+
+def test_stock_is_timed_without_what_is_set_up_for_it(monkeypatch):
+    subject = subject_of()
+    seen = []
+
+    def timed(theirs, ours, *, around_ours, **_):
+        with around_ours():
+            seen.append(subject.engine.denoiser.attached)
+            monkeypatch.setattr(models, "without_ours", lambda _: pytest.fail("set up in the call"))
+            theirs()
+        seen.append(subject.engine.denoiser.attached)
+        ours()
+        taken = SimpleNamespace(p20=1.0, p50=1.0, p80=1.0)
+        return SimpleNamespace(figure=Figure(1.0), ours=taken, baseline=taken)
+
+    monkeypatch.setattr(clips, "time_ratio", timed)
+    bench = clips.Bench(subject, "gpu.tiny", steps=1)
+    found = clips.against(bench, "stock", models.Stock(subject))
+    assert seen == [False, True] and found["gpu.tiny.eager.ratio_to_stock"].value == 1
+
+
+def test_kernels_are_told_apart_by_their_names():
+    kernels = {
+        "_query_attention_kernel": 1.0,
+        "triton_poi_fused_add_convolution_gelu_3": 2.0,
+        "sm90_xmma_fprop_implicit_gemm_bf16bf16": 4.0,
+        "void cutlass::Kernel<gemm>": 8.0,
+        "nvjet_hsh_192x192": 16.0,
+        "Memcpy DtoD (Device -> Device)": 32.0,
+        "void at::native::vectorized_elementwise_kernel<4>": 64.0,
+        "void pytorch_flash::flash_fwd_kernel": 128.0,
+        "who knows": 256.0,
+    }
+    assert clips.by_group(kernels.items()) == {
+        "other": 256.0,
+        "attention": 128.0,
+        "stock_pointwise_and_norm": 64.0,
+        "copies": 32.0,
+        "matrix": 24.0,
+        "convolution": 4.0,
+        "pointwise_and_norm": 2.0,
+        "our_query_attention": 1.0,
+    }
 
 
 def test_the_stages_are_those_of_the_issue_and_a_cpu_has_the_embedded_one_alone(monkeypatch):
@@ -466,14 +601,15 @@ def test_the_stages_are_those_of_the_issue_and_a_cpu_has_the_embedded_one_alone(
     names = [step.name for stage in stages for step in stage.steps]
     assert len(set(names)) == len(names)
     assert [stage.name for stage in stages if not stage.gpu] == ["embedded"]
-    # A stage that begins within the budget, one after the other, the most wanted first.
-    wanted = [name for name in names if name.startswith("gpu.animatediff: ")]
-    assert wanted[:2] == [
+    # All that the headline's ratio is made of fits into the budget, and comes first.
+    assert names[:4] == [
         "gpu.animatediff: a clip, ours and stock",
-        "gpu.animatediff: a clip, ours compiled",
+        "gpu.animatediff: a clip, ours compiled, and where its time goes",
+        "gpu.animatediff: stock with cuDNN attention, channels last",
+        "gpu.animatediff: stock with torch.compile",
     ]
-    first = [stages[0].seconds + stages[1].seconds, *(s.seconds for s in stages[0].steps)]
-    assert sum(first) + sum(step.seconds for step in stages[1].steps[:3]) <= gpu.SECONDS["full"]
+    needed = stages[0].seconds + sum(step.seconds for step in stages[0].steps[:4])
+    assert needed <= gpu.SECONDS["full"]
     assert {
         f"gpu.animatediff: {n} clips{way}" for n in (4, 8) for way in ("", ", ours compiled")
     } <= (set(names))
@@ -481,7 +617,8 @@ def test_the_stages_are_those_of_the_issue_and_a_cpu_has_the_embedded_one_alone(
         clips, "build_embedded", lambda _: clips.Bench(subject_of(), "cpu.embedded", 1)
     )
     outcome = clips.measure_clips(BenchOptions(), Budget(60.0), SILENT)
-    assert set(outcome.unmeasured) == set(names[3:]) and outcome.failed == []
+    small = {step.name for step in stages[1].steps}
+    assert set(outcome.unmeasured) == set(names) - small and outcome.failed == []
     assert set(outcome.figures) == {
         "cpu.embedded.seconds_per_clip",
         "cpu.embedded.same_bits",
@@ -564,6 +701,7 @@ def test_a_device_that_agrees_does(name, monkeypatch):
     monkeypatch.setattr(control_costs, "_SMALL", 0.5)
     found = control_costs.agree(make_agreement(None), name=name)
     assert found["gpu.agreement.disagreeing"].value == 0
+    assert found["gpu.agreement.not_compared"].value == len(control_costs.COMPARED) - 1
     assert found[f"gpu.agreement.{name}.fp32"].value == 0
     assert found[f"gpu.agreement.{name}.bf16"].value > 0
 
@@ -732,22 +870,106 @@ def test_parts_that_measured_something_count_what_they_did_not(monkeypatch, caps
     fakes = {"tests": lambda *_: Outcome(unmeasured={"y": "no"}), "clips": lambda *_: outcome}
     monkeypatch.setattr(gpu, "PARTS", fakes)
     figures = gpu.measure(BenchOptions(), SILENT)
+    wanted = gpu.wanted_of("clips")
+    missing = len(wanted) - 1  # that nothing failed is known
+    assert missing > 4
     assert {name: figure.value for name, figure in figures.items()} == {
         "gpu.a": 1.0,
-        "gpu.clips.unmeasured": 50,
+        "gpu.clips.unmeasured": 50 + missing,
         "gpu.clips.failed": 1,
     }
-    assert "and 10 more, all of them in gpu_clips.json" in capsys.readouterr().out
+    assert f"and {10 + missing} more, all of them in gpu_clips.json" in capsys.readouterr().out
+    assert set(outcome.unmeasured) >= {"gpu.animatediff.seconds_per_clip"}
     monkeypatch.setattr(gpu, "PARTS", {"tests": lambda *_: Outcome()})
     with pytest.raises(WorkError, match="must measure something, 0 unmeasured: there was nothing"):
         gpu.measure(BenchOptions(device="cuda"), SILENT)
+
+
+def test_each_target_of_a_gpu_belongs_to_one_part():
+    belonging = [name for part in gpu.PARTS for name in gpu.wanted_of(part)]
+    assert len(set(belonging)) == len(belonging)
+    assert {name for name in load_targets() if name.startswith("gpu.")} <= set(belonging)
+    assert "kernels.failed" in belonging and "kernels.cpu_worst_ratio" not in belonging
+    assert "kernels.frame_attention.cpu_speedup" not in belonging
+
+
+def test_a_reason_that_is_known_stays(monkeypatch):
+    outcome = Outcome({"gpu.agreement.disagreeing": Figure(0)})
+    outcome.leave_out(["gpu.query_cost.one_target"], "no time")
+    gpu.name_missing("controls", outcome, "cuda")
+    assert outcome.unmeasured == {
+        "gpu.query_cost.one_target": "no time",
+        "gpu.query_cost.four_targets": "what it is made of was not measured",
+        "gpu.agreement.not_compared": "what it is made of was not measured",
+    }
+
+
+def test_a_ratio_to_the_best_says_which_way_was_not_timed(monkeypatch):
+    steps = [Step("step", 1.0, lambda _: {"gpu.animatediff.eager.ratio_to_stock": Figure(1.2)})]
+    stage = Stage("stage", 1.0, lambda: None, steps)
+    monkeypatch.setattr(clips, "stages", lambda _: [stage])
+    outcome = clips.measure_clips(BenchOptions(device="cuda"), Budget(60.0), SILENT)
+    assert outcome.unmeasured.pop("gpu.animatediff.ratio_to_stock_best") == (
+        "needs all stock ways, stock_cudnn, stock_compiled was not timed"
+    )
+    assert set(outcome.unmeasured) == set(clips.ELSEWHERE)
+
+
+CUT_OFF = """
+import sys, time
+from pathlib import Path
+from kinetiq.bench import command, gpu
+from kinetiq.bench.figures import Figure
+from kinetiq.bench.harness import Registry
+from kinetiq.bench.steps import Stage, Step, run_stages
+
+def measure(options, budget, progress, keep):
+    steps = [
+        Step("quick", 0.1, lambda _: {"gpu.agreement.disagreeing": Figure(0)}),
+        Step("endless", 0.1, lambda _: time.sleep(60)),
+        Step("after", 0.1, lambda _: {}),
+    ]
+    stage = Stage("stage", 0.1, lambda: None, steps, gpu=False)
+    return run_stages([stage], options.device, budget, progress, "fake", keep)
+
+gpu.PARTS = {"controls": measure}
+gpu._GRACE = 0.5
+words = ["gpu", "--part", "controls", "--device", "cpu", "--seconds", "1", "--no-record"]
+command.bench([*words, "--out", sys.argv[1]])
+"""
+
+
+def test_a_measurement_that_does_not_end_takes_nothing_along(tmp_path, invoke):
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", CUT_OFF, str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 1 and time.perf_counter() - began < 50
+    assert "endless: it did not end, and the run was stopped 2 s" in done.stderr
+    kept = json.loads((tmp_path / "gpu_controls.json").read_text())
+    assert kept["failed"] == ["endless"] and list(kept["figures"]) == ["gpu.agreement.disagreeing"]
+    assert kept["unmeasured"]["after"] == "the run was stopped before"
+    assert "gpu.query_cost.one_target" in kept["unmeasured"]
+    record = joining.merge_folders("gpu", [tmp_path])  # as `--merge` reads it
+    assert record.figures == {
+        "gpu.agreement.disagreeing": 0,
+        "gpu.controls.unmeasured": len(kept["unmeasured"]),
+        "gpu.controls.failed": 1,
+    }
+    assert record.missed == ["gpu.controls.failed"] and "--seconds 1" in record.command
 
 
 def test_targets_are_of_figures_that_parts_have():
     names = {name for name in load_targets() if name.startswith("gpu.")}
     known = {f"gpu.{part}.failed" for part in ("kernels", "clips", "controls")}
     known |= {f"{selection.stem}.failed" for selection in device_tests.SELECTIONS}
-    known |= {f"gpu.{case.name}" for case in control_costs.CASES} | {"gpu.agreement.disagreeing"}
+    known |= {f"gpu.{case.name}" for case in control_costs.CASES}
+    known |= {f"gpu.agreement.{word}" for word in ("disagreeing", "not_compared")}
+    known |= {"gpu.tests.not_run", "gpu.animatediff.compiled.same_bits"}
     for model in (models.ANIMATEDIFF, models.ZEROSCOPE):
         for dtype in (torch.float16, torch.bfloat16):
             stem = clips.stem_of(model, dtype)

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import operator
 import os
@@ -35,6 +36,35 @@ def test_calls_are_interleaved_and_warmup_comes_first():
     work = Work([9.0, 9.0, 1.0, 1.0, 1.0], [7.0, 7.0, 2.0, 2.0, 2.0])
     assert work.ratio(3, warmup=2).ratio == 0.5
     assert work.log == ["ours", "baseline"] * 5
+
+
+def test_what_is_set_up_around_a_call_is_not_timed():
+    now, log = [0.0], []
+
+    @contextlib.contextmanager
+    def around(name):
+        now[0] += 100.0
+        log.append(f"{name} in")
+        yield
+        now[0] += 100.0
+        log.append(f"{name} out")
+
+    def work(name, seconds):
+        log.append(name)
+        now[0] += seconds
+
+    ratio = time_ratio(
+        lambda: work("ours", 3.0),
+        lambda: work("baseline", 2.0),
+        repeats=2,
+        warmup=1,
+        clock=lambda: now[0],
+        around_ours=lambda: around("ours"),
+        around_baseline=lambda: around("baseline"),
+    )
+    assert (ratio.ours.p50, ratio.baseline.p50) == (3.0, 2.0)
+    sides = ("ours", "baseline")
+    assert log == [word for side in sides for word in (f"{side} in", side, f"{side} out")] * 3
 
 
 def test_percentiles_are_those_of_each_side():

@@ -32,9 +32,11 @@ from kinetiq.control_tensors import (
 )
 from kinetiq.denoiser import EagerDenoiser
 from kinetiq.families import SiteKind
+from kinetiq.generation import is_out_of_memory
 from kinetiq.motion_embedding import project_bank, site_size
 from kinetiq.motion_lora import lora_paths
 from kinetiq.motion_training import train_embedding
+from kinetiq.plan import Plan
 from kinetiq.plan_inputs import KINDS, round_rows, round_slots
 from kinetiq.prompt_keys import KEPT_PROMPTS
 from kinetiq.temporal_analysis import analyze_temporal
@@ -492,6 +494,84 @@ def test_without_memory_the_other_plans_go_first(networks, family, traced_by_nob
         denoiser.detach()
 
 
+def test_a_replay_without_memory_has_the_other_plans_go_first(make, monkeypatch):
+    failures = [0]
+    run = Plan.run
+
+    def short(plan, inputs, rows):
+        failures[0] -= 1
+        if failures[0] >= 0:
+            raise RuntimeError("CUDA error: out of memory")
+        return run(plan, inputs, rows)
+
+    monkeypatch.setattr(Plan, "run", short)
+    denoiser = make()
+    for rows in (1, 2):
+        denoiser.predict(*sample(rows))
+    failures[0] = 1
+    assert_equal(denoiser.predict(*sample(1)), eager(denoiser, *sample(1)))
+    assert denoiser.compilations == 2 and len(denoiser.plans) == 1
+    failures[0] = 1
+    with pytest.raises(RuntimeError, match="out of memory"):  # there is no other
+        denoiser.predict(*sample(1))
+    assert_equal(denoiser.predict(*sample(2)), eager(denoiser, *sample(2)))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_memory_that_runs_out_elsewhere_is_known(said):
+    assert is_out_of_memory(RuntimeError(said))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
+
+
+def test_an_input_that_was_half_filled_is_filled_again(make, monkeypatch):
+    denoiser, given = make(), sample()
+    wanted = denoiser.predict(*given)
+    other = [sample(seed=1)[0], *given[1:]]
+
+    def half(buffer, path, tensor):
+        buffer.zero_()
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("kinetiq.plan.fill", half)
+        with pytest.raises(torch.OutOfMemoryError):
+            denoiser.predict(*other)
+    assert_equal(denoiser.predict(*given), wanted)
+
+
+def test_an_input_on_another_device_is_refused(make):
+    denoiser, (latents, timesteps, text) = make(), sample()
+    with pytest.raises(
+        kq.RequestError,
+        match=r"^compiled: timesteps must be on cpu, where the latents are, got meta; move it there",
+    ):
+        denoiser.predict(latents, timesteps.to("meta"), text)
+
+
+def test_a_plan_that_compiles_twice_is_refused(networks, traced_by_nobody):
+    denoiser = CompiledDenoiser(networks["animatediff"], compiler=lambda graph, _: graph).attach()
+
+    def twice(graph, inputs):
+        denoiser._compilations.count += 1
+        return graph
+
+    denoiser._compile = twice
+    try:
+        with pytest.raises(
+            kq.WorkError, match=r"must compile once for 3 rows .*, compiled 2 times"
+        ):
+            denoiser.predict(*sample())
+    finally:
+        denoiser.detach()
+
+
 def test_a_batch_that_does_not_fit_is_split(tiny_folder, family, traced_by_nobody, monkeypatch):
     with kq.Engine.load(tiny_folder(family)) as engine:
         requests = [
@@ -698,6 +778,62 @@ def test_inductor_compiles_the_embedded_model():
 
 
 # On a GPU.
+
+
+def on_gpu(part):
+    """A control, or a part of one, on the GPU."""
+    if isinstance(part, torch.Tensor):
+        return part.cuda()
+    if isinstance(part, dict):
+        return {key: on_gpu(value) for key, value in part.items()}
+    if part is None:
+        return None
+    return replace(
+        part, **{field.name: on_gpu(getattr(part, field.name)) for field in fields(part)}
+    )
+
+
+@pytest.mark.gpu
+def test_graphs_with_controls_are_replayed_on_a_gpu(family):
+    """Filled up, evicted and made again, in turn in one pool, and with tensors changed in place."""
+    network = shallow(family)
+    source = EagerDenoiser(network).attach()
+    made = {
+        (kinds, seed): make_controls(source, SHAPES[0], kinds, seed=seed)
+        for kinds in [(), *((kind,) for kind in KINDS), KINDS]
+        for seed in (1, 3)
+    }
+    source.detach()
+    made = {key: on_gpu(controls) for key, controls in made.items()}
+    network.cuda()
+    denoiser = CompiledDenoiser(network, compiler="eager", rows=lambda _: 5).attach()
+    samples = {seed: [tensor.cuda() for tensor in sample(seed=seed)] for seed in (1, 3)}
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for _ in range(2):  # the second time plans are replayed after each other
+            for (_, seed), controls in made.items():
+                wanted = eager(denoiser, *samples[seed], controls)
+                assert_equal(denoiser.predict(*samples[seed], controls), wanted)
+        assert denoiser.compilations == len(made) // 2
+        controls, given = made[KINDS, 1], samples[1]
+        bank = next(iter(controls.motion.banks.values()))
+        before = eager(denoiser, *given, controls)
+        for tensor in (given[0], bank.query_key):
+            tensor.mul_(0.5)
+            wanted = eager(denoiser, *given, controls)
+            assert_equal(denoiser.predict(*given, controls), wanted)
+            assert_differ(wanted, before)
+            before = wanted
+        with torch.inference_mode():
+            assert_equal(denoiser.predict(*given, controls), wanted)
+    denoiser.detach()
+    small = CompiledDenoiser(network, compiler="eager", most_plans=1).attach()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for kinds in ((), ("query",), ()):
+            controls = made[kinds, 1]
+            wanted = eager(small, *given, controls)
+            assert_equal(small.predict(*given, controls), wanted)
+        assert small.compilations == 3 and len(small.plans) == 1
+    small.detach()
 
 
 @pytest.mark.gpu
