@@ -544,8 +544,7 @@ def by_group(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 def _is_kernel(event: Any) -> bool:
     """Operators on the CPU are charged with their kernels' time a second time."""
-    on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
-    return on_gpu and event.self_device_time_total > 0
+    return bool(event.device_type.name == "CUDA" and event.self_device_time_total > 0)
 
 
 def timed(call: Callable[[], object], repeats: int, device: torch.device) -> tuple[Timing, int]:

@@ -346,7 +346,8 @@ class EngineDenoiser(GraphDenoiser):
 
 def with_index(device: torch.device) -> torch.device:
     """The very GPU that a device is now: the current one may be another later."""
-    if device.type == "cuda" and device.index is None:
+    index: int | None = device.index
+    if device.type == "cuda" and index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
