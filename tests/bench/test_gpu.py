@@ -313,6 +313,7 @@ def test_a_case_gives_figures_and_its_settings_are_sorted(monkeypatch, tmp_path)
     def fail():
         raise RuntimeError("too slow")
 
+    wrong.__name__ = kernels.step_case.__name__  # by which a case is described
     run([replace(plan, build=functools.partial(wrong, *plan.build.args))])
     assert outcome.figures["kernels.failed"].value == 1
     assert outcome.failed == ["kernels: guided_step embedded fp32"]
@@ -881,7 +882,9 @@ def test_parts_that_measured_something_count_what_they_did_not(monkeypatch, caps
     assert f"and {10 + missing} more, all of them in gpu_clips.json" in capsys.readouterr().out
     assert set(outcome.unmeasured) >= {"gpu.animatediff.seconds_per_clip"}
     monkeypatch.setattr(gpu, "PARTS", {"tests": lambda *_: Outcome()})
-    with pytest.raises(WorkError, match="must measure something, 0 unmeasured: there was nothing"):
+    missing = len(gpu.wanted_of("tests")) - 1
+    said = f"must measure something, {missing} unmeasured: what it is made of was not measured"
+    with pytest.raises(WorkError, match=said):
         gpu.measure(BenchOptions(device="cuda"), SILENT)
 
 

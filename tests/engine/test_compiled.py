@@ -83,7 +83,9 @@ def make_controls(denoiser, shape, kinds=KINDS, seed=0, slots=2, regional=False)
             bank = torch.randn(slots, frames, h * w + 1, site.width, generator=rng)
             bank[0] = 0
             attention = network.get_submodule(site.name)
-            banks[index] = project_bank(attention, bank[:, :, 0], bank[:, :, 1:])
+            query_key, value = bank[:, :, 0], bank[:, :, 1:]
+            projected = project_bank(attention, query_key, value)
+            banks[index] = replace(projected, query_key=query_key, value=value)
     loras = {}
     for path in lora_paths(network, denoiser.family, "all"):
         outs, ins = network.get_submodule(path).weight.shape
