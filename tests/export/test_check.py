@@ -23,7 +23,7 @@ from kinetiq.export.check import (  # noqa: E402
     find_first_difference,
     installed_runtimes,
 )
-from kinetiq.export.engine_file import EngineRecord, write_engine  # noqa: E402
+from kinetiq.export.engine_file import FORMAT, EngineRecord, write_engine  # noqa: E402
 from kinetiq.export.engine_profile import Bounds, Profile, make_profile  # noqa: E402
 from kinetiq.export.example import BankSizes, example_shapes, make_example  # noqa: E402
 from kinetiq.export.metadata import (  # noqa: E402
@@ -114,7 +114,7 @@ def engine(tmp_path, monkeypatch, exported):
     metadata = read_metadata(exported())
     bounds = {"rows": Bounds(1, 2, 2), "frames": Bounds(2, 2, 4), "width": Bounds(4, 4, 4)}
     record = EngineRecord(
-        format=1,
+        format=FORMAT,
         kinetiq="0",
         runtime="tensorrt",
         version="11",
