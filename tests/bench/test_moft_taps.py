@@ -36,6 +36,7 @@ def test_features_of_twice_the_size_weigh_a_quarter(engine):
     assert twice == pytest.approx(4 * moft_taps.pan_strength(channels))
 
 
+@pytest.mark.slow
 def test_a_small_run_reads_and_steers_at_every_tap(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(moft_taps, "STEPS", 3)
