@@ -177,7 +177,7 @@ def test_why_a_layer_has_no_kernel_is_kept(tensorrt, compiler, cpu_rng):
     given = [as_given(name, tensor) for name, tensor in inputs.items()]
     with plugins.compiling(compiler, shared_bytes=1) as compilation, pytest.raises(RequestError):
         fake_tensorrt.build_layer(tensorrt, kind.name, {"heads": HEADS}, given)
-    assert [type(error) for error in compilation.errors] == [RequestError]
+    assert [type(failure.error) for failure in compilation.failures] == [RequestError]
     with pytest.raises(WorkError, match="must be built by `kinetiq export tensorrt`"):
         fake_tensorrt.build_layer(tensorrt, kind.name, {"heads": HEADS}, given)
 
