@@ -265,7 +265,8 @@ def test_a_control_leaves_the_network_as_it_was(tiny_folder, family, reference):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     latents_of(engine, kq.QueryInjection(reference))
     engine.close()
-    stock = load_stock(tiny_folder(family), family).unet
+    # A product whose weights are trained takes another way on some CPUs, also without gradients.
+    stock = load_stock(tiny_folder(family), family).unet.requires_grad_(False)
     assert [type(m) for m in network.modules()] == [type(m) for m in stock.modules()]
     assert {n: type(p) for n, p in network.attn_processors.items()} == {
         n: type(p) for n, p in stock.attn_processors.items()
