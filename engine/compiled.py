@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -27,9 +28,12 @@ from kinetiq.motion_embedding import site_size
 from kinetiq.plan import Compilations, Compile, Compiler, Plan
 from kinetiq.plan_inputs import (
     KINDS,
+    Form,
     Forms,
     MotionSite,
     Path,
+    PlanInput,
+    bank_axes,
     list_forms,
     list_inputs,
     round_rows,
@@ -75,6 +79,7 @@ class CompiledDenoiser(EagerDenoiser):
         self._round_rows = rows
         self._prompts = PromptKeys(network, self.sites)
         self._plans: OrderedDict[object, Plan] = OrderedDict()
+        self._banks: WeakValueDictionary[tuple[Path, Form], PlanInput] = WeakValueDictionary()
         self._pool: Any = None
         self._looking = 0
 
@@ -191,7 +196,7 @@ class CompiledDenoiser(EagerDenoiser):
         plan = Plan(
             self.network,
             self.signal,
-            forms,
+            {path: self._input(path, form, device) for path, form in forms.items()},
             text=(text.shape[1], text.shape[2]),
             compiler=Compiler(self._compile, self._compilations),
             device=device,
@@ -205,6 +210,15 @@ class CompiledDenoiser(EagerDenoiser):
         seconds = time.perf_counter() - began
         _log.info("compiled for %s in %.1f s", plan.describe(), seconds)
         return plan
+
+    def _input(self, path: Path, form: Form, device: torch.device) -> PlanInput:
+        """What a plan reads; a bank is that of the plans that have one of its form already."""
+        kept = self._banks.get((path, form))
+        if kept is None:
+            kept = PlanInput(path, form, device)
+            if bank_axes(path):
+                self._banks[path, form] = kept
+        return kept
 
     def _drop_plans(self, but: Plan | None = None) -> None:
         """Let go of all plans but one; their memory is the GPU's again."""

@@ -1,15 +1,15 @@
 """A plan: one prediction at fixed shapes, compiled once, and on a GPU captured and replayed.
 
-A plan owns a tensor for each input. A prediction copies into those what changed, and runs what was
-compiled; on a GPU that is one CUDA graph, so that Python and its guards are not run at all. All
-graphs of a denoiser take their memory from one pool: they are replayed one after the other, and
-nothing but the output, which is copied out, has to survive a replay.
+A plan has a tensor for each input, and shares those of banks with other plans. A prediction copies
+into them what changed, and runs what was compiled; on a GPU that is one CUDA graph, so that Python
+and its guards are not run at all. All graphs of a denoiser take their memory from one pool: they
+are replayed one after the other, and nothing but the output, which is copied out, has to survive a
+replay.
 """
 
 import gc
 import logging
 import types
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from kinetiq.attention import Signal
 from kinetiq.control_tensors import ControlTensors
 from kinetiq.errors import KinetiqError, MissingDependencyError, WorkError
 from kinetiq.generation import is_out_of_memory
-from kinetiq.plan_inputs import Forms, Path, build_controls, build_prompts, fill
+from kinetiq.plan_inputs import Path, PlanInput, build_controls, build_prompts
 
 Compile = Callable[[torch.fx.GraphModule, list[Tensor]], Callable[..., Any]]
 _WARM_UPS = 2  # before a capture: the first compiles and tunes, the second has its memory
@@ -67,7 +67,7 @@ class Plan:
     Args:
         network: with our modules in it.
         signal: what these read.
-        forms: of the inputs; see `kinetiq.plan_inputs`.
+        inputs: by path; see `kinetiq.plan_inputs`.
         text: tokens and width of the prompts, whose keys and values are among the inputs.
         compiler: of torch.compile.
         device: where the network is.
@@ -83,18 +83,15 @@ class Plan:
         self,
         network: Any,
         signal: Signal,
-        forms: Forms,
+        inputs: Mapping[Path, PlanInput],
         *,
         text: tuple[int, int],
         compiler: Compiler,
         device: torch.device,
         pool: Any = None,
     ) -> None:
-        self._buffers = {
-            path: torch.zeros(form.shape, dtype=form.dtype, device=device)
-            for path, form in forms.items()
-        }
-        self._filled: dict[Path, tuple[weakref.ref[Tensor] | None, int]] = {}
+        self._inputs = inputs
+        self._buffers = {path: kept.buffer for path, kept in inputs.items()}
         latents = self._buffers["latents",]
         self._network, self._signal, self._compiler = network, signal, compiler
         self._controls = build_controls(self._buffers)
@@ -133,13 +130,9 @@ class Plan:
             )
 
     def run(self, inputs: Mapping[Path, Tensor], rows: int) -> Tensor:
-        """The network's output for the first rows; inputs that are not given are zero.
-
-        An input is copied if it is another tensor than the last time, or PyTorch has counted a
-        change in place. Writes through `.data` or by kernels of one's own are not counted.
-        """
-        for path, buffer in self._buffers.items():
-            self._fill(path, buffer, inputs.get(path))
+        """The network's output for the first rows; inputs that are not given are zero."""
+        for path, kept in self._inputs.items():
+            kept.take(inputs.get(path))
         if self._captured is None:
             return self._predict()[:rows]
         graph, output = self._captured
@@ -168,26 +161,6 @@ class Plan:
             f"{rows} rows of {frames} frames of {channels}x{height}x{width} latents in "
             f"{self._buffers['latents',].dtype} with {', '.join(kinds) or 'no controls'}"
         )
-
-    def _fill(self, path: Path, buffer: Tensor, given: Tensor | None) -> None:
-        known = self._filled.get(path)
-        if given is None:
-            state: tuple[weakref.ref[Tensor] | None, int] = (None, 0)
-            same = known == state
-        else:
-            # Of a tensor of inference mode it cannot be known whether it was changed in place.
-            version = -1 if given.is_inference() else given._version  # noqa: SLF001  no public way
-            state = (weakref.ref(given), version)
-            same = (
-                known is not None
-                and known[0] is not None
-                and known[0]() is given
-                and known[1] == version >= 0
-            )
-        if not same:
-            self._filled.pop(path, None)  # what is half written is nobody's
-            fill(buffer, path, given)
-            self._filled[path] = state
 
     def _predict(self) -> Tensor:
         signal = self._signal

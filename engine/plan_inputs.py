@@ -9,6 +9,7 @@ So motions at other sites, and mixtures of them, are the same plan. LoRAs are kn
 projections that they change: all of them would cost a pass over the activations each.
 """
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
@@ -86,6 +87,48 @@ class MotionSite:
     key: int
     value: int
     tokens: Callable[[int, int], int]
+
+
+class PlanInput:
+    """A tensor of a form that plans read, and what it was filled from last.
+
+    Plans that run in turn may share one, as they do banks: those of a motion embedding are larger
+    than most plans, and other numbers of rows read the same.
+
+    Args:
+        path: in `list_inputs`.
+        form: of the tensor.
+        device: where it is.
+    """
+
+    def __init__(self, path: Path, form: Form, device: torch.device) -> None:
+        self.buffer = torch.zeros(form.shape, dtype=form.dtype, device=device)
+        self._path = path
+        self._filled: tuple[weakref.ref[Tensor] | None, int] | None = None
+
+    def take(self, given: Tensor | None) -> None:
+        """Copy a tensor, or zeros for None, unless it is there already.
+
+        It is if it is the same one as the last time, and PyTorch has counted no change in place.
+        Writes through `.data` or by kernels of one's own are not counted.
+        """
+        if given is None:
+            state: tuple[weakref.ref[Tensor] | None, int] = (None, 0)
+            same = self._filled == state
+        else:
+            # Of a tensor of inference mode it cannot be known whether it was changed in place.
+            version = -1 if given.is_inference() else given._version  # noqa: SLF001  no public way
+            state = (weakref.ref(given), version)
+            same = (
+                self._filled is not None
+                and self._filled[0] is not None
+                and self._filled[0]() is given
+                and self._filled[1] == version >= 0
+            )
+        if not same:
+            self._filled = None  # what is half written is nobody's
+            fill(self.buffer, self._path, given)
+            self._filled = state
 
 
 def round_rows(rows: int) -> int:

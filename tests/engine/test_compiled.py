@@ -37,7 +37,7 @@ from kinetiq.motion_embedding import project_bank, site_size
 from kinetiq.motion_lora import lora_paths
 from kinetiq.motion_training import train_embedding
 from kinetiq.plan import Plan
-from kinetiq.plan_inputs import KINDS, round_rows, round_slots
+from kinetiq.plan_inputs import KINDS, bank_axes, round_rows, round_slots
 from kinetiq.prompt_keys import KEPT_PROMPTS
 from kinetiq.temporal_analysis import analyze_temporal
 
@@ -272,6 +272,34 @@ def test_motions_are_loaded_and_mixed_without_compiling_within_a_bucket(make):
         assert [compile_for(kinds, 2, keep) for keep in (some, without_values, some)] == [0, 0, 0]
         assert [compile_for(kinds, slots) for slots in (3, 4, 3)] == [1, 0, 0]
         assert [compile_for(kinds, slots) for slots in (5, 6, 7, 8)] == [1, 0, 0, 0]
+
+
+def test_plans_share_banks_and_nothing_else(make):
+    denoiser = make()
+    kinds = ("motion", "lora")
+    controls = [make_controls(denoiser, SHAPES[0], kinds, seed=seed) for seed in (0, 1)]
+
+    def first_rows(whole, rows):
+        cut = {
+            kind: replace(control, slot=control.slot[:rows], scale=control.scale[:rows])
+            for kind in kinds
+            for control in [getattr(whole, kind)]
+        }
+        return replace(whole, **cut)
+
+    for turn in (0, 1, 1, 0):  # so that a plan runs with what another one filled, and must not
+        for rows in (3, 2):
+            given, some = sample(rows), first_rows(controls[turn], rows)
+            assert_equal(denoiser.predict(*given, some), eager(denoiser, *given, some))
+    one, other = denoiser._plans.values()
+    assert one._buffers.keys() == other._buffers.keys()
+    for path, buffer in one._buffers.items():
+        assert (buffer is other._buffers[path]) == bool(bank_axes(path)), path
+    assert len(denoiser._banks) == sum(bool(bank_axes(path)) for path in one._buffers)
+    del one, other
+    denoiser._drop_plans()
+    gc.collect()
+    assert not denoiser._banks
 
 
 def test_ranks_of_loras_have_buckets_too(make):
@@ -542,7 +570,7 @@ def test_an_input_that_was_half_filled_is_filled_again(make, monkeypatch):
         raise torch.OutOfMemoryError("full")
 
     with monkeypatch.context() as patched:
-        patched.setattr("kinetiq.plan.fill", half)
+        patched.setattr("kinetiq.plan_inputs.fill", half)
         with pytest.raises(torch.OutOfMemoryError):
             denoiser.predict(*other)
     assert_equal(denoiser.predict(*given), wanted)
