@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import click
 
-from kinetiq.bench.environment import find_checkout
+from kinetiq.bench.environment import PAGES, find_checkout
 from kinetiq.bench.figures import Target, load_targets
 from kinetiq.bench.harness import (
     BENCHES,
@@ -30,7 +30,7 @@ from kinetiq.bench.harness import (
 )
 from kinetiq.bench.parts import measure_parts, merge_folders, part_file
 from kinetiq.bench.records import Record, append_record, read_folder, read_records
-from kinetiq.bench.report import align, compare, render_comparison, render_readme, render_result
+from kinetiq.bench.report import align, compare, render_comparison, render_page, render_result
 from kinetiq.command_line import PlainGroup, say_error
 from kinetiq.errors import InputError, OutputError, RequestError, WorkError
 from kinetiq.files import write_text
@@ -270,34 +270,45 @@ def _list_command(registry: Registry) -> click.Command:
 @click.command("readme")
 @click.option("--check", is_flag=True, help="Change nothing; exit with 1 if it would change.")
 @click.option("--results", type=_FOLDER, help="Folder of records; bench/results of the checkout.")
-@click.option("--readme", "path", type=_FILE, help="File to draw in; README.md of the checkout.")
-def _readme(check: bool, results: Path | None, path: Path | None) -> None:
-    """Draw the tables of figures in README.md from the records."""
+@click.option(
+    "--page",
+    "pages",
+    type=_FILE,
+    multiple=True,
+    help=f"File to draw in, may be repeated; {' and '.join(PAGES)} of the checkout.",
+)
+def _readme(check: bool, results: Path | None, pages: tuple[Path, ...]) -> None:
+    """Draw the tables of figures in README.md and bench/RESULTS.md from the records."""
     checkout = find_checkout()
-    if checkout is None and (results is None or path is None):
+    if checkout is None and (results is None or not pages):
         raise RequestError(
-            "bench readme: must run in a checkout, found none; name --results and --readme"
+            "bench readme: must run in a checkout, found none; name --results and --page"
         )
     root = checkout or Path()
-    path, results = path or root / "README.md", results or root / "bench" / "results"
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: must be a readable text file, got: {error}") from error
-    drawn = render_readme(text, read_folder(results))
-    if drawn == text:
-        click.echo(f"{path} agrees with the records")
-        return
-    if check:
-        lines = difflib.unified_diff(
-            text.splitlines(), drawn.splitlines(), "as it is", "as recorded", lineterm=""
-        )
-        click.echo("\n".join(lines))
+    records = read_folder(results or root / "bench" / "results")
+    differing = []
+    for path in pages or [root / name for name in PAGES]:
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: must be a readable text file, got: {error}") from error
+        drawn = render_page(text, records, path.name)
+        if drawn == text:
+            click.echo(f"{path} agrees with the records")
+        elif check:
+            lines = difflib.unified_diff(
+                text.splitlines(), drawn.splitlines(), "as it is", "as recorded", lineterm=""
+            )
+            click.echo("\n".join(lines))
+            differing.append(str(path))
+        else:
+            write_text(path, drawn, "bench readme")
+            click.echo(f"{path} drawn from the records")
+    if differing:
         raise WorkError(
-            f"{path}: must agree with the records, but differs; run `kinetiq bench readme`"
+            f"{', '.join(differing)}: must agree with the records, but differs; "
+            "run `kinetiq bench readme`"
         )
-    write_text(path, drawn, "bench readme")
-    click.echo(f"{path} drawn from {results}")
 
 
 @click.command("backends")

@@ -23,7 +23,8 @@ PACKAGES = (
     "tensorrt-rtx-cu13",
 )
 COMMIT = "KINETIQ_COMMIT"
-_DRAWN = ("bench/results", "README.md")  # made from measurements, so no cause of them
+PAGES = ("README.md", "bench/RESULTS.md")  # whose tables are drawn from records
+_DRAWN = ("bench/results", *PAGES)  # made from measurements, so no cause of them
 
 
 def describe_environment(device: str) -> dict[str, Any]:
@@ -66,8 +67,8 @@ def describe_commit(root: Path | None) -> tuple[str | None, bool | None]:
 
     Without such a tree, or without git, the commit is what KINETIQ_COMMIT says, for a copy of the
     files on a machine of its own; else both are None, as they are where there is no commit yet.
-    Records and the README do not count as differences, since each run would make the next one
-    dirty.
+    Records and the pages drawn from them do not count as differences, since each run would make the
+    next one dirty.
     """
     # A folder inside somebody else's repository would report that repository's commit.
     top = None if root is None else _git(root, "rev-parse", "--show-toplevel")

@@ -1,6 +1,6 @@
-"""Tables drawn from records: for the terminal, for the README, and for comparing two files.
+"""Tables drawn from records: for the terminal, for Markdown pages, and for comparing two files.
 
-A README holds blocks between two marks, each alone on its line:
+A page holds blocks between two marks, each alone on its line:
 
     <!-- figures: query -->
     <!-- /figures -->
@@ -43,8 +43,13 @@ class Comparison:
     within_noise: bool | None
 
 
-def render_readme(text: str, records: Sequence[Record]) -> str:
+def render_page(text: str, records: Sequence[Record], name: str = "README.md") -> str:
     """`text` with each block of figures drawn from the newest full record of its bench.
+
+    Args:
+        text: of the page.
+        records: of all benches.
+        name: of the page, for errors.
 
     Raises:
         InputError: a block is not closed or not open, its bench has no full record, or the
@@ -53,7 +58,7 @@ def render_readme(text: str, records: Sequence[Record]) -> str:
     lines: list[str] = []
     opened: tuple[int, str] | None = None  # line number and content of the open block's mark
     for number, line in enumerate(text.split("\n"), start=1):
-        where = f"README line {number}"
+        where = f"{name} line {number}"
         if opening := _OPEN.fullmatch(line.strip()):
             if opened is not None:
                 raise InputError(f"{where}: the block of line {opened[0]} must be closed first")
@@ -62,7 +67,7 @@ def render_readme(text: str, records: Sequence[Record]) -> str:
         elif _CLOSE.fullmatch(line.strip()):
             if opened is None:
                 raise InputError(f"{where}: a block of figures must be open here, none is")
-            lines += [*_readme_block(opened[1].split(), records, f"README line {opened[0]}"), line]
+            lines += [*_draw_block(opened[1].split(), records, f"{name} line {opened[0]}"), line]
             opened = None
         elif _ALMOST.search(line):
             raise InputError(
@@ -72,7 +77,7 @@ def render_readme(text: str, records: Sequence[Record]) -> str:
         elif opened is None:
             lines.append(line)
     if opened is not None:
-        raise InputError(f"README line {opened[0]}: the block of figures must be closed, it is not")
+        raise InputError(f"{name} line {opened[0]}: the block of figures must be closed, it is not")
     return "\n".join(lines)
 
 
@@ -144,7 +149,7 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _readme_block(names: Sequence[str], records: Sequence[Record], where: str) -> list[str]:
+def _draw_block(names: Sequence[str], records: Sequence[Record], where: str) -> list[str]:
     bench, *figures = names
     record = newest(records, bench, quick=False)
     if record is None:

@@ -130,7 +130,7 @@ def test_without_a_folder_the_run_says_that_it_is_not_recorded(invoke):
         (["good", "--record"], "records need a checkout or a folder, found none"),
         (["good", "--no-record", "--results", "x"], "--results must come without --no-record"),
         (["good", "--results", "file/x"], "file/x: must be a folder, got: "),
-        (["readme"], "must run in a checkout, found none; name --results and --readme"),
+        (["readme"], "must run in a checkout, found none; name --results and --page"),
         (["compare", "a", "b"], "a: must be a file of records, got: "),
     ],
 )
@@ -228,7 +228,7 @@ def drawn(invoke, tmp_path):
     invoke("good", "--results", "made")
     text = "# Title\n<!-- figures: good -->\n<!-- /figures -->\n"
     (tmp_path / "README.md").write_text(text)
-    return ["readme", "--results", "made", "--readme", "README.md"]
+    return ["readme", "--results", "made", "--page", "README.md"]
 
 
 def test_check_tells_and_changes_nothing(invoke, drawn, tmp_path):

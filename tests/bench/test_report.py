@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 
-from kinetiq.bench.environment import find_checkout
+from kinetiq.bench.environment import PAGES, find_checkout
 from kinetiq.bench.figures import Target
 from kinetiq.bench.records import Record, read_folder
-from kinetiq.bench.report import compare, render_comparison, render_readme, render_result
+from kinetiq.bench.report import compare, render_comparison, render_page, render_result
 from kinetiq.errors import InputError
 
 RECORD = Record(
@@ -52,27 +52,27 @@ def readme(mark="query", between="old\ntext\n"):
 
 
 def test_a_block_is_replaced_and_all_else_is_kept():
-    assert render_readme(readme(), [RECORD]) == DRAWN
+    assert render_page(readme(), [RECORD]) == DRAWN
 
 
 def test_drawing_again_changes_nothing():
-    assert render_readme(DRAWN, [RECORD]) == DRAWN
+    assert render_page(DRAWN, [RECORD]) == DRAWN
 
 
 def test_a_text_without_blocks_is_itself():
     text = "no blocks\r\n\n| a | b |  \nno newline at the end"
-    assert render_readme(text, []) == text
+    assert render_page(text, []) == text
 
 
 def test_a_block_may_name_its_figures():
-    drawn = render_readme(readme("query query.seconds query.fidelity"), [RECORD])
+    drawn = render_page(readme("query query.seconds query.fidelity"), [RECORD])
     assert "query.leak" not in drawn
     assert drawn.index("`query.seconds`") < drawn.index("`query.fidelity`")
 
 
 def test_each_block_has_its_own_bench():
     other = replace(RECORD, bench="cost", figures={"cost.x": 1.0}, targets={}, missed=[])
-    drawn = render_readme(readme("cost") + readme(), [RECORD, other])
+    drawn = render_page(readme("cost") + readme(), [RECORD, other])
     assert drawn.endswith(DRAWN)
     assert drawn.count("cost.x") == 1
 
@@ -80,7 +80,7 @@ def test_each_block_has_its_own_bench():
 def test_the_newest_full_record_is_drawn():
     quick = replace(RECORD, quick=True, figures={"query.fidelity": 0.1}, date="2026-01-01T00:00Z")
     older = replace(RECORD, figures={"query.fidelity": 0.2}, date="2024-01-01T00:00+00:00")
-    assert render_readme(readme(), [RECORD, quick, older]) == DRAWN
+    assert render_page(readme(), [RECORD, quick, older]) == DRAWN
 
 
 @pytest.mark.parametrize(
@@ -92,13 +92,13 @@ def test_the_newest_full_record_is_drawn():
 )
 def test_the_footnote_says_what_was_measured(commit, dirty, text):
     record = replace(RECORD, environment=RECORD.environment | {"commit": commit, "dirty": dirty})
-    assert text in render_readme(readme(), [record])
+    assert text in render_page(readme(), [record])
 
 
 def test_the_footnote_names_the_gpu():
     machine = RECORD.environment["machine"] | {"gpu": "H200"}
     record = replace(RECORD, environment=RECORD.environment | {"machine": machine})
-    assert "8 GiB, H200, python" in render_readme(readme(), [record])
+    assert "8 GiB, H200, python" in render_page(readme(), [record])
 
 
 @pytest.mark.parametrize(
@@ -119,19 +119,21 @@ def test_the_footnote_names_the_gpu():
     ],
 )
 def test_says_which_mark_is_wrong(text, message):
-    with pytest.raises(InputError, match=f"README {message}"):
-        render_readme(text, [RECORD])
+    with pytest.raises(InputError, match=f"README.md {message}"):
+        render_page(text, [RECORD])
 
 
 def test_a_quick_record_alone_does_not_fill_a_block():
     with pytest.raises(InputError, match='bench "query" must have a record of a full run'):
-        render_readme(readme(), [replace(RECORD, quick=True)])
+        render_page(readme(), [replace(RECORD, quick=True)])
 
 
-def test_the_readme_is_drawn_from_the_records():
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_are_drawn_from_the_records(page):
     root = find_checkout()
-    text = (root / "README.md").read_text(encoding="utf-8")
-    assert render_readme(text, read_folder(root / "bench" / "results")) == text
+    text = (root / page).read_text(encoding="utf-8")
+    assert "<!-- figures: " in text
+    assert render_page(text, read_folder(root / "bench" / "results")) == text
 
 
 def test_a_result_is_a_table_with_reasons():
