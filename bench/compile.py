@@ -102,6 +102,7 @@ def count(accounts: Sequence[Account]) -> dict[str, Figure]:
         "compile.failed": Figure(sum(bool(account.error) for account in ours)),
         "compile.forward_spills": Figure(sum(account.spill_bytes > 0 for account in forward)),
         "compile.without_matrix_units": Figure(sum(a.misses_matrix_units for a in ours)),
+        "compile.query_attention.without_hgmma": Figure(sum(misses_hgmma(a) for a in forward)),
     }
     if theirs:
         figures["compile.amd_total"] = Figure(len(theirs))
@@ -120,6 +121,18 @@ def count(accounts: Sequence[Account]) -> dict[str, Figure]:
         figures[f"{name}.padded_work"] = Figure(max(a.padded_work for a in group))
         figures[f"{name}.padded_head_dim"] = Figure(max(a.padded_head_dim for a in group))
     return figures
+
+
+def misses_hgmma(account: Account) -> bool:
+    """Whether a forward `query_attention` on sm_90 has no product of a whole warp group.
+
+    Its tiles are large enough for them; the older HMMA would leave half of the unit's rate.
+    """
+    request = account.request
+    if account.error or not account.dots or request.target != "sm_90" or not request.forward:
+        return False
+    found = account.matrix_instructions or {}
+    return request.operator == "query_attention" and "HGMMA" not in found
 
 
 def render(accounts: Sequence[Account]) -> str:
@@ -166,7 +179,7 @@ def measure(options: BenchOptions, progress: Progress) -> dict[str, Figure]:
     accounts.sort(key=lambda account: order[account.request])
     if options.out is not None:
         _write(options.out, accounts)
-    wrong = [a for a in accounts if a.error or a.misses_matrix_units]
+    wrong = [a for a in accounts if a.error or a.misses_matrix_units or misses_hgmma(a)]
     wrong += [a for a in accounts if a.request.forward and a.spill_bytes]
     if wrong:
         print(render(wrong))  # noqa: T201  goes to standard error

@@ -21,9 +21,15 @@ from kinetiq.bench.figures import Figure
 from kinetiq.bench.harness import BenchOptions, Progress
 from kinetiq.bench.kernels import Line, Machine, Plan, Roof
 from kinetiq.bench.steps import NO_GPU, Budget, Keep, Outcome, in_short
-from kinetiq.kernels._launch import DEFAULT, Table, architecture, choosing, read_table
+from kinetiq.kernels._launch import (
+    DEFAULT,
+    Table,
+    architecture,
+    choosing,
+    find_entry,
+    read_table,
+)
 from kinetiq.kernels._launch import LAUNCH_FILE as TABLE
-from kinetiq.kernels._launch import _nearest as nearest
 
 LAUNCH = "kernels: launch settings"
 _CASE, _COMPILED = 4.0, 40.0  # seconds that a case may take, and one with what is compiled first
@@ -170,9 +176,8 @@ def sort_settings(asked: Sequence[Asked], table: Table, name: str) -> dict[str, 
     """
     found: dict[str, list[str]] = {"tuned": [], "taken_over": [], "by_rule": []}
     for operator, key in sorted(asked):
-        entries = table.get(operator, {})
-        place = nearest(name, entries)
-        has = place != DEFAULT and {key, "*"} & set(entries.get(place, {}))
-        word = "by_rule" if not has else "tuned" if place == name else "taken_over"
+        entry = find_entry(name, key, table.get(operator, {}))
+        place = DEFAULT if entry is None else entry[0]
+        word = {DEFAULT: "by_rule", name: "tuned"}.get(place, "taken_over")
         found[word].append(f"{operator} {key}")
     return found

@@ -514,7 +514,9 @@ def _shared_sites(control: MoftGuidance, tap: Tap, sites: tuple[Site, ...]) -> t
     found = tuple(
         index
         for index, site in enumerate(sites)
-        if site.kind is SiteKind.SPATIAL and site.name.startswith(f"{tap.block}.")
+        if site.kind is SiteKind.SPATIAL
+        and site.name.startswith(f"{tap.block}.")
+        and not (tap.is_attention and _layer(site.name, tap) > _layer(tap.name, tap))
     )
     if not found:
         raise RequestError(
@@ -522,6 +524,11 @@ def _shared_sites(control: MoftGuidance, tap: Tap, sites: tuple[Site, ...]) -> t
             f"{tap.block} has none; give shared_keys_values=False or another tap"
         )
     return found
+
+
+def _layer(name: str, tap: Tap) -> int:
+    """Which layer of the tap's block a site is in; a layer's spatial site runs first."""
+    return int(name.removeprefix(f"{tap.block}.").split(".")[1])
 
 
 def _regions(control: MoftGuidance, size: tuple[int, int]) -> list[Tensor | None]:

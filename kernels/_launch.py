@@ -3,11 +3,10 @@
 `launch.json` maps operator → architecture → key → settings. A GPU takes the first of these that is
 in the file:
 
-1. what its own architecture, or the nearest older one of its generation, says of the key (sm_89
-   takes sm_86's, and sm_103 takes sm_100's),
-2. what that architecture says of "*",
-3. what "default" says of the key, which every GPU can run,
-4. what "default" says of "*".
+1. what its own architecture says of the key, then of "*",
+2. what the older ones of its generation say, the newest first (sm_89 takes sm_86's, and sm_103
+   takes sm_100's), each of the key, then of "*",
+3. what "default" says of the key, which every GPU can run, then of "*".
 
 Nothing is tuned when an operator is first called: `kinetiq bench tune` writes the entries of the
 GPU at hand.
@@ -16,7 +15,7 @@ GPU at hand.
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -103,21 +102,32 @@ def _table() -> Table:
 @functools.cache
 def _settings(operator: str, key: str, name: str) -> Mapping[str, int]:
     entries = _table().get(operator, {})
-    for place in (_nearest(name, entries), DEFAULT):
+    found = find_entry(name, key, entries)
+    if found is None:
+        raise WorkError(
+            f'{LAUNCH_FILE.name}: must have settings of "{operator}" for "{key}" or "*" under '
+            f'"{name}" or "{DEFAULT}", got none'
+        )
+    place, word = found
+    return MappingProxyType(entries[place][word])
+
+
+def find_entry(
+    name: str, key: str, entries: Mapping[str, Mapping[str, object]]
+) -> tuple[str, str] | None:
+    """The architecture and the key, or "*", whose settings an architecture takes; None for none."""
+    for place in (*_generation(name, entries), DEFAULT):
         for word in (key, "*"):
             if word in entries.get(place, {}):
-                return MappingProxyType(entries[place][word])
-    raise WorkError(
-        f'{LAUNCH_FILE.name}: must have settings of "{operator}" for "{key}" or "*" under '
-        f'"{name}" or "{DEFAULT}", got none'
-    )
+                return place, word
+    return None
 
 
-def _nearest(name: str, entries: Mapping[str, object]) -> str:
-    """The newest architecture of the same generation that is not newer than `name`."""
-    if name in entries or not name.startswith("sm_"):
-        return name
+def _generation(name: str, entries: Iterable[str]) -> list[str]:
+    """The architectures of `name`'s generation that are not newer than it, the newest first."""
+    if not name.startswith("sm_"):
+        return [name]
     number = int(name.removeprefix("sm_"))
     known = [int(entry.removeprefix("sm_")) for entry in entries if entry.startswith("sm_")]
     older = [n for n in known if n <= number and n // 10 == number // 10]
-    return f"sm_{max(older)}" if older else DEFAULT
+    return [f"sm_{n}" for n in sorted(older, reverse=True)]

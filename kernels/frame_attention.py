@@ -571,7 +571,9 @@ def _chosen(
     if choice[1] is not None:
         own = _moved(operand, 0, row, place, frame, D, FROM, WIDTH, SHARE)
         share = _share(choice[1], row, place, frame, CHOICE)
-        chosen = own.to(tl.float32) + share * (chosen.to(tl.float32) - own.to(tl.float32))
+        far, near = chosen.to(tl.float32), own.to(tl.float32)
+        way = far - near  # as torch.lerp: exact at both ends
+        chosen = tl.where(share < 0.5, near + share * way, far - (1.0 - share) * way)
     return chosen
 
 
@@ -967,8 +969,14 @@ def _frame_attention_backward_kernel(
             _put_tiles(grad_value_ptr, grad_v, grad_v_tail, row, place, of, HEADS, D, MAIN, TAIL)
 
 
-def _blocks(operator: str, query: Tensor, further: _Ordered, heads: int) -> dict[str, int]:
-    """The sizes of a launch, from its settings; with `further` tensors a program holds more.
+def _blocks(
+    operator: str,
+    query: Tensor,
+    controls: _Ordered,
+    heads: int,
+    projection: Tensor | None = None,
+) -> dict[str, int]:
+    """The sizes of a launch, from its settings; with controls or a projection it holds more.
 
     A batched product gives each warp matrices of its own, so a program takes at least as many
     sequences as it has warps, and TILE bytes of each tensor if that is more. A sequence of more
@@ -978,8 +986,13 @@ def _blocks(operator: str, query: Tensor, further: _Ordered, heads: int) -> dict
     main, tail = split_head_dim(query.shape[-1] // heads)
     padded = _padded(query.shape[1])
     line = (main + tail) * query.element_size()
-    controlled = any(tensor is not None for tensor in further)
-    name = f"{operator}_controlled" if controlled else operator
+    controlled = any(tensor is not None for tensor in controls)
+    if controlled and projection is not None:
+        name = f"{operator}_controlled_with_motion"
+    elif controlled or projection is not None:
+        name = f"{operator}_controlled"
+    else:
+        name = operator
     chosen = settings(name, f"frames{padded}_d{main + tail}")
     tile, whole, one_tile, one_warps = (
         chosen.pop(name) for name in ("TILE", "WHOLE", "ONE_TILE", "ONE_WARPS")
@@ -1028,7 +1041,7 @@ def _launch_forward(
     channels = 0 if projection is None else projection.shape[1]
     sequences = tokens * heads if projection is None else tokens
     with torch.cuda.device_of(query):  # of the current device are the settings and the launch
-        blocks = _blocks("frame_attention", query, (*controls, projection), heads)
+        blocks = _blocks("frame_attention", query, controls, heads, projection)
         if _is_mixed_first(controls, blocks):
             mixed = _mix(query, key, value, controls)
             _launch_forward(*mixed, _UNCONTROLLED, heads, out, projection, motion)
@@ -1250,18 +1263,23 @@ def _launch_case(
     *,
     forward: bool,
     controlled: tuple[str, ...] = (),
+    regional: bool = False,
     projected: bool = False,
 ) -> None:
-    """One launch on tensors without memory, with the controls that are named."""
+    """One launch on tensors without memory, with the controls that are named.
+
+    Where it is `regional`, blends are per frame and token.
+    """
     rows, frames, tokens, heads, d = shape
     width = heads * d
     make = partial(torch.empty, dtype=dtype, device="meta")
     grad, query, key, value = (make(rows, frames, tokens, width) for _ in range(4))
     row = torch.empty(rows, dtype=torch.int64, device="meta")
-    blend = make(rows, dtype=torch.float32)
+    blend = make(*shape[: 3 if regional else 1], dtype=torch.float32)
+    scale = make(rows, dtype=torch.float32)
     bank = make(2, frames, width)
     values = make(2, frames, tokens, width)
-    every = (row, blend, row, blend, make(rows, 3), row, blend, bank, bank, values)
+    every = (row, blend, row, blend, make(rows, 3), row, scale, bank, bank, values)
     controls = tuple(
         control if name in controlled else None
         for name, control in zip(CONTROLS, every, strict=True)
@@ -1294,6 +1312,14 @@ _SHAPES = {  # rows, frames, tokens, heads, d; rows are the halves of guidance
     "widest": (2, 128, 64, 2, 256),
 }
 _LIMITS = ("longest", "widest")  # that must run, though no model has them
+_STEERED = (  # of each family the largest, and of AnimateDiff each head dim
+    "animatediff_64x64",
+    "animatediff_32x32",
+    "animatediff_16x16",
+    "zeroscope_40x72",
+    "videocrafter2_40x64",
+    "embedded_16x16",
+)
 _MOTION_CHANNELS = 64
 
 
@@ -1301,13 +1327,24 @@ _IN_PARTS = tuple(name for name in CONTROLS if not name.startswith("deviation"))
 
 
 def _case(
-    name: str, *, forward: bool = True, controlled: tuple[str, ...] = (), projected: bool = False
+    name: str,
+    *,
+    forward: bool = True,
+    controlled: bool = False,
+    regional: bool = False,
+    projected: bool = False,
 ) -> CompileCase:
     shape = _SHAPES[name]
+    controls = () if not controlled else _IN_PARTS if name in _LIMITS else CONTROLS
     launch = partial(
-        _launch_case, shape, forward=forward, controlled=controlled, projected=projected
+        _launch_case,
+        shape,
+        forward=forward,
+        controlled=controls,
+        regional=regional,
+        projected=projected,
     )
-    full = name + "_controlled" * bool(controlled) + "_with_motion" * projected
+    full = name + "_controlled" * controlled + "_regional" * regional + "_with_motion" * projected
     frames, d = shape[1], shape[4]
     head = sum(split_head_dim(d)) / d
     return CompileCase(
@@ -1316,13 +1353,19 @@ def _case(
 
 
 COMPILED = (
-    *(_case(name, forward=forward) for name in _SHAPES for forward in (True, False)),
     *(
-        _case(name, forward=forward, controlled=_IN_PARTS if name in _LIMITS else CONTROLS)
+        _case(name, forward=forward, controlled=controlled)
+        for controlled in (False, True)
         for name in _SHAPES
         for forward in (True, False)
     ),
+    *(
+        _case(name, forward=forward, controlled=True, regional=True)
+        for name in _STEERED
+        for forward in (True, False)
+    ),
     *(_case(name, projected=True) for name in _SHAPES),
+    *(_case(name, controlled=True, regional=True, projected=True) for name in _STEERED),
 )
 
 

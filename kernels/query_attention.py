@@ -33,9 +33,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kinetiq.errors import ShapeError
 from kinetiq.kernels._autograd import differentiate, keep_types, make_room
-from kinetiq.kernels._compile import CompileCase
+from kinetiq.kernels._compile import NVIDIA, CompileCase
 from kinetiq.kernels._cost import Cost
-from kinetiq.kernels._launch import settings
+from kinetiq.kernels._launch import pretend, settings
 from kinetiq.kernels._triton import tl, triton
 
 MAX_HEAD_DIM = 256  # on a GPU: a tile of queries and its sums must fit in registers
@@ -899,9 +899,16 @@ def _constants(inputs: Inputs) -> dict[str, Any]:
 def _settings(kernel: str, inputs: Inputs) -> dict[str, int]:
     """Settings of the padded head dim, with tiles no larger than the tensors need."""
     query, key = inputs.query, inputs.key
-    wide = "_fp32" if query.dtype == torch.float32 else ""
-    chosen = settings(kernel, f"d{sum(split_head_dim(query.shape[-1] // inputs.heads))}{wide}")
-    for name, size in {"BLOCK_M": query.shape[2], "BLOCK_N": key.shape[2]}.items():
+    head_dim = query.shape[-1] // inputs.heads
+    return _fitting_settings(kernel, query.dtype, head_dim, query.shape[2], key.shape[2])
+
+
+def _fitting_settings(
+    kernel: str, dtype: torch.dtype, head_dim: int, queries: int, keys: int
+) -> dict[str, int]:
+    wide = "_fp32" if dtype == torch.float32 else ""
+    chosen = settings(kernel, f"d{sum(split_head_dim(head_dim))}{wide}")
+    for name, size in {"BLOCK_M": queries, "BLOCK_N": keys}.items():
         needed = max(16, triton.next_power_of_2(size))
         if needed < chosen[name]:
             chosen[name] = needed
@@ -1442,8 +1449,27 @@ def _compile_case(
     launch = functools.partial(
         _launch_empty, (3, frames, tokens, heads * d), heads, keys, blend, further, backward
     )
-    padded = sum(split_head_dim(d)) / d
-    return CompileCase("query_attention", shape, not backward, launch, padded, padded)
+    head = sum(split_head_dim(d)) / d
+    pairs = _padded_pairs(tokens, tokens if keys is None else keys, d, backward=backward)
+    return CompileCase("query_attention", shape, not backward, launch, pairs * head, head)
+
+
+def _padded_pairs(queries: int, keys: int, d: int, *, backward: bool) -> float:
+    """Pairs of a query and a key multiplied for each one asked for, where it is most."""
+    gradients = ("query_attention_query_gradient", "query_attention_key_gradient")
+    kernels = gradients if backward else ("query_attention",)
+    most = 0.0
+    for target in NVIDIA:
+        with pretend(target):
+            for kernel in kernels:
+                sizes = _fitting_settings(kernel, torch.float16, d, queries, keys)
+                padded = _whole(queries, sizes["BLOCK_M"]) * _whole(keys, sizes["BLOCK_N"])
+                most = max(most, padded / (queries * keys))
+    return most
+
+
+def _whole(count: int, block: int) -> int:
+    return -(-count // block) * block
 
 
 def _launch_empty(
@@ -1483,17 +1509,31 @@ COMPILED = (
     _compile_case("animatediff_8x8", 16, 64, 8, 160, blend=1),
     _compile_case("zeroscope_40x72", 24, 2880, 5, 64, blend=1),
     _compile_case("zeroscope_40x72_prompt", 24, 2880, 5, 64, keys=77),
+    _compile_case("zeroscope_20x36", 24, 720, 10, 64, blend=1),
+    _compile_case("zeroscope_10x18", 24, 180, 20, 64, blend=1),
     _compile_case("zeroscope_5x9", 24, 45, 20, 64, blend=1),
     _compile_case("videocrafter2_40x64", 16, 2560, 5, 64, blend=1),
+    _compile_case("videocrafter2_20x32", 16, 640, 10, 64, blend=1),
+    _compile_case("head_dim_16", 16, 256, 8, 16, blend=1),
+    _compile_case("head_dim_96", 16, 256, 8, 96, blend=1),
+    _compile_case("head_dim_128", 16, 256, 8, 128, blend=1),
+    _compile_case("head_dim_144", 16, 256, 8, 144, blend=1),
     _compile_case("head_dim_192", 16, 256, 8, 192, blend=1),
     _compile_case("head_dim_256", 16, 256, 8, 256, blend=1),
     _compile_case("embedded_16x16", 8, 256, 2, 32, blend=1),
     _compile_case("embedded_16x16_prompt", 8, 256, 2, 32, keys=24),
+    _compile_case("embedded_8x8", 8, 64, 4, 32, blend=1),
+    _compile_case("embedded_4x4", 8, 16, 4, 32, blend=1),
     _compile_case("animatediff_64x64", 16, 4096, 8, 40, backward=True),
     _compile_case("animatediff_64x64_prompt", 16, 4096, 8, 40, keys=77, backward=True),
     _compile_case("animatediff_32x32", 16, 1024, 8, 80, blend=1, backward=True),
     _compile_case("animatediff_32x32_shots", 16, 1024, 8, 80, further=3, backward=True),
     _compile_case("animatediff_16x16", 16, 256, 8, 160, blend=1, backward=True),
+    _compile_case("head_dim_16", 16, 256, 8, 16, blend=1, backward=True),
+    _compile_case("head_dim_96", 16, 256, 8, 96, blend=1, backward=True),
+    _compile_case("head_dim_128", 16, 256, 8, 128, blend=1, backward=True),
+    _compile_case("head_dim_144", 16, 256, 8, 144, blend=1, backward=True),
+    _compile_case("head_dim_192", 16, 256, 8, 192, blend=1, backward=True),
     _compile_case("head_dim_256", 16, 256, 8, 256, blend=1, backward=True),
     _compile_case("zeroscope_40x72", 24, 2880, 5, 64, blend=1, backward=True),
     _compile_case("videocrafter2_40x64", 16, 2560, 5, 64, blend=1, backward=True),

@@ -15,6 +15,8 @@ import pytest
 # A thread that spins while it waits holds the core that the other threads need, if there is other
 # work: a test of a second then took minutes. It is read when PyTorch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 

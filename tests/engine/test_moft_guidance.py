@@ -24,6 +24,7 @@ from kinetiq.moft_guidance import (
     GuidedClip,
     MotionTarget,
     ResolvedMoftGuidance,
+    _shared_sites,
     guidance_gradients,
     guidance_loss,
     guide,
@@ -946,6 +947,20 @@ def test_a_reference_is_inverted_once_for_all_that_read_it(engine, reference, mo
     ]
     list(engine.generate_latents([request(control) for control in controls]))
     assert seen == ["up_blocks.1", "mid_block"]
+
+
+def test_every_temporal_attention_of_a_block_can_be_read(engine, reference):
+    """Also the first, behind which a spatial attention of its block lies that is not reached."""
+    block = [s for s in engine.denoiser.sites if s.name.startswith("up_blocks.1.")]
+    spatial = [s.name for s in block if s.kind is SiteKind.SPATIAL]
+    temporal = [s.name for s in block if s.kind is SiteKind.TEMPORAL]
+    assert len(spatial) > 1
+    tap = find_tap(engine.denoiser.network, temporal[0], engine.denoiser.sites)
+    control = own_keys(reference=reference, shared_keys_values=True)
+    shared = _shared_sites(control, tap, engine.denoiser.sites)
+    assert [engine.denoiser.sites[index].name for index in shared] == spatial[:1]
+    control = kq.MoftGuidance(reference, tap=tap.name, feature="content_removed", **STRONG)
+    assert (latents_of(engine, control) - latents_of(engine, None)).abs().max() > TOLERANCE
 
 
 def test_a_first_use_says_how_far_it_is(engine, reference, monkeypatch):

@@ -287,9 +287,22 @@ def test_slot_zero_is_not_read_and_a_full_share_is_the_default(kernel_device, ke
     assert not torch.equal(moved, own)
     for share in (ones, ones[:, None, None].expand(2, 5, 3)):
         full = {"deviation_row": row, "query_row": row, "deviation_blend": share}
+        assert torch.equal(forward(*inputs, 2, none | full | {"query_blend": share}), moved)
         assert torch.equal(forward(*inputs, 2, none | full), moved)
         nothing = full | {"deviation_blend": 0 * share, "query_blend": 0 * share}
         assert torch.equal(forward(*inputs, 2, none | nothing), own)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_full_blend_leaves_nothing_of_the_own_queries(kernel_device, kernel_rng, per_token):
+    """Bit for bit, however large they are: a blend of 1 is a choice."""
+    query, key, value = sample((2, 5, 3, 2, 8), torch.float32, kernel_device, kernel_rng)
+    query = query * torch.tensor([1e6, 1.0], device=kernel_device)[:, None, None, None]
+    row = torch.tensor([1, 1], device=kernel_device)
+    share = torch.ones((2, 5, 3) if per_token else 2, device=kernel_device)
+    chosen = dict.fromkeys(NAMES) | {"query_row": row}
+    wanted = forward(query, key, value, 2, chosen)
+    assert torch.equal(forward(query, key, value, 2, chosen | {"query_blend": share}), wanted)
 
 
 @settings(
@@ -773,9 +786,15 @@ def test_compiles_for_gpus_that_are_not_here():
         for forward in (True, False)
         for target in ("sm_80", "sm_90")
     ]
-    # With every control a program holds the most, and at this head dim it once spilled.
-    fullest = ("frame_attention", "animatediff_32x32_controlled", True, "fp16", "sm_90")
-    requests.append(_compile.Request(*fullest))
+    # With every control a program holds the most: where settings of their own keep it from spilling.
+    requests += [
+        _compile.Request("frame_attention", shape, forward=True, element=element, target=target)
+        for shape, element, target in (
+            ("animatediff_32x32_controlled", "fp16", "sm_90"),
+            ("videocrafter2_40x64_controlled", "bf16", "sm_80"),
+            ("animatediff_64x64_controlled_regional_with_motion", "bf16", "sm_90"),
+        )
+    ]
     accounts = list(_compile.compile_apart(requests))
     assert [account.request for account in accounts] == requests
     for account in accounts:
@@ -783,7 +802,7 @@ def test_compiles_for_gpus_that_are_not_here():
         assert account.spill_bytes == 0
         assert account.dots > 0 and not account.misses_matrix_units
         assert account.shared_bytes <= _compile.SHARED_LIMITS[account.request.target]
-        of_head = 1 if account.request.shape.endswith("controlled") else 48 / 40  # d of 80 and 40
+        of_head = 48 / 40 if "64x64" in account.request.shape else 1  # d of 40; of 80 and 64
         assert account.padded_work == account.padded_head_dim == of_head
         assert len(account.grid) == 1  # the other axes end at 65,535
 

@@ -619,6 +619,7 @@ def test_compiles_at_production_shapes():
             ("animatediff_64x64", "sm_90"),
             ("animatediff_32x32", "sm_120"),  # the fewest registers for what it holds
             ("longest_d80", "sm_86"),
+            ("zeroscope_72x40", "sm_89"),  # which takes the settings of sm_86
         )
     ]
     accounts = list(_compile.compile_apart(requests))
