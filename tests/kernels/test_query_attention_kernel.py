@@ -602,8 +602,10 @@ def test_a_captured_graph_reads_the_rows_that_it_is_given_later(kernel_device, k
     [
         ({"query_row": torch.zeros(2, dtype=torch.int64, device="meta")}, "query_row must be on cpu like query, got meta"),
         ({"key_rows": torch.zeros(2, 1, dtype=torch.int64, device="meta")}, "key_rows must be on cpu like query, got meta"),
-        ({"query_row": torch.zeros(2, dtype=torch.int64), "query_blend": torch.ones(2, dtype=torch.int64)}, "query_blend must be of a floating type, got torch.int64"),
-        ({name: torch.zeros(2, 1, 3, 4, dtype=torch.int64) for name in ("query", "key", "value")}, "query must be of a floating type, got torch.int64"),
+        ({"query_row": torch.zeros(2, dtype=torch.int64), "query_blend": torch.ones(2, dtype=torch.int64)}, "query_blend must be float32, .* got torch.int64"),
+        ({name: torch.zeros(2, 1, 3, 4, dtype=torch.int64) for name in ("query", "key", "value")}, "query must be float32, float16, bfloat16 or float64, got torch.int64"),
+        ({name: torch.zeros(2, 1, 3, 4).to(torch.float8_e4m3fn) for name in ("query", "key", "value")}, "query must be float32, .* got torch.float8_e4m3fn"),
+        *(({name: [1]}, rf"{name} must be a tensor, got \[1\]") for name in ("query", "key", "value")),
         ({"key_rows": torch.zeros(2, dtype=torch.int64)}, r"key_rows must be int64 \[rows = 2, n\], got torch.int64 \[2\]"),
         ({"key_rows": torch.zeros(2, 1)}, "key_rows must be int64 .* got torch.float32"),
         ({"key_rows": torch.tensor([[0], [2]])}, "key_rows must have values from 0 to 1, got 0 to 2"),
@@ -611,7 +613,11 @@ def test_a_captured_graph_reads_the_rows_that_it_is_given_later(kernel_device, k
         ({"key_log_mask": torch.zeros(2, 1, 3)}, "key_log_mask needs key_rows, got key_log_mask alone"),
         (
             {"key_rows": torch.zeros(2, 1, dtype=torch.int64), "key_log_mask": torch.zeros(2, 3)},
-            r"key_log_mask must be floating \[rows, frames, keys\] = \[2, 1, 3\] .* got torch.float32 \[2, 3\]",
+            r"key_log_mask must be \[rows, frames, keys\] = \[2, 1, 3\] .* got \[2, 3\]",
+        ),
+        (
+            {"key_rows": torch.zeros(2, 1, dtype=torch.int64), "key_log_mask": torch.zeros(2, 1, 3, dtype=torch.bool)},
+            "key_log_mask must be float32, .* got torch.bool",
         ),
         ({"query": torch.zeros(2, 0, 3, 4)}, r"at least one frame, key and channel, got \[2, 0, 3, 4\] and \[2, 1, 3, 4\]"),
         ({name: torch.zeros(2, 1, 0, 4) for name in ("key", "value")}, r"at least one frame, key and channel, got .* and \[2, 1, 0, 4\]"),
