@@ -471,8 +471,10 @@ def attention_to_words(
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     maps = []
-    for row, weights in zip(rows.tolist(), words.to(wide), strict=True):  # one at a time: large
-        q, k = (t[row].to(wide).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key))
+    # One row at a time, since scores are large; by an index, since a number waits for the device.
+    for row, weights in zip(rows.split(1), words.to(wide), strict=True):
+        chosen = (t.index_select(0, row)[0].to(wide) for t in (query, key))
+        q, k = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in chosen)
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # [frames, heads, tokens, text]
         maps.append((scores.softmax(-1) @ weights).mean(1))
     return torch.stack(maps)
