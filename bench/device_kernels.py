@@ -22,8 +22,15 @@ from kinetiq.bench.figures import Figure, load_targets
 from kinetiq.bench.harness import BenchOptions, Progress
 from kinetiq.bench.kernels import Line, Machine, Plan, Roof
 from kinetiq.bench.steps import NO_GPU, Budget, Keep, Outcome, in_short
-from kinetiq.kernels._launch import DEFAULT, Table, architecture, choosing, read_table
-from kinetiq.kernels._launch import LAUNCH_FILE as TABLE
+from kinetiq.errors import InputError
+from kinetiq.kernels._launch import (
+    DEFAULT,
+    Table,
+    architecture,
+    choosing,
+    launch_file,
+    read_table,
+)
 from kinetiq.kernels._launch import _nearest as nearest
 
 LAUNCH = "kernels: launch settings"
@@ -101,8 +108,8 @@ def run_plans(
         kernels._write(options.out, lines)  # noqa: SLF001
     print(kernels.render(lines))  # noqa: T201  goes to standard error
     try:
-        settings = sort_settings(list(asked), read_table(TABLE), architecture())
-    except (OSError, ValueError) as error:
+        settings = sort_settings(list(asked), read_table(launch_file()), architecture())
+    except InputError as error:
         outcome.fail([LAUNCH], in_short(error))
         return
     outcome.details["launch"] = settings

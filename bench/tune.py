@@ -45,9 +45,9 @@ from kinetiq.bench.kernels import (
     make_layer,
     timed_way,
 )
-from kinetiq.errors import InputError, MissingDependencyError, RequestError, WorkError
+from kinetiq.errors import MissingDependencyError, RequestError, WorkError
 from kinetiq.files import check_target, write_text
-from kinetiq.kernels._launch import LAUNCH_FILE, Table, architecture, choosing, read_table
+from kinetiq.kernels._launch import Table, architecture, choosing, launch_file, read_table
 
 Settings = dict[str, int]
 Entry = tuple[str, str]  # operator and key of the launch file
@@ -301,7 +301,7 @@ def tune(
 
     Args:
         device: "cuda" or "cuda:N".
-        path: launch file to change; a new one begins as a copy of the package's.
+        path: launch file to change; a new one begins as a copy of the one in use.
         operators: names out of `OPERATORS`; none for all of them.
         seed: of the inputs.
         progress: shows how far it is.
@@ -378,7 +378,7 @@ def compare_blocks(
             )
         least = least_winning(trials)
         table = load_table(path)
-        before = table[WINS].get(name, {}).get(entry[1])
+        before = table.get(WINS, {}).get(name, {}).get(entry[1])
         best = {"POSITIONS": least}
         if before != best:  # that it never wins is written too: then it was measured
             write_table(path, with_entry(table, entry, name, best))
@@ -449,29 +449,12 @@ def with_entry(table: Table, entry: Entry, name: str, settings: Settings) -> Tab
 
 
 def load_table(path: Path) -> Table:
-    """The launch file at `path`, or the package's where there is none yet.
+    """The launch file at `path`, or the one in use where there is none yet.
 
     Raises:
         InputError: it is not operator → architecture → key → settings.
     """
-    source = path if path.exists() else LAUNCH_FILE
-    try:
-        table = read_table(source)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source}: must be a launch file, got: {error}") from error
-    if not _is_nested(table, 3):
-        raise InputError(
-            f"{source}: must be a launch file, operator → architecture → key → settings, got "
-            "something else"
-        )
-    return table
-
-
-def _is_nested(entries: object, depth: int) -> bool:
-    """Whether these are numbers by name, `depth` names deep."""
-    if depth < 0:
-        return isinstance(entries, int)
-    return isinstance(entries, dict) and all(_is_nested(e, depth - 1) for e in entries.values())
+    return read_table(path if path.exists() else launch_file())
 
 
 def write_table(path: Path, table: Table) -> None:

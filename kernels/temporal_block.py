@@ -43,7 +43,7 @@ from kinetiq.kernels._autograd import differentiate, keep_types, make_room
 from kinetiq.kernels._checks import check_tensor, check_type, is_count
 from kinetiq.kernels._compile import NVIDIA, CompileCase
 from kinetiq.kernels._cost import Cost
-from kinetiq.kernels._launch import LAUNCH_FILE, architecture, pretend, read_table, settings
+from kinetiq.kernels._launch import architecture, launch_file, pretend, read_table, settings
 from kinetiq.kernels._triton import tl, triton
 from kinetiq.kernels.frame_attention import (
     CACHED,
@@ -62,10 +62,14 @@ _CONTROLS_OF_ROWS = CONTROLS.index("motion_slot")  # before those of motion, and
 _LONGEST = 32  # frames; beyond, q, k, v and scores of one position fill the registers
 _WIDEST = 80  # columns of a head; beyond, two tiles of each of q, k and v do
 _TILE = 16  # the least side of a product on the matrix units
+
+
+def _read_wins() -> Mapping[str, Mapping[str, Mapping[str, int]]]:
+    return read_table(launch_file()).get("temporal_block_wins", {})
+
+
 # Read when this is imported: `torch.compile`, which traces `wins`, cannot read a file.
-_MEASURED: Mapping[str, Mapping[str, Mapping[str, int]]] = read_table(LAUNCH_FILE)[
-    "temporal_block_wins"
-]
+_MEASURED = _read_wins()
 
 
 def temporal_block(

@@ -297,17 +297,37 @@ def test_a_better_entry_is_in_the_file_at_once(tmp_path):
 
 
 def test_the_package_takes_what_was_written(tmp_path, monkeypatch):
-    path, best = tmp_path / "launch.json", {"BLOCK": 512, "num_warps": 8}
+    path, best = tmp_path / "own.json", {"BLOCK": 512, "num_warps": 8}
     table = tune.with_entry(tune.load_table(path), ("guided_step", "forward"), "sm_90", best)
     tune.write_table(path, table)
-    monkeypatch.setattr(_launch, "_table", lambda: _launch.read_table(path))
-    _launch._settings.cache_clear()
+    monkeypatch.setenv("KINETIQ_LAUNCH", str(path))
+    for kept in (_launch._table, _launch._settings):
+        kept.cache_clear()
     for name, key in (("sm_80", "forward"), ("sm_90", "backward")):
         with _launch.pretend(name):
             assert _launch.settings("guided_step", key) == PRESENT
     with _launch.pretend("sm_90"):
         assert _launch.settings("guided_step", "forward") == best
-    _launch._settings.cache_clear()
+    monkeypatch.delenv("KINETIQ_LAUNCH")
+    for kept in (_launch._table, _launch._settings):
+        kept.cache_clear()
+    with _launch.pretend("sm_90"):
+        assert _launch.settings("guided_step", "forward") == PRESENT
+
+
+def test_where_a_layer_wins_is_read_from_the_file_that_is_named(tmp_path, monkeypatch):
+    path, entry = tmp_path / "own.json", (tune.WINS, "frames16_heads8_d40_bf16")
+    table = tune.with_entry(tune.load_table(path), entry, "sm_90", {"POSITIONS": 77})
+    tune.write_table(path, table)
+    monkeypatch.setenv("KINETIQ_LAUNCH", str(path))
+    assert block._read_wins()["sm_90"] == {entry[1]: {"POSITIONS": 77}}
+    assert tune.load_table(tmp_path / "new.json") == table  # begins as a copy of what is in use
+    path.unlink()
+    said = (
+        r"own\.json: must be a launch file, got: .* or unset KINETIQ_LAUNCH, which names this one$"
+    )
+    with pytest.raises(InputError, match=said):
+        block._read_wins()
 
 
 def test_a_file_keeps_its_form(tmp_path):
