@@ -6,7 +6,7 @@ import importlib
 import pytest
 import torch
 from closeness import assert_as_good_as
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -123,10 +123,12 @@ def test_kernel_agrees_with_float64(shape, kind, dtype, kernel_device, kernel_rn
     check(run_kernel, sample(shape, kind, dtype, kernel_device, kernel_rng))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradient_kernel_agrees_with_float64(shape, kind, dtype, kernel_device, kernel_rng):
+    if dtype == torch.bfloat16 and "projection" in kind and kernel_device == "cpu":
+        pytest.skip("Triton's interpreter multiplies bfloat16 matrices wrongly")
     inputs = x, *rest = sample(shape, kind, dtype, kernel_device, kernel_rng)
     grad = torch.randn(plain(*inputs).shape, generator=kernel_rng, device=kernel_device).to(dtype)
     got = run_backward_kernel(grad, *rest, x.shape)
@@ -399,6 +401,38 @@ def test_ignores_what_does_not_change_and_the_order_of_all_else(rows, frames, to
         torch.testing.assert_close(
             motion_feature(x.index_select(axis, order)), y.index_select(axis, order), **close
         )
+
+
+@settings(
+    max_examples=5,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the device is always the same
+)
+@given(
+    rows=st.integers(1, 3),
+    frames=st.integers(1, 9),
+    tokens=st.integers(1, 5),
+    width=st.integers(1, 6),
+    seed=st.integers(0, 2**31),
+)
+def test_kernel_ignores_what_does_not_change_and_the_order_of_all_else(
+    rows, frames, tokens, width, seed, kernel_device
+):
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda frames: torch.randn(rows, frames, tokens, width, generator=rng).to(kernel_device)
+    x, still = draw(frames), draw(1)
+    run = lambda x: run_kernel(x, None, None, None)
+    y = run(x)
+    largest = (x.abs().max() + still.abs().max()).item()
+    # Sum, mean and difference are each rounded by the size of what is summed.
+    error = (frames + 4) * torch.finfo(torch.float32).eps * largest
+    close = lambda got, wanted: torch.testing.assert_close(got, wanted, rtol=0, atol=error)
+    close(run(x + still), y)
+    close(y.mean(1), torch.zeros_like(y[:, 0]))
+    for axis, size in enumerate(x.shape):
+        order = torch.randperm(size, generator=rng).to(kernel_device)
+        close(run(x.index_select(axis, order)), y.index_select(axis, order))
 
 
 def test_channels_and_regions_come_in_several_forms(device, rng):

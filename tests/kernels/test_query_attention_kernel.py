@@ -9,9 +9,11 @@ import math
 import pytest
 import torch
 from closeness import assert_as_good_as
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import kinetiq as kq
-from kinetiq.kernels import _compile, query_attention
+from kinetiq.kernels import _compile, _launch, query_attention
 
 operator = importlib.import_module("kinetiq.kernels.query_attention")  # not the function
 TAIL = 64  # elements behind an output that must stay as they are
@@ -527,6 +529,20 @@ def test_is_a_well_formed_operator_for_training(training, kernel_device, kernel_
     torch.library.opcheck(training.default, given)
 
 
+@pytest.mark.parametrize("everything", [False, True])
+def test_is_a_well_formed_operator_for_gradients(everything, training, kernel_device, kernel_rng):
+    query, key, value, *controls, heads = arguments(kernel_device, kernel_rng)
+    if not everything:
+        controls = [None] * len(controls)
+    given = [None if t is None else t.detach() for t in (query, key, value, *controls)]
+    out, statistics = training(*given, heads)
+    torch.library.opcheck(
+        torch.ops.kinetiq.query_attention_backward.default,
+        (out, out, statistics, *given, heads, True, everything),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
 class Site(torch.nn.Module):
     def forward(self, query, key, value, row, blend=None, key_rows=None, mask=None):
         return query_attention(
@@ -670,6 +686,58 @@ def test_kernels_without_rows_or_tokens_are_not_launched(size, kernel_device):
     *of_queries, of_key, of_value, _ = run_backward(out, out, statistics, *given, **options)
     assert out.shape == of_queries[0].shape == size
     assert not of_key.any() and not of_value.any()
+
+
+@settings(
+    max_examples=5,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the device is always the same
+)
+@given(
+    rows=st.integers(1, 3),
+    frames=st.integers(1, 3),
+    tokens=st.integers(1, 20),
+    seed=st.integers(0, 2**31),
+)
+def test_kernel_follows_permutations_and_offsets(rows, frames, tokens, seed, kernel_device):
+    """Symmetries of attention, which need no reference."""
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=rng).to(kernel_device)
+    permutation = lambda count: torch.randperm(count, generator=rng).to(kernel_device)
+    query, key, value = (draw(rows, frames, tokens, 8) for _ in range(3))
+    row = torch.randint(rows, (rows,), generator=rng).to(kernel_device)
+    blend = torch.rand(rows, frames, tokens, generator=rng).to(kernel_device)
+    offset = draw(rows, frames, 1, 8)
+
+    def run(*tensors, row=row, blend=blend):
+        return run_forward(*tensors, blend, heads=1, row=row)[0]
+
+    # A score is rounded by its size, and its weight by as much; one of each side, query and key.
+    size = 1 + (query.norm(dim=-1).max() * (key + offset).norm(dim=-1).max()).item() / 8**0.5
+    error = 4 * torch.finfo(torch.float32).eps * size * (value + offset).abs().max().item()
+    close = lambda got, wanted: torch.testing.assert_close(got, wanted, rtol=0, atol=error)
+    base = run(query, key, value)
+    place, order = permutation(tokens), permutation(rows)
+    close(run(query[:, :, place], key, value, blend=blend[:, :, place]), base[:, :, place])
+    close(run(query, key[:, :, place], value[:, :, place]), base)
+    moved = (t[order] for t in (query, key, value))
+    close(run(*moved, row=order.argsort()[row[order]], blend=blend[order]), base[order])
+    close(run(query, key + offset, value), base)  # softmax ignores what all keys share
+    close(run(query, key, value + offset), base + offset)  # the weights sum to one
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d", [40, 64, 80, 96, 128, 160, 192, 256])
+def test_kernels_agree_with_float64_with_the_settings_of_the_gpu(d, dtype, monkeypatch):
+    """Forward and backward, with tiles as they are launched, the last ones not full."""
+    monkeypatch.setattr(operator, "settings", _launch.settings)
+    rng = torch.Generator("cuda").manual_seed(0)
+    inputs = sample(2, 2, 2, 150, 200, 2, d, dtype, "cuda", rng)
+    check(inputs, None, {"heads": 2}, rng)
+    blend = torch.rand(2, 2, 150, generator=rng, device="cuda")
+    check(inputs, blend, {"heads": 2, "row": torch.tensor([1, 1], device="cuda")}, rng)
 
 
 @pytest.mark.gpu
