@@ -84,7 +84,17 @@ _Ordered = tuple[Tensor | None, ...]  # controls, one for each name in CONTROLS
 _UNCONTROLLED: _Ordered = (None,) * len(CONTROLS)
 
 
-class Controls(TypedDict, total=False):
+class MotionControls(TypedDict, total=False):
+    """Those of the controls of `frame_attention` that add motion; None as if not given."""
+
+    motion_slot: Tensor | None
+    motion_scale: Tensor | None
+    query_bank: Tensor | None
+    key_bank: Tensor | None
+    value_bank: Tensor | None
+
+
+class Controls(MotionControls, total=False):
     """The controls of `frame_attention`, which says what each is; None as if not given."""
 
     query_row: Tensor | None
@@ -92,11 +102,6 @@ class Controls(TypedDict, total=False):
     deviation_row: Tensor | None
     deviation_blend: Tensor | None
     deviation_parts: Tensor | None
-    motion_slot: Tensor | None
-    motion_scale: Tensor | None
-    query_bank: Tensor | None
-    key_bank: Tensor | None
-    value_bank: Tensor | None
 
 
 def frame_attention(
