@@ -1282,11 +1282,8 @@ def _check(inputs: Inputs) -> None:
             f"got {list(query.shape)}"
         )
     rows, frames, tokens, width = query.shape
-    if query.is_cuda and (width // heads > MAX_HEAD_DIM or query.dtype not in KERNEL_TYPES):
-        raise ShapeError(
-            f"{where}: query must be float32, float16 or bfloat16 with d <= {MAX_HEAD_DIM} on a "
-            f"GPU, got {query.dtype} with d = {width // heads}"
-        )
+    if query.is_cuda:
+        _check_kernel(query, heads)
     check_type(where, "query", query)
     for name, tensor in {"key": key, "value": value}.items():
         if tensor.ndim != 4 or tensor.shape[0] != rows or tensor.shape[-1] != width:
@@ -1322,6 +1319,16 @@ def _check(inputs: Inputs) -> None:
     if query_blend is not None and query_row is None:
         raise ShapeError(f"{where}: query_blend needs query_row, got query_blend alone")
     _check_further(where, key, key_rows, key_log_mask)
+
+
+def _check_kernel(query: Tensor, heads: int) -> None:
+    """Require what the GPU kernels can hold."""
+    d = query.shape[-1] // heads
+    if d > MAX_HEAD_DIM or query.dtype not in KERNEL_TYPES:
+        raise ShapeError(
+            f"query_attention: query must be float32, float16 or bfloat16 with d <= {MAX_HEAD_DIM} "
+            f"on a GPU, got {query.dtype} with d = {d}"
+        )
 
 
 def _check_further(

@@ -649,7 +649,7 @@ def _check(
     norm_bias: Tensor,
     heads: int,
     position: Tensor | None,
-    eps: float,
+    eps: object,
 ) -> None:
     check_tensor("temporal_block", "x", x)
     if x.ndim != 4 or min(x.shape[1:]) < 1 or not is_count(heads) or x.shape[-1] % heads:

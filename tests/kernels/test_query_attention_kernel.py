@@ -647,6 +647,26 @@ def test_says_what_is_wrong(change, message):
         query_attention(**given)
 
 
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (torch.empty(1, 1, 1, 514), r"d <= 256 on a GPU, got torch.float32 with d = 257"),
+        (torch.empty(1, 1, 1, 16).double(), r"bfloat16 with d <= .* got torch.float64 with d = 8"),
+    ],
+)
+def test_says_what_a_gpu_cannot_hold(query, message):
+    with pytest.raises(kq.ShapeError, match="^query_attention: query must be .*" + message):
+        operator._check_kernel(query, 2)
+    operator._check_kernel(torch.empty(1, 1, 1, 512), 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("query", [torch.empty(1, 1, 1, 514), torch.empty(1, 1, 1, 16).double()])
+def test_a_gpu_is_asked_for_no_more_than_it_holds(query):
+    with pytest.raises(kq.ShapeError, match=r"d <= 256 on a GPU, got "):
+        query_attention(*[query.cuda()] * 3, heads=2)
+
+
 @pytest.mark.parametrize("index", [2, -1])
 def test_a_graph_on_a_cpu_is_told_of_rows_that_are_not(index):
     zeros, row = torch.zeros(2, 1, 3, 4), torch.tensor([0, index])
