@@ -354,7 +354,7 @@ def _compare(before: Path, after: Path, as_json: bool) -> None:
 
 @click.command("tune")
 @click.option("--operator", "operators", multiple=True, help="One operator; can be repeated.")
-@click.option("--path", type=_FILE, help="Launch file to change; the package's own.")
+@click.option("--path", type=_FILE, help="Launch file to change; the one in use.")
 @click.option("--device", help="cuda or cuda:N; a GPU where there is one.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -364,14 +364,14 @@ def _tune(
     """Find the launch settings of the GPU at hand, and write them to a launch file.
 
     A GPU that is not in the file takes the settings of the nearest older one of its generation,
-    else the defaults.
+    else the defaults. A file of one's own is in use where KINETIQ_LAUNCH names it.
     """
     from kinetiq.bench.tune import describe, tune
-    from kinetiq.kernels._launch import LAUNCH_FILE
+    from kinetiq.kernels._launch import launch_file
 
     outcomes = []
     progress = Progress(visible=sys.stderr.isatty())
-    target = path or LAUNCH_FILE
+    target = path or launch_file()
     for outcome in tune(choose_device(device), target, operators, seed=seed, progress=progress):
         outcomes.append(asdict(outcome))
         if not as_json:

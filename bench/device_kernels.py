@@ -1,9 +1,10 @@
 """The table of kernels on the GPU at hand within a time budget, and which launch settings it had.
 
-What is measured is what `kinetiq.bench.kernels` measures, most telling cases first: of each
-operator the first case of AnimateDiff with all contestants, then every other site in bf16, then
-the other models' first cases, then fp16. Contestants that are compiled first take part while there
-is time for them and for all that follows.
+What is measured is what `kinetiq.bench.kernels` measures, most telling cases first: those with a
+target, of which each operator's first one at AnimateDiff, then every other site in bf16, then the
+other models' first cases, then fp16. Contestants that are compiled first take part in a case with a
+target while there is time for all further ones of that kind, and in any other while there is time
+for all that follows: there are so many that a target would else never meet them.
 
 A launch setting is tuned where the launch file has an entry for this very architecture and key,
 taken over where it has one for an older architecture of the generation, else the rule's, which
@@ -17,19 +18,20 @@ from dataclasses import replace
 import torch
 
 from kinetiq.bench import kernels
-from kinetiq.bench.figures import Figure
+from kinetiq.bench.figures import Figure, load_targets
 from kinetiq.bench.harness import BenchOptions, Progress
 from kinetiq.bench.kernels import Line, Machine, Plan, Roof
 from kinetiq.bench.steps import NO_GPU, Budget, Keep, Outcome, in_short
+from kinetiq.errors import InputError
 from kinetiq.kernels._launch import (
     DEFAULT,
     Table,
     architecture,
     choosing,
     find_entry,
+    launch_file,
     read_table,
 )
-from kinetiq.kernels._launch import LAUNCH_FILE as TABLE
 
 LAUNCH = "kernels: launch settings"
 _CASE, _COMPILED = 4.0, 40.0  # seconds that a case may take, and one with what is compiled first
@@ -106,8 +108,8 @@ def run_plans(
         kernels._write(options.out, lines)  # noqa: SLF001
     print(kernels.render(lines))  # noqa: T201  goes to standard error
     try:
-        settings = sort_settings(list(asked), read_table(TABLE), architecture())
-    except (OSError, ValueError) as error:
+        settings = sort_settings(list(asked), read_table(launch_file()), architecture())
+    except InputError as error:
         outcome.fail([LAUNCH], in_short(error))
         return
     outcome.details["launch"] = settings
@@ -117,27 +119,51 @@ def run_plans(
 
 def in_order(plans: Sequence[Plan]) -> list[Plan]:
     """The most telling cases first; those alike stay in the order of the operators."""
+    wanted = _targeted(plans)
 
-    def rank(plan: Plan) -> int:
+    def rank(plan: Plan) -> tuple[int, bool]:
+        first_of_main = not plan.uncompiled and _site(plan).startswith(_MAIN)
+        if stem(plan) in wanted:
+            return 0, not first_of_main
         if plan.element == "fp16":
-            return 3
+            return 3, False
         if plan.uncompiled:
-            return 1
-        return 0 if _site(plan).startswith(_MAIN) else 2
+            return 1, False
+        return (0 if first_of_main else 2), False
 
     return sorted(plans, key=rank)
+
+
+def stem(plan: Plan) -> str:
+    """What the figures of a case begin with, told before it is built.
+
+    That is so for all that have targets; a case with controls has them in other words.
+    """
+    _, operator, *words, element = describe(plan).split()
+    return f"kernels.{operator}.{'_'.join(words)}.{element}"
+
+
+def _targeted(plans: Sequence[Plan]) -> set[str]:
+    """The stems of cases that have a target."""
+    names = load_targets()
+    stems = {stem(plan) for plan in plans}
+    return {one for one in stems if any(name.startswith(f"{one}.") for name in names)}
 
 
 def within(
     plans: Sequence[Plan], budget: Budget, outcome: Outcome, keep: Keep = lambda *_: None
 ) -> Iterator[Plan]:
     """Those that there is time for when their turn comes, compiled ones where time allows it."""
+    wanted = _targeted(plans)
     for place, plan in enumerate(plans):
         if why := budget.refusal(_CASE):
             outcome.leave_out([describe(plan)], why)
             continue
         keep(outcome, describe(plan))
-        rest = _CASE * (len(plans) - place - 1)
+        following = plans[place + 1 :]
+        if stem(plan) in wanted:
+            following = [one for one in following if stem(one) in wanted]
+        rest = _CASE * len(following)
         if not plan.uncompiled and budget.refusal(rest + _COMPILED):
             outcome.leave_out([f"{describe(plan)}, compiled contestants"], _NO_TIME)
             yield replace(plan, uncompiled=_NO_TIME)

@@ -11,7 +11,8 @@ The roof of a case is what the machine itself takes to move its bytes, or to do 
 whichever is slower, at the rates of a copy and of a matrix product that the same run measures. On
 a CPU whose cache holds all tensors a share of it can exceed 1.
 
-`kernels.cpu_worst_ratio`, on a CPU, is the ratio to the usual way of the case where it is least.
+`kernels.cpu_worst_ratio`, on a CPU, is the ratio to the usual way of the case whose interval ends
+lowest: of many ratios the least value is one that was disturbed.
 
 With `--out`, `kernels.ndjson` grows case by case, so that a killed run has left its part; at the
 end `kernels.json` and `kernels.md` have every contestant's line.

@@ -4,15 +4,17 @@ The candidates of a kernel are a small grid that is written down here, laid over
 it has now. An entry of the launch file (operator and key) is judged by all cases of
 `kinetiq.bench.kernels` whose timed call asks for it: a candidate must be right in every one, also
 in float32 where types share an entry, and its score is the geometric mean of its times over those
-of the settings that it would replace. What a GPU takes that is not in the file, and has not been
-tuned, `kinetiq.kernels._launch` says.
+of the settings that it would replace. One case is in memory at a time. What a GPU takes that is not
+in the file, and has not been tuned, `kinetiq.kernels._launch` says.
 
 Where a whole temporal layer in one kernel beats the separate operators is measured likewise, after
 the settings of all of them: "temporal_block_wins" in the launch file says from how many positions
 on it does.
 """
 
+import contextlib
 import functools
+import gc
 import itertools
 import json
 import math
@@ -29,6 +31,7 @@ from kinetiq.bench.kernels import (
     SEPARATE,
     SITES,
     USUAL,
+    Case,
     Gate,
     Inputs,
     Machine,
@@ -42,9 +45,9 @@ from kinetiq.bench.kernels import (
     make_layer,
     timed_way,
 )
-from kinetiq.errors import InputError, MissingDependencyError, RequestError, WorkError
+from kinetiq.errors import MissingDependencyError, RequestError, WorkError
 from kinetiq.files import check_target, write_text
-from kinetiq.kernels._launch import LAUNCH_FILE, Table, architecture, choosing, read_table
+from kinetiq.kernels._launch import Table, architecture, choosing, launch_file, read_table
 
 Settings = dict[str, int]
 Entry = tuple[str, str]  # operator and key of the launch file
@@ -92,21 +95,32 @@ _WORTH = 0.98  # of the present time; less of a gain may be noise
 
 
 @dataclass(frozen=True)
+class Subject:
+    """A case whose tensors are in memory.
+
+    Args:
+        prepare: makes the call under the settings that hold meanwhile; what is timed, and the
+            outputs that it filled.
+        complaint: what is wrong with outputs; empty if nothing is.
+    """
+
+    prepare: Callable[[], tuple[Run, Outputs]]
+    complaint: Callable[[Outputs], str]
+
+
+@dataclass(frozen=True)
 class Workload:
     """One call that settings are judged by.
 
     Args:
         name: of its case.
-        prepare: makes the call under the settings that hold meanwhile; what is timed, and the
-            outputs that it filled.
-        complaint: what is wrong with outputs; empty if nothing is.
+        build: puts the case into memory, where all of an operator's would not fit.
         asked: entries that the timed call asks for, with the settings that it gets.
         timed: whether it is timed, or only has to be right.
     """
 
     name: str
-    prepare: Callable[[], tuple[Run, Outputs]]
-    complaint: Callable[[Outputs], str]
+    build: Callable[[], Subject]
     asked: Mapping[Entry, Settings]
     timed: bool = True
 
@@ -162,12 +176,29 @@ def asked_by(make: Prepare) -> dict[Entry, Settings]:
 
 
 def search(entry: Entry, workloads: Sequence[Workload], timer: Timer) -> Outcome:
-    """Try every candidate of one entry on the workloads that ask for it."""
-    present = next(w.asked[entry] for w in workloads if entry in w.asked)
+    """Try every candidate of one entry on the workloads that ask for it, one after the other.
+
+    Raises:
+        WorkError: a workload is wrong with the settings that it has now, or the GPU has no memory
+            for it.
+    """
     judges = [w for w in workloads if entry in w.asked]
-    usual = {w.name: w.prepare()[0] for w in judges if w.timed}
+    present = judges[0].asked[entry]
+    tried = candidates(entry, present)
+    rejected = [""] * len(tried)
+    logs: list[list[float]] = [[] for _ in tried]
+    for judge in judges:
+        standing = [number for number, why in enumerate(rejected) if not why]
+        with _in_memory(judge.name):
+            verdicts = _judge(entry, judge, [tried[number] for number in standing], timer)
+        for number, (why, ratios) in zip(standing, verdicts, strict=True):
+            rejected[number] = why
+            logs[number] += ratios
     trials = tuple(
-        _try(entry, settings, judges, usual, timer) for settings in candidates(entry, present)
+        Trial(settings, rejected=why)
+        if why
+        else Trial(settings, score=math.exp(sum(ratios) / len(ratios)))
+        for settings, why, ratios in zip(tried, rejected, logs, strict=True)
     )
     best, score = present, 1.0
     for trial in trials:
@@ -176,31 +207,56 @@ def search(entry: Entry, workloads: Sequence[Workload], timer: Timer) -> Outcome
     return Outcome(entry, present, best, score, trials)
 
 
+def _judge(
+    entry: Entry, judge: Workload, tried: Sequence[Settings], timer: Timer
+) -> list[tuple[str, list[float]]]:
+    """Of each candidate why it is out, and the logarithm of its time over that of the present."""
+    subject = judge.build()
+    usual, outputs = subject.prepare()
+    if complaint := subject.complaint(outputs):
+        raise WorkError(f"{judge.name}: must be right before it is tuned, it is {complaint}")
+    return [_try(entry, settings, judge, subject, usual, timer) for settings in tried]
+
+
 def _try(
-    entry: Entry,
-    settings: Settings,
-    judges: Sequence[Workload],
-    usual: Mapping[str, Run],
-    timer: Timer,
-) -> Trial:
+    entry: Entry, settings: Settings, judge: Workload, subject: Subject, usual: Run, timer: Timer
+) -> tuple[str, list[float]]:
     def choose(operator: str, key: str, found: Settings) -> Settings:
         return dict(settings) if (operator, key) == entry else found
 
-    logs = []
-    for judge in judges:
-        try:
-            with choosing(choose):
-                run, outputs = judge.prepare()
-        except _refusals() as error:  # too much shared memory, too many registers, and the like
-            words = str(error).strip().splitlines() or [""]
-            return Trial(settings, rejected=f"{judge.name}: {type(error).__name__}: {words[0]}")
-        if complaint := judge.complaint(outputs):
-            return Trial(settings, rejected=f"{judge.name}: {complaint}")
-        if judge.timed:
-            times = timer({"present": usual[judge.name], "candidate": run})
-            medians = {name: float(np.median(taken)) for name, taken in times.items()}
-            logs.append(math.log(medians["candidate"] / medians["present"]))
-    return Trial(settings, score=math.exp(sum(logs) / len(logs)))
+    try:
+        with choosing(choose):
+            run, outputs = subject.prepare()
+    except torch.OutOfMemoryError:  # which says nothing of the candidate
+        raise
+    except _refusals() as error:  # too much shared memory, too many registers, and the like
+        return f"{judge.name}: {type(error).__name__}: {_first_line(error)}", []
+    if complaint := subject.complaint(outputs):
+        return f"{judge.name}: {complaint}", []
+    if not judge.timed:
+        return "", []
+    times = timer({"present": usual, "candidate": run})
+    medians = {name: float(np.median(taken)) for name, taken in times.items()}
+    return "", [math.log(medians["candidate"] / medians["present"])]
+
+
+@contextlib.contextmanager
+def _in_memory(name: str) -> Iterator[None]:
+    """Inside, one case is in memory, which is free again behind it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise WorkError(
+            f"bench tune: {name}: must fit into the GPU's memory, got: {_first_line(error)}; end "
+            "what else runs there, or name other operators by --operator"
+        ) from error
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _refusals() -> tuple[type[Exception], ...]:
@@ -220,18 +276,23 @@ def workloads_of(machine: Machine, operator: str, seed: int = 0) -> list[Workloa
         inputs = Inputs(machine.device, element, seed)
         builds = builders(inputs, everywhere=True)[operator]
         for build in itertools.chain.from_iterable(builds.values()):
-            case = build()
-            gate = Gate(case, machine.prepare(case.ways[USUAL])[1])
-            found.append(
-                Workload(
-                    case.name,
-                    functools.partial(machine.prepare, case.ways[OURS]),
-                    gate.complaint,
-                    asked_by(case.ways[OURS]),
-                    timed=element == "bf16",
-                )
-            )
+            with _in_memory(f"{operator} in {element}"):
+                name, asked = _survey(build)
+            subject = functools.partial(_subject, machine, build)
+            found.append(Workload(name, subject, asked, timed=element == "bf16"))
     return found
+
+
+def _survey(build: Callable[[], Case]) -> tuple[str, dict[Entry, Settings]]:
+    """The name of a case, and the entries that it asks for."""
+    case = build()
+    return case.name, asked_by(case.ways[OURS])
+
+
+def _subject(machine: Machine, build: Callable[[], Case]) -> Subject:
+    case = build()
+    gate = Gate(case, machine.prepare(case.ways[USUAL])[1])
+    return Subject(functools.partial(machine.prepare, case.ways[OURS]), gate.complaint)
 
 
 def tune(
@@ -241,7 +302,7 @@ def tune(
 
     Args:
         device: "cuda" or "cuda:N".
-        path: launch file to change; a new one begins as a copy of the package's.
+        path: launch file to change; a new one begins as a copy of the one in use.
         operators: names out of `OPERATORS`; none for all of them.
         seed: of the inputs.
         progress: shows how far it is.
@@ -253,7 +314,7 @@ def tune(
         RequestError: there is no such operator.
         MissingDependencyError: `device` is not a GPU.
         InputError: the file cannot be read, or written.
-        WorkError: a kernel is wrong with its present settings.
+        WorkError: a kernel is wrong with its present settings, or a case does not fit into memory.
     """
     unknown = [name for name in operators if name not in OPERATORS]
     if unknown:
@@ -310,14 +371,15 @@ def compare_blocks(
         frames, heads, d = kind
         entry = (WINS, f"frames{frames}_heads{heads}_d{d}_{element}")
         inputs = Inputs(machine.device, element, seed)
-        trials = tuple(
-            compare_block(replace(site, rows=rows), inputs, machine, timer, found)
-            for site in sites[kind]
-            for rows in _CLIP_ROWS
-        )
+        with _in_memory(" ".join(entry)):
+            trials = tuple(
+                compare_block(replace(site, rows=rows), inputs, machine, timer, found)
+                for site in sites[kind]
+                for rows in _CLIP_ROWS
+            )
         least = least_winning(trials)
         table = load_table(path)
-        before = table[WINS].get(name, {}).get(entry[1])
+        before = table.get(WINS, {}).get(name, {}).get(entry[1])
         best = {"POSITIONS": least}
         if before != best:  # that it never wins is written too: then it was measured
             write_table(path, with_entry(table, entry, name, best))
@@ -340,9 +402,11 @@ def compare_block(
     with choosing(choose):
         try:
             kernel, outputs = machine.prepare(timed_way(lambda: layer.by_kernel, (layer.x,)))
+        except torch.OutOfMemoryError:
+            raise
         except _refusals() as error:
-            words = str(error).strip().splitlines() or [""]
-            return Trial(positions, rejected=f"{case.name}: {type(error).__name__}: {words[0]}")
+            why = f"{case.name}: {type(error).__name__}: {_first_line(error)}"
+            return Trial(positions, rejected=why)
         if complaint := gate.complaint(outputs):
             return Trial(positions, rejected=f"{case.name}: {complaint}")
         separate = machine.prepare(case.ways[SEPARATE])[0]
@@ -367,11 +431,8 @@ def improve(
     """Search every entry that a timed workload asks for, and keep what is better in the file.
 
     Raises:
-        WorkError: a workload is wrong with the settings that it has now.
+        WorkError: see `search`.
     """
-    for workload in workloads:
-        if complaint := workload.complaint(workload.prepare()[1]):
-            raise WorkError(f"{workload.name}: must be right before it is tuned, it is {complaint}")
     entries = sorted({entry for w in workloads if w.timed for entry in w.asked})
     for entry in progress.track(entries, "tune"):
         outcome = search(entry, workloads, timer)
@@ -389,29 +450,12 @@ def with_entry(table: Table, entry: Entry, name: str, settings: Settings) -> Tab
 
 
 def load_table(path: Path) -> Table:
-    """The launch file at `path`, or the package's where there is none yet.
+    """The launch file at `path`, or the one in use where there is none yet.
 
     Raises:
         InputError: it is not operator → architecture → key → settings.
     """
-    source = path if path.exists() else LAUNCH_FILE
-    try:
-        table = read_table(source)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source}: must be a launch file, got: {error}") from error
-    if not _is_nested(table, 3):
-        raise InputError(
-            f"{source}: must be a launch file, operator → architecture → key → settings, got "
-            "something else"
-        )
-    return table
-
-
-def _is_nested(entries: object, depth: int) -> bool:
-    """Whether these are numbers by name, `depth` names deep."""
-    if depth < 0:
-        return isinstance(entries, int)
-    return isinstance(entries, dict) and all(_is_nested(e, depth - 1) for e in entries.values())
+    return read_table(path if path.exists() else launch_file())
 
 
 def write_table(path: Path, table: Table) -> None:

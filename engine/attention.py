@@ -24,7 +24,7 @@ from kinetiq.control_tensors import (
 )
 from kinetiq.errors import CheckpointError, RequestError
 from kinetiq.kernels import frame_attention, query_attention, temporal_block
-from kinetiq.kernels.frame_attention import Controls, add_motion, mix
+from kinetiq.kernels.frame_attention import Controls, MotionControls, add_motion, mix
 from kinetiq.kernels.query_attention import choose_queries, reduce_leak
 from kinetiq.kernels.temporal_block import wins
 from kinetiq.profiling import span
@@ -237,9 +237,11 @@ class TemporalTransformer(nn.Module):
             capture = self._signal.output_capture
             if capture is not None and capture.site != site:
                 capture = None
-            plain = self._signal.controls == ControlTensors() and capture is None
-            if plain and _fuses(norm, attention, tokens):
-                tokens = _fused(norm, attention, position, tokens)
+            controls = self._signal.controls
+            bare = capture is None and not _acts_within(controls, f"{path}.{name}")
+            if bare and _fuses(norm, attention, tokens):
+                motion = _motion_of(controls.motion, site)
+                tokens = _fused(norm, attention, position, tokens, motion)
                 continue
             normed = norm(tokens)
             if position is not None:
@@ -310,8 +312,8 @@ def _feed_forward(ff: Any, path: str, given: Tensor, lora: LoraControl | None) -
     return _project(last, second, dropout(hidden * gated.gelu(gate)), lora)
 
 
-def _motion_of(control: MotionControl | None, site: int) -> Controls:
-    """What `frame_attention` is told of motion embeddings at a site."""
+def _motion_of(control: MotionControl | None, site: int) -> MotionControls:
+    """What operators are told of motion embeddings at a site."""
     bank = None if control is None else control.banks.get(site)
     if control is None or bank is None:
         return {}
@@ -373,13 +375,27 @@ def _fuses(norm: Any, attention: Any, tokens: Tensor) -> bool:
     )
 
 
+def _acts_within(controls: ControlTensors, path: str) -> bool:
+    """Whether a control acts in a temporal layer that one kernel for all of it does not know.
+
+    It knows motion embeddings. Whether a row reads another one's queries or deviations at a site
+    is data, so where any row of the batch does anywhere, they may be read at every site.
+    """
+    if controls.query is not None or controls.deviation is not None:
+        return True
+    lora = controls.lora
+    return lora is not None and (_adapts(lora, path) or f"{path}.to_out.0" in lora.banks)
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module is a linear map by its weights, which nobody listens to or changes."""
     listened = module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001  no public way
     return type(module) is nn.Linear and not listened
 
 
-def _fused(norm: Any, attention: Any, position: Tensor | None, tokens: Tensor) -> Tensor:
+def _fused(
+    norm: Any, attention: Any, position: Tensor | None, tokens: Tensor, motion: MotionControls
+) -> Tensor:
     with span("temporal block"):
         return temporal_block(
             tokens,
@@ -393,6 +409,7 @@ def _fused(norm: Any, attention: Any, position: Tensor | None, tokens: Tensor) -
             heads=attention.heads,
             position=None if position is None else position.to(tokens.dtype),
             eps=norm.eps,
+            **motion,
         )
 
 
@@ -471,8 +488,10 @@ def attention_to_words(
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     maps = []
-    for row, weights in zip(rows.tolist(), words.to(wide), strict=True):  # one at a time: large
-        q, k = (t[row].to(wide).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key))
+    # One row at a time, since scores are large; by an index, since a number waits for the device.
+    for row, weights in zip(rows.split(1), words.to(wide), strict=True):
+        chosen = (t.index_select(0, row)[0].to(wide) for t in (query, key))
+        q, k = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in chosen)
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # [frames, heads, tokens, text]
         maps.append((scores.softmax(-1) @ weights).mean(1))
     return torch.stack(maps)

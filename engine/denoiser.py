@@ -85,8 +85,9 @@ class Denoiser(Protocol):
     ) -> Tensor:
         """Return what one block or temporal attention makes of its input; see `kinetiq.taps`.
 
-        The arguments but the last are those of `predict`. Nothing behind the tap is run, and what
-        is returned can be differentiated.
+        The arguments but the last are those of `predict`. Nothing behind the tap is run, but for
+        the rest of the temporal transformer that a tapped attention lies in. What is returned can
+        be differentiated.
 
         Args:
             latents: see `predict`, as for the next three.

@@ -22,8 +22,9 @@ p_1 to the end:
     L = mean over f >= 2 and channels of |D_f(p_f) - stopgrad D_1(p_1)|
 
 z is the network's input: samplers whose sample is scaled for the network take the same step there.
-The network runs on the conditional half alone and stops at the tap; what lies behind it is neither
-run nor differentiated. Other controls of the clip act in that run as they do in its prediction.
+The network runs on the conditional half alone and stops at the tap, or at the end of the temporal
+transformer that a tapped attention lies in; what lies behind is not run, and what lies behind the
+tap is not differentiated. Other controls of the clip act in that run as they do in its prediction.
 
 Shared keys and values: the spatial self-attention before the tap in the tap's own block uses the
 keys and values of the same request without guidance. Until the window begins the two are one clip;

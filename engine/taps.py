@@ -45,7 +45,7 @@ class Tap:
 
     @property
     def last_layer(self) -> str:
-        """Module path of what has to be run for it, and nothing behind: a transformer or itself."""
+        """Module path of the layer behind which nothing is run: itself or, whole, a transformer."""
         return self.name.partition(".transformer_blocks.")[0]
 
 

@@ -1,7 +1,7 @@
 """Launch settings: block sizes, warps and stages, which are data for each GPU architecture.
 
-`launch.json` maps operator → architecture → key → settings. A GPU takes the first of these that is
-in the file:
+`launch.json`, or the file that the environment's `KINETIQ_LAUNCH` names in its place, maps operator
+→ architecture → key → settings. A GPU takes the first of these that is in the file:
 
 1. what its own architecture says of the key, then of "*",
 2. what the older ones of its generation say, the newest first (sm_89 takes sm_86's, and sm_103
@@ -9,21 +9,23 @@ in the file:
 3. what "default" says of the key, which every GPU can run, then of "*".
 
 Nothing is tuned when an operator is first called: `kinetiq bench tune` writes the entries of the
-GPU at hand.
+GPU at hand, to a file of one's own with `--path`.
 """
 
 import contextlib
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
-from kinetiq.errors import WorkError
+from kinetiq.errors import InputError, WorkError
 
 LAUNCH_FILE = Path(__file__).with_name("launch.json")
+VARIABLE = "KINETIQ_LAUNCH"  # of the environment: another file in its place
 DEFAULT = "default"
 Table = dict[str, dict[str, dict[str, dict[str, int]]]]
 _asked: list[str] = []
@@ -88,15 +90,43 @@ def _architecture_of(device: int) -> str:
     return f"sm_{major}{minor}"
 
 
+def launch_file() -> Path:
+    """The file that settings are read from: the package's unless the environment names another."""
+    named = os.environ.get(VARIABLE)
+    return Path(named) if named else LAUNCH_FILE
+
+
 def read_table(path: Path) -> Table:
-    """The settings of a launch file."""
-    table: Table = json.loads(path.read_text(encoding="utf-8"))
+    """The settings of a launch file.
+
+    Raises:
+        InputError: it is not operator → architecture → key → settings.
+    """
+    advice = "write one by `kinetiq bench tune --path FILE`"
+    if path != LAUNCH_FILE and path == launch_file():
+        advice += f", or unset {VARIABLE}, which names this one"
+    try:
+        table: Table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: must be a launch file, got: {error}; {advice}") from error
+    if not _is_nested(table, 3):
+        raise InputError(
+            f"{path}: must be a launch file, operator → architecture → key → settings, got "
+            f"something else; {advice}"
+        )
     return table
+
+
+def _is_nested(entries: object, depth: int) -> bool:
+    """Whether these are numbers by name, `depth` names deep."""
+    if depth < 0:
+        return isinstance(entries, int)
+    return isinstance(entries, dict) and all(_is_nested(e, depth - 1) for e in entries.values())
 
 
 @functools.cache
 def _table() -> Table:
-    return read_table(LAUNCH_FILE)
+    return read_table(launch_file())
 
 
 @functools.cache
@@ -105,7 +135,7 @@ def _settings(operator: str, key: str, name: str) -> Mapping[str, int]:
     found = find_entry(name, key, entries)
     if found is None:
         raise WorkError(
-            f'{LAUNCH_FILE.name}: must have settings of "{operator}" for "{key}" or "*" under '
+            f'{launch_file().name}: must have settings of "{operator}" for "{key}" or "*" under '
             f'"{name}" or "{DEFAULT}", got none'
         )
     place, word = found

@@ -39,23 +39,23 @@ from torch import Tensor
 
 from kinetiq.errors import ShapeError
 from kinetiq.kernels._autograd import differentiate, keep_types, make_room
-from kinetiq.kernels._compile import CompileCase
-from kinetiq.kernels._cost import Cost
-from kinetiq.kernels._launch import settings
-from kinetiq.kernels._triton import tl, triton
-from kinetiq.kernels.motion_feature import motion_feature_reference
-from kinetiq.kernels.query_attention import (
+from kinetiq.kernels._checks import (
     check_blend,
     check_device,
     check_kind,
     check_range,
     check_rows,
+    check_tensor,
+    check_type,
     is_count,
-    is_recorded,
     require_index,
-    split_head_dim,
-    take_rows,
 )
+from kinetiq.kernels._compile import CompileCase
+from kinetiq.kernels._cost import Cost
+from kinetiq.kernels._launch import settings
+from kinetiq.kernels._triton import tl, triton
+from kinetiq.kernels.motion_feature import motion_feature_reference
+from kinetiq.kernels.query_attention import is_recorded, split_head_dim, take_rows
 
 PARTS = ("q", "k", "v")
 CONTROLS = (  # in the operators' order
@@ -84,7 +84,17 @@ _Ordered = tuple[Tensor | None, ...]  # controls, one for each name in CONTROLS
 _UNCONTROLLED: _Ordered = (None,) * len(CONTROLS)
 
 
-class Controls(TypedDict, total=False):
+class MotionControls(TypedDict, total=False):
+    """Those of the controls of `frame_attention` that add motion; None as if not given."""
+
+    motion_slot: Tensor | None
+    motion_scale: Tensor | None
+    query_bank: Tensor | None
+    key_bank: Tensor | None
+    value_bank: Tensor | None
+
+
+class Controls(MotionControls, total=False):
     """The controls of `frame_attention`, which says what each is; None as if not given."""
 
     query_row: Tensor | None
@@ -92,11 +102,6 @@ class Controls(TypedDict, total=False):
     deviation_row: Tensor | None
     deviation_blend: Tensor | None
     deviation_parts: Tensor | None
-    motion_slot: Tensor | None
-    motion_scale: Tensor | None
-    query_bank: Tensor | None
-    key_bank: Tensor | None
-    value_bank: Tensor | None
 
 
 def frame_attention(
@@ -140,7 +145,9 @@ def frame_attention(
         [rows, frames, tokens, heads * d], contiguous, the type of `query`.
 
     Raises:
-        ShapeError: a shape, type or device does not match.
+        ShapeError: a shape, type or device does not match, or a row or slot that is on the CPU is
+            out of range; one on a GPU is not looked at, and reads memory of others if it is wrong:
+            it must be checked where it is made.
     """
     controls = (
         query_row,
@@ -187,17 +194,11 @@ def frame_attention_with_motion(
         The output, and its motion [rows, frames, tokens, motion channels], contiguous.
 
     Raises:
-        ShapeError: a shape, type or device does not match.
+        ShapeError: as in `frame_attention`; rows and slots on a GPU are not looked at here either.
     """
     ordered = _order(controls)
     _check(query, key, value, heads, ordered)
-    width = query.shape[-1]
-    if projection.ndim != 2 or projection.shape[0] != width or not projection.shape[1]:
-        raise ShapeError(
-            f"{_WHERE}: projection must be [heads * d = {width}, motion channels], "
-            f"got {list(projection.shape)}"
-        )
-    check_kind(_WHERE, "projection", projection, query)
+    _check_projection(query, projection)
     if query.device.type == "cpu" and not torch.compiler.is_compiling():
         return _attend_with_motion(query, key, value, projection, ordered, heads)
     out: tuple[Tensor, Tensor] = _frame_attention_with_motion(
@@ -1169,6 +1170,7 @@ def _(query, _key, _value, projection, *_others):
 def _(query, key, value, projection, *others):
     *controls, heads = others
     _check(query, key, value, heads, tuple(controls))
+    _check_projection(query, projection)
     return _attend_with_motion(query, key, value, projection, tuple(controls), heads)
 
 
@@ -1378,11 +1380,12 @@ def _check_controls(query: Tensor, controls: dict[str, Tensor | None]) -> None:
     for name in ("query_blend", "deviation_blend"):
         check_blend(_WHERE, name, controls[name], (rows, frames, tokens))
     parts = controls["deviation_parts"]
-    if parts is not None and (list(parts.shape) != [rows, 3] or not parts.is_floating_point()):
-        raise ShapeError(
-            f"{_WHERE}: deviation_parts must be floating [rows = {rows}, 3], "
-            f"got {parts.dtype} {list(parts.shape)}"
-        )
+    if parts is not None:
+        if list(parts.shape) != [rows, 3]:
+            raise ShapeError(
+                f"{_WHERE}: deviation_parts must be [rows = {rows}, 3], got {list(parts.shape)}"
+            )
+        check_type(_WHERE, "deviation_parts", parts)
     if controls["query_blend"] is not None and controls["query_row"] is None:
         raise ShapeError(f"{_WHERE}: query_blend needs query_row, got query_blend alone")
     needy = controls["deviation_blend"] is not None or parts is not None
@@ -1413,14 +1416,14 @@ def check_motion(
             f"{where}: motion_slot needs query_bank, key_bank or value_bank, got motion_slot alone"
         )
     require_index(where, "motion_slot", motion_slot, rows)
-    if motion_scale is not None and (
-        list(motion_scale.shape) != [rows] or not motion_scale.is_floating_point()
-    ):
-        raise ShapeError(
-            f"{where}: motion_scale must be floating [rows = {rows}], "
-            f"got {motion_scale.dtype} {list(motion_scale.shape)}"
-        )
+    if motion_scale is not None:
+        if list(motion_scale.shape) != [rows]:
+            raise ShapeError(
+                f"{where}: motion_scale must be [rows = {rows}], got {list(motion_scale.shape)}"
+            )
+        check_type(where, "motion_scale", motion_scale)
     for name, bank in given.items():
+        check_tensor(where, name, bank)
         slots = bank.shape[0] if bank.ndim else 0
         places = [tokens] if name == "value_bank" else []
         if slots < 1 or list(bank.shape) != [slots, frames, *places, width]:
@@ -1434,13 +1437,14 @@ def check_motion(
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, heads: int, controls: _Ordered) -> None:
+    for name, tensor in {"query": query, "key": key, "value": value}.items():
+        check_tensor(_WHERE, name, tensor)
     if query.ndim != 4 or not is_count(heads) or query.shape[-1] % heads:
         raise ShapeError(
             f"{_WHERE}: query must be [rows, frames, tokens, heads * d] with heads = "
             f"{heads}, got {list(query.shape)}"
         )
-    if not query.is_floating_point():
-        raise ShapeError(f"{_WHERE}: query must be of a floating type, got {query.dtype}")
+    check_type(_WHERE, "query", query)
     if not query.shape[1] or not query.shape[-1]:
         raise ShapeError(
             f"{_WHERE}: query must have at least one frame and one channel, got {list(query.shape)}"
@@ -1458,6 +1462,17 @@ def _check(query: Tensor, key: Tensor, value: Tensor, heads: int, controls: _Ord
     _check_controls(query, named)
     motion = {name: named[name] for name in CONTROLS[CONTROLS.index("motion_slot") :]}
     check_motion(_WHERE, query, **motion)
+
+
+def _check_projection(query: Tensor, projection: Tensor) -> None:
+    check_tensor(_WHERE, "projection", projection)
+    width = query.shape[-1]
+    if projection.ndim != 2 or projection.shape[0] != width or not projection.shape[1]:
+        raise ShapeError(
+            f"{_WHERE}: projection must be [heads * d = {width}, motion channels], "
+            f"got {list(projection.shape)}"
+        )
+    check_kind(_WHERE, "projection", projection, query)
 
 
 def _check_kernel(query: Tensor, heads: int) -> None:

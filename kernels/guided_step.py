@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
+from kinetiq.kernels._checks import check_tensor, check_type
 from kinetiq.kernels._compile import CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import settings
@@ -54,15 +55,19 @@ def guided_step(
     Raises:
         ShapeError: a shape, type or device does not match.
     """
-    if sample.ndim == 0:
-        raise ShapeError("guided_step: sample must be [clips, ...], got []")
-    tensors = {
+    likewise = {
         "conditional": conditional,
         "unconditional": unconditional,
         "former": former,
         "noise": noise,
     }
-    for name, tensor in tensors.items():
+    numbers = {"guidance_scale": guidance_scale, "coefficients": coefficients}
+    for name, tensor in {"sample": sample, **likewise, **numbers}.items():
+        check_tensor("guided_step", name, tensor)
+        check_type("guided_step", name, tensor)
+    if sample.ndim == 0:
+        raise ShapeError("guided_step: sample must be [clips, ...], got []")
+    for name, tensor in likewise.items():
         if tensor.shape != sample.shape:
             raise ShapeError(
                 f"guided_step: {name} must have the shape of sample {list(sample.shape)}, "
@@ -74,15 +79,11 @@ def guided_step(
             f"guided_step: guidance_scale must be [clips] and coefficients [clips, 6] with clips "
             f"= {clips}, got {list(guidance_scale.shape)} and {list(coefficients.shape)}"
         )
-    tensors |= {"guidance_scale": guidance_scale, "coefficients": coefficients}
-    for name, tensor in tensors.items():
+    for name, tensor in {**likewise, **numbers}.items():
         if tensor.device != sample.device:
             raise ShapeError(
                 f"guided_step: {name} must be on {sample.device} like sample, got {tensor.device}"
             )
-    for name, tensor in {"sample": sample, **tensors}.items():
-        if not tensor.is_floating_point():
-            raise ShapeError(f"guided_step: {name} must be of a floating type, got {tensor.dtype}")
     inputs = (sample, conditional, unconditional, former, noise, guidance_scale, coefficients)
     if sample.device.type == "cpu" and not torch.compiler.is_compiling():
         return _step_on_cpu(*inputs)  # an operator is only overhead there

@@ -18,13 +18,14 @@ arXiv:2405.14864, sec. 3.2 and 3.3.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from kinetiq.errors import ShapeError
 from kinetiq.kernels._autograd import keep_types
+from kinetiq.kernels._checks import check_range, check_tensor
 from kinetiq.kernels._compile import CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import settings
@@ -50,8 +51,8 @@ def motion_feature(
             integers; a channel may be named twice. The values of a tensor on a GPU are not looked
             at: an index that is out of range gives NaN there.
         projection: [channels, K], of the type and on the device of `x`, instead of `channels`.
-        region: [tokens] or [rows, tokens], weights of a mean over the tokens, on the device of
-            `x`; where they add up to zero the mean is zero. No gradient flows to them.
+        region: [tokens] or [rows, tokens], real weights of a mean over the tokens, on the device
+            of `x`; where they add up to zero the mean is zero. No gradient flows to them.
 
     Returns:
         [rows, frames, tokens, K], contiguous, the type of `x`; with a region there is one token,
@@ -677,6 +678,8 @@ _motion_feature.register_fake(_empty_result)
 def _(
     x: Tensor, channels: Tensor | None, projection: Tensor | None, weights: Tensor | None
 ) -> Tensor:
+    if channels is not None:  # a graph that was compiled or exported brings any
+        _check_channels(channels, x.shape[-1], x.device)
     return motion_feature_reference(x, channels, projection, weights).contiguous()
 
 
@@ -746,6 +749,9 @@ _motion_feature.register_autograd(_backward, setup_context=_save)
 
 
 def _check(x: Tensor, projection: Tensor | None, region: Tensor | None) -> None:
+    for name, tensor in {"x": x, "projection": projection, "region": region}.items():
+        if tensor is not None or name == "x":
+            check_tensor("motion_feature", name, tensor)
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ShapeError(
             f"motion_feature: x must be [rows, frames, tokens, channels] with at least one frame, "
@@ -777,6 +783,8 @@ def _check(x: Tensor, projection: Tensor | None, region: Tensor | None) -> None:
                 f"motion_feature: region must be [tokens = {tokens}] or [rows = {rows}, tokens] "
                 f"on {x.device}, got {list(region.shape)} on {region.device}"
             )
+        if region.is_complex():
+            raise ShapeError(f"motion_feature: region must hold real numbers, got {region.dtype}")
         if region.requires_grad:
             raise ShapeError(
                 "motion_feature: region must not require a gradient, got one that does; detach it"
@@ -785,6 +793,10 @@ def _check(x: Tensor, projection: Tensor | None, region: Tensor | None) -> None:
 
 def _check_channels(channels: Tensor | Sequence[int], width: int, device: torch.device) -> Tensor:
     if not isinstance(channels, Tensor):
+        if not isinstance(channels, Iterable):
+            raise ShapeError(
+                f"motion_feature: channels must be a tensor or integers, got {channels!r}"
+            )
         indices = list(channels)
         if not all(type(index) is int for index in indices):
             raise ShapeError(f"motion_feature: channels must be integers, got {indices}")
@@ -804,12 +816,7 @@ def _check_channels(channels: Tensor | Sequence[int], width: int, device: torch.
         raise ShapeError(
             f"motion_feature: channels must be on {device} like x, got {channels.device}"
         )
-    if channels.device.type == "cpu" and not torch.compiler.is_compiling():
-        least, most = int(channels.min()), int(channels.max())
-        if least < 0 or most >= width:
-            raise ShapeError(
-                f"motion_feature: channels must be from 0 to {width - 1}, got {least} to {most}"
-            )
+    check_range("motion_feature", "channels", channels, width)
     return channels
 
 

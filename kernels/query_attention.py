@@ -29,10 +29,19 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.nn.functional as F  # noqa: N812  the name everyone knows
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from kinetiq.errors import ShapeError
 from kinetiq.kernels._autograd import differentiate, keep_types, make_room
+from kinetiq.kernels._checks import (
+    check_blend,
+    check_device,
+    check_kind,
+    check_range,
+    check_rows,
+    check_tensor,
+    check_type,
+    is_count,
+)
 from kinetiq.kernels._compile import NVIDIA, CompileCase
 from kinetiq.kernels._cost import Cost
 from kinetiq.kernels._launch import pretend, settings
@@ -84,7 +93,8 @@ def query_attention(
 
     Raises:
         ShapeError: a shape, type or device does not match, or an index that is on the CPU is out
-            of range; one on a GPU is not read, and must be checked where it is made.
+            of range; one on a GPU is not looked at, and reads memory of others if it is wrong: it
+            must be checked where it is made.
     """
     inputs = Inputs(query, key, value, query_row, query_blend, key_rows, key_log_mask, heads)
     _check(inputs)
@@ -1268,27 +1278,20 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def is_count(number: object) -> bool:
-    """Whether this is a whole number above zero, such as one of heads."""
-    return isinstance(number, int) and not isinstance(number, bool) and number > 0
-
-
 def _check(inputs: Inputs) -> None:
     where = "query_attention"
     query, key, value, query_row, query_blend, key_rows, key_log_mask, heads = inputs
+    for name, tensor in {"query": query, "key": key, "value": value}.items():
+        check_tensor(where, name, tensor)
     if query.ndim != 4 or not is_count(heads) or query.shape[-1] % heads:
         raise ShapeError(
             f"{where}: query must be [rows, frames, tokens, heads * d] with heads = {heads}, "
             f"got {list(query.shape)}"
         )
     rows, frames, tokens, width = query.shape
-    if query.is_cuda and (width // heads > MAX_HEAD_DIM or query.dtype not in KERNEL_TYPES):
-        raise ShapeError(
-            f"{where}: query must be float32, float16 or bfloat16 with d <= {MAX_HEAD_DIM} on a "
-            f"GPU, got {query.dtype} with d = {width // heads}"
-        )
-    if not query.is_floating_point():
-        raise ShapeError(f"{where}: query must be of a floating type, got {query.dtype}")
+    if query.is_cuda:
+        _check_kernel(query, heads)
+    check_type(where, "query", query)
     for name, tensor in {"key": key, "value": value}.items():
         if tensor.ndim != 4 or tensor.shape[0] != rows or tensor.shape[-1] != width:
             raise ShapeError(
@@ -1325,6 +1328,16 @@ def _check(inputs: Inputs) -> None:
     _check_further(where, key, key_rows, key_log_mask)
 
 
+def _check_kernel(query: Tensor, heads: int) -> None:
+    """Require what the GPU kernels can hold."""
+    d = query.shape[-1] // heads
+    if d > MAX_HEAD_DIM or query.dtype not in KERNEL_TYPES:
+        raise ShapeError(
+            f"query_attention: query must be float32, float16 or bfloat16 with d <= {MAX_HEAD_DIM} "
+            f"on a GPU, got {query.dtype} with d = {d}"
+        )
+
+
 def _check_further(
     where: str, key: Tensor, key_rows: Tensor | None, key_log_mask: Tensor | None
 ) -> None:
@@ -1341,92 +1354,12 @@ def _check_further(
         return
     if key_rows is None:
         raise ShapeError(f"{where}: key_log_mask needs key_rows, got key_log_mask alone")
-    if key_log_mask.shape != key.shape[:3] or not key_log_mask.is_floating_point():
+    if key_log_mask.shape != key.shape[:3]:
         raise ShapeError(
-            f"{where}: key_log_mask must be floating [rows, frames, keys] = "
-            f"{list(key.shape[:3])} like key, got {key_log_mask.dtype} {list(key_log_mask.shape)}"
+            f"{where}: key_log_mask must be [rows, frames, keys] = {list(key.shape[:3])} like key, "
+            f"got {list(key_log_mask.shape)}"
         )
-
-
-def check_kind(where: str, name: str, tensor: Tensor, query: Tensor) -> None:
-    """Require `tensor` to have the type of `query` and to be on its device."""
-    if tensor.dtype != query.dtype or tensor.device != query.device:
-        raise ShapeError(
-            f"{where}: {name} must be {query.dtype} on {query.device} like query, "
-            f"got {tensor.dtype} on {tensor.device}"
-        )
-
-
-def check_device(where: str, name: str, control: object, query: Tensor) -> None:
-    """Require `control`, if there is one, to be a tensor on the device of `query`."""
-    if control is not None and not isinstance(control, Tensor):
-        raise ShapeError(f"{where}: {name} must be a tensor, got {control!r}")
-    if control is not None and control.device != query.device:
-        raise ShapeError(
-            f"{where}: {name} must be on {query.device} like query, got {control.device}; "
-            f"move it when it is made, since to move it here would wait for the device"
-        )
-
-
-def check_rows(where: str, name: str, index: Tensor | None, rows: int) -> None:
-    """Require `index` to be int64 [rows], with values in range.
-
-    Values on a GPU are not read, since that would wait for it: they are checked when controls are
-    resolved.
-    """
-    if index is not None:
-        require_index(where, name, index, rows)
-        check_range(where, name, index, rows)
-
-
-def require_index(where: str, name: str, index: Tensor, rows: int) -> None:
-    """Require int64 [rows]."""
-    if list(index.shape) != [rows] or index.dtype != torch.int64:
-        raise ShapeError(
-            f"{where}: {name} must be int64 [rows = {rows}], got {index.dtype} {list(index.shape)}"
-        )
-
-
-def check_range(where: str, name: str, index: Tensor, limit: int) -> None:
-    """Require values from 0 to below `limit`, as far as they may be looked at."""
-    values = known_values(where, name, index)
-    if values and (min(values) < 0 or max(values) >= limit):
-        raise ShapeError(
-            f"{where}: {name} must have values from 0 to {limit - 1}, "
-            f"got {min(values)} to {max(values)}"
-        )
-
-
-def known_values(where: str, name: str, index: Tensor) -> list[int]:
-    """The values of an index on a CPU; none on a GPU or in a trace, where nobody may look.
-
-    Raises:
-        ShapeError: the index is batched by vmap, so that it has no values to choose rows by.
-    """
-    if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
-        return []
-    if isinstance(index, FakeTensor):
-        return []
-    try:
-        return list(index.flatten().tolist())
-    except RuntimeError as error:
-        raise ShapeError(
-            f"{where}: {name} must hold numbers that can be read, got an index that vmap batches; "
-            "give its batch as rows instead"
-        ) from error
-
-
-def check_blend(where: str, name: str, blend: Tensor | None, full: tuple[int, int, int]) -> None:
-    """Require `blend` to be floating [rows] or [rows, frames, tokens]."""
-    if blend is None:
-        return
-    if tuple(blend.shape) not in (full[:1], full):
-        raise ShapeError(
-            f"{where}: {name} must be [rows] or [rows, frames, tokens] = {list(full)}, "
-            f"got {list(blend.shape)}"
-        )
-    if not blend.is_floating_point():
-        raise ShapeError(f"{where}: {name} must be of a floating type, got {blend.dtype}")
+    check_type(where, "key_log_mask", key_log_mask)
 
 
 def _compile_case(

@@ -30,6 +30,7 @@ Source: Guo et al., "AnimateDiff", arXiv:2307.04725, sec. 4.2; motion embeddings
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,9 +40,10 @@ from torch import Tensor
 
 from kinetiq.errors import ShapeError
 from kinetiq.kernels._autograd import differentiate, keep_types, make_room
+from kinetiq.kernels._checks import check_tensor, check_type, is_count
 from kinetiq.kernels._compile import NVIDIA, CompileCase
 from kinetiq.kernels._cost import Cost
-from kinetiq.kernels._launch import LAUNCH_FILE, architecture, pretend, read_table, settings
+from kinetiq.kernels._launch import architecture, launch_file, pretend, read_table, settings
 from kinetiq.kernels._triton import tl, triton
 from kinetiq.kernels.frame_attention import (
     CACHED,
@@ -51,7 +53,7 @@ from kinetiq.kernels.frame_attention import (
     frame_attention,
     frame_attention_reference,
 )
-from kinetiq.kernels.query_attention import is_count, is_recorded, split_head_dim
+from kinetiq.kernels.query_attention import is_recorded, split_head_dim
 
 MAX_FRAMES = 128  # all frames of a position must fit on the chip, in the separate operators too
 MAX_HEAD_DIM = 256
@@ -60,10 +62,14 @@ _CONTROLS_OF_ROWS = CONTROLS.index("motion_slot")  # before those of motion, and
 _LONGEST = 32  # frames; beyond, q, k, v and scores of one position fill the registers
 _WIDEST = 80  # columns of a head; beyond, two tiles of each of q, k and v do
 _TILE = 16  # the least side of a product on the matrix units
+
+
+def _read_wins() -> Mapping[str, Mapping[str, Mapping[str, int]]]:
+    return read_table(launch_file()).get("temporal_block_wins", {})
+
+
 # Read when this is imported: `torch.compile`, which traces `wins`, cannot read a file.
-_MEASURED: Mapping[str, Mapping[str, Mapping[str, int]]] = read_table(LAUNCH_FILE)[
-    "temporal_block_wins"
-]
+_MEASURED = _read_wins()
 
 
 def temporal_block(
@@ -98,21 +104,24 @@ def temporal_block(
         out_weight: likewise, of the projection after attention.
         out_bias: [channels].
         heads: number of attention heads; channels = heads * d.
-        position: [at least frames, channels], added after the normalisation; None: nothing.
+        position: [at least frames, channels], floating, added after the normalisation; None:
+            nothing.
         motion_slot: int64 [rows], which slot of the banks is added; 0: none.
         motion_scale: [rows], a factor on what is added; None: 1.
         query_bank: [slots, frames, channels], added to the queries of all positions.
         key_bank: like `query_bank`, for the keys.
         value_bank: [slots, frames, tokens, channels], added to the values.
-        eps: added to the variance.
+        eps: added to the variance; at least 0.
 
     Returns:
         [rows, frames, tokens, channels], contiguous, the type of `x`.
 
     Raises:
-        ShapeError: a shape, type or device does not match.
+        ShapeError: a shape, type or device does not match, `eps` is negative, or a slot that is on
+            the CPU is out of range; one on a GPU is not looked at, and reads memory of others if it
+            is wrong: it must be checked where it is made.
     """
-    _check(x, norm_weight, norm_bias, heads, position)
+    _check(x, norm_weight, norm_bias, heads, position, eps)
     width = x.shape[-1]
     for name, weight in {
         "query_weight": query_weight,
@@ -635,30 +644,40 @@ _temporal_block.register_autograd(_backward, setup_context=_save)
 
 
 def _check(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, heads: int, position: Tensor | None
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    heads: int,
+    position: Tensor | None,
+    eps: object,
 ) -> None:
+    check_tensor("temporal_block", "x", x)
     if x.ndim != 4 or min(x.shape[1:]) < 1 or not is_count(heads) or x.shape[-1] % heads:
         raise ShapeError(
             f"temporal_block: x must be [rows, frames, tokens, heads * d] with heads = {heads} "
             f"and at least one frame and token, got {list(x.shape)}"
         )
-    if not x.is_floating_point():
-        raise ShapeError(f"temporal_block: x must be of a floating type, got {x.dtype}")
+    check_type("temporal_block", "x", x)
+    if not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+        raise ShapeError(f"temporal_block: eps must be a number of at least 0, got {eps!r}")
     if x.device.type == "cuda":
         _check_kernel(x, heads)
     width = x.shape[-1]
     _check_like(x, "norm_weight", norm_weight, [width])
     _check_like(x, "norm_bias", norm_bias, [width])
     if position is not None:
+        check_tensor("temporal_block", "position", position)
         fits = position.ndim == 2 and position.shape[0] >= x.shape[1]
         if not fits or position.shape[1] != width or position.device != x.device:
             raise ShapeError(
                 f"temporal_block: position must be [{x.shape[1]} frames or more, {width}] on "
                 f"{x.device}, got {list(position.shape)} on {position.device}"
             )
+        check_type("temporal_block", "position", position)
 
 
 def _check_like(x: Tensor, name: str, tensor: Tensor, shape: list[int]) -> None:
+    check_tensor("temporal_block", name, tensor)
     if list(tensor.shape) != shape or tensor.dtype != x.dtype or tensor.device != x.device:
         raise ShapeError(
             f"temporal_block: {name} must be {shape} in {x.dtype} on {x.device} like x, "

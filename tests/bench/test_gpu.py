@@ -281,6 +281,24 @@ def test_the_most_telling_cases_come_first_and_compile_while_there_is_time():
     }
 
 
+@pytest.mark.parametrize("seconds", [1.2, 2.5])
+def test_in_the_time_of_a_part_each_target_meets_what_is_compiled(seconds):
+    plans = device_kernels.in_order(kernels.plan("cuda", quick=False))
+    clock, outcome = Clock(), Outcome()
+    compiled, seen = set(), set()
+    for plan in device_kernels.within(plans, Budget(gpu.SECONDS["full"], clock), outcome):
+        seen.add(device_kernels.stem(plan))
+        if not plan.uncompiled:
+            compiled.add(device_kernels.stem(plan))
+        clock.now += seconds if plan.uncompiled else device_kernels._COMPILED
+    assert clock.now - 100.0 <= gpu.SECONDS["full"] + device_kernels._CASE
+    targets = {name.rpartition(".")[0] for name in load_targets() if ".bf16." in name}
+    assert targets <= seen
+    firsts = {device_kernels.stem(plan) for plan in plans if not plan.uncompiled}
+    assert len(targets & firsts) == 6 and targets & firsts == compiled & targets
+    assert "kernels.temporal_block.animatediff_64x64.bf16" in compiled
+
+
 def test_a_case_gives_figures_and_its_settings_are_sorted(monkeypatch, tmp_path):
     monkeypatch.setattr(device_kernels, "_TIMED", 0.01)
     (plan,) = [p for p in kernels.plan("cpu", quick=True) if p.build.func is kernels.step_case]

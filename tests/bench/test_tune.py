@@ -4,6 +4,7 @@ import functools
 import importlib
 import itertools
 import json
+import weakref
 from collections import Counter, defaultdict
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 from kinetiq.bench import command, kernels, tune
 from kinetiq.bench.harness import Progress
 from kinetiq.bench.kernels import Inputs, Machine, Site
-from kinetiq.bench.tune import GRIDS, Workload, candidates, search
+from kinetiq.bench.tune import GRIDS, Subject, Workload, candidates, search
 from kinetiq.errors import InputError, MissingDependencyError, RequestError, WorkError
 from kinetiq.kernels import _launch
 
@@ -46,7 +47,7 @@ def workload(name="a", *, timed=True, broken=None, wrong=None):
     def complaint(outputs):
         return "wrong: errs 1" if outputs[0].tolist() == list((wrong or {}).values()) else ""
 
-    return Workload(name, prepare, complaint, {ENTRY: PRESENT}, timed)
+    return Workload(name, lambda: Subject(prepare, complaint), {ENTRY: PRESENT}, timed)
 
 
 def timer(seconds):
@@ -220,7 +221,7 @@ def test_the_quickest_right_candidate_wins():
 def test_workloads_count_alike_however_long_they_take():
     def time(runs):  # half the time in the short one, one and a half in the long one
         block = runs["candidate"]()[0]
-        long = len(seen) % 2
+        long = len(seen) >= 5  # candidates, which each have their turn in one before the other
         seen.append(block)
         usual = 100.0 if long else 1.0
         change = 1.5 if long else 0.5
@@ -236,9 +237,45 @@ def test_a_gain_that_may_be_noise_changes_nothing():
     outcome = search(ENTRY, [workload()], timer({(512, 4): 0.99}))
     assert (outcome.best, outcome.score) == (PRESENT, 1.0)
     everything = [trial.settings for trial in outcome.trials]
-    judge = replace(workload(), complaint=lambda _: "wrong")
-    outcome = search(ENTRY, [judge], timer({}))
-    assert outcome.best == PRESENT and len(outcome.trials) == len(everything)
+    assert len(everything) == 5
+
+
+def test_one_case_is_in_memory_at_a_time(monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    class Tensors:
+        pass
+
+    def build(one):
+        tensors, subject = Tensors(), one.build()
+        alive.add(tensors)
+        most.append(len(alive))
+        return Subject(lambda: (tensors, subject.prepare())[1], subject.complaint)
+
+    judges = [workload(name) for name in "abc"]
+    judges = [replace(one, build=functools.partial(build, one)) for one in judges]
+    assert search(ENTRY, judges, timer({})).best == PRESENT
+    assert most == [1, 1, 1]
+    case = next(iter(kernels.builders(Inputs("cpu", "fp32"))["guided_step"]["embedded"]))
+    seen = []
+    monkeypatch.setattr(tune, "builders", lambda *_, **__: {"guided_step": {"embedded": [case]}})
+    monkeypatch.setattr(tune, "asked_by", lambda make: seen.append(make) or {ENTRY: PRESENT})
+    found = tune.workloads_of(Machine("cpu"), "guided_step")
+    assert [one.timed for one in found] == [True, False] and len(seen) == 2
+    subject = found[1].build()
+    assert not subject.complaint(subject.prepare()[1])
+
+
+def test_memory_that_runs_out_is_no_candidates_fault():
+    def prepare():
+        if _launch.settings(*ENTRY) != PRESENT:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+        return tuple, ()
+
+    judge = replace(workload(), build=lambda: Subject(prepare, lambda _: ""))
+    said = r"^bench tune: a: must fit into the GPU's memory, got: CUDA out of memory\.; end"
+    with pytest.raises(WorkError, match=said):
+        search(ENTRY, [judge], timer({}))
 
 
 def test_a_better_entry_is_in_the_file_at_once(tmp_path):
@@ -260,17 +297,37 @@ def test_a_better_entry_is_in_the_file_at_once(tmp_path):
 
 
 def test_the_package_takes_what_was_written(tmp_path, monkeypatch):
-    path, best = tmp_path / "launch.json", {"BLOCK": 512, "num_warps": 8}
+    path, best = tmp_path / "own.json", {"BLOCK": 512, "num_warps": 8}
     table = tune.with_entry(tune.load_table(path), ("guided_step", "forward"), "sm_90", best)
     tune.write_table(path, table)
-    monkeypatch.setattr(_launch, "_table", lambda: _launch.read_table(path))
-    _launch._settings.cache_clear()
+    monkeypatch.setenv("KINETIQ_LAUNCH", str(path))
+    for kept in (_launch._table, _launch._settings):
+        kept.cache_clear()
     for name, key in (("sm_80", "forward"), ("sm_90", "backward")):
         with _launch.pretend(name):
             assert _launch.settings("guided_step", key) == PRESENT
     with _launch.pretend("sm_90"):
         assert _launch.settings("guided_step", "forward") == best
-    _launch._settings.cache_clear()
+    monkeypatch.delenv("KINETIQ_LAUNCH")
+    for kept in (_launch._table, _launch._settings):
+        kept.cache_clear()
+    with _launch.pretend("sm_90"):
+        assert _launch.settings("guided_step", "forward") == PRESENT
+
+
+def test_where_a_layer_wins_is_read_from_the_file_that_is_named(tmp_path, monkeypatch):
+    path, entry = tmp_path / "own.json", (tune.WINS, "frames16_heads8_d40_bf16")
+    table = tune.with_entry(tune.load_table(path), entry, "sm_90", {"POSITIONS": 77})
+    tune.write_table(path, table)
+    monkeypatch.setenv("KINETIQ_LAUNCH", str(path))
+    assert block._read_wins()["sm_90"] == {entry[1]: {"POSITIONS": 77}}
+    assert tune.load_table(tmp_path / "new.json") == table  # begins as a copy of what is in use
+    path.unlink()
+    said = (
+        r"own\.json: must be a launch file, got: .* or unset KINETIQ_LAUNCH, which names this one$"
+    )
+    with pytest.raises(InputError, match=said):
+        block._read_wins()
 
 
 def test_a_file_keeps_its_form(tmp_path):
@@ -398,7 +455,7 @@ def test_a_real_kernel_is_searched(kernel_device, kernel_rng):
 
     asked = tune.asked_by(lambda: call)
     assert asked == {entry: _launch.settings(*entry)}
-    judge = Workload("guided_step", prepare, complaint, asked)
+    judge = Workload("guided_step", lambda: Subject(prepare, complaint), asked)
     outcome = search(entry, [judge], timer({(2048, 2): 0.5}))
     assert outcome.best == {"BLOCK": 2048, "num_warps": 2}
     assert len(ran) == 1 + 11 and not any(trial.rejected for trial in outcome.trials)

@@ -17,10 +17,21 @@ from kinetiq.attention import (
     TemporalTransformer,
     _fuses,
 )
-from kinetiq.control_tensors import ControlTensors, DeviationControl, QueryControl, no_injection
+from kinetiq.control_tensors import (
+    ControlTensors,
+    DeviationControl,
+    LoraBank,
+    LoraControl,
+    MotionBank,
+    MotionControl,
+    QueryControl,
+    SharedKeyControl,
+    no_injection,
+)
 from kinetiq.denoiser import EagerDenoiser
 from kinetiq.errors import RequestError
 from kinetiq.families import SiteKind
+from kinetiq.kernels import temporal_block
 
 TOLERANCE = 1e-4  # of the largest value: the project's word for "equal" in float32
 
@@ -166,6 +177,56 @@ def test_an_adapted_layer_is_computed_where_others_are_one_kernel(networks, fami
     with torch.no_grad():
         wanted = predict_stock(network, family, *given)
         assert_equal(EagerDenoiser(network).attach().predict(*given), wanted)
+
+
+def embedding(denoiser, rows=2, frames=3):
+    """Another motion in each row, for all temporal sites but the last."""
+    rng = torch.Generator().manual_seed(1)
+    temporal = [n for n, site in enumerate(denoiser.sites) if site.kind is SiteKind.TEMPORAL]
+    draw = lambda n: torch.randn(rows + 1, frames, denoiser.sites[n].width, generator=rng)
+    banks = {n: MotionBank(projected_query=draw(n), projected_key=draw(n)) for n in temporal[:-1]}
+    return MotionControl(torch.arange(1, rows + 1), torch.ones(rows), banks)
+
+
+def lora_of(path, width):
+    bank = LoraBank(torch.ones(2, 1, width), torch.ones(2, width, 1))
+    return LoraControl(torch.tensor([1, 0]), torch.ones(2), {path: bank})
+
+
+def test_controls_that_do_not_act_in_a_temporal_layer_leave_it_to_one_kernel(
+    networks, family, monkeypatch
+):
+    denoiser, given, called = EagerDenoiser(networks[family]).attach(), sample(), []
+    temporal = [site for site in denoiser.sites if site.kind is SiteKind.TEMPORAL]
+    first = temporal[0]
+
+    def count(*tensors, **options):
+        called.append(options.get("motion_slot") is not None)
+        return temporal_block(*tensors, **options)
+
+    monkeypatch.setattr("kinetiq.attention.temporal_block", count)
+    queries = masked_controls(denoiser.sites, 2, None)
+    rows = torch.arange(2)
+    shared = SharedKeyControl(rows, rows[:0], 1 - rows[:, None], torch.ones(2, 3, 8, 8))
+    cases = [  # controls, layers in one kernel, those of them that add a motion
+        (ControlTensors(shared_key=shared), len(temporal), 0),
+        (ControlTensors(motion=embedding(denoiser)), len(temporal), len(temporal) - 1),
+        (ControlTensors(lora=lora_of(f"{first.name}.to_q", first.width)), len(temporal) - 1, 0),
+        (ControlTensors(lora=lora_of(f"{first.name}.to_out.0", first.width)), len(temporal) - 1, 0),
+        (ControlTensors(query=queries.query), 0, 0),
+        (ControlTensors(deviation=queries.deviation), 0, 0),
+    ]
+    try:
+        with torch.no_grad():
+            for controls, fused, moved in cases:
+                monkeypatch.setattr("kinetiq.attention.wins", lambda *_: False)
+                wanted = denoiser.predict(*given, controls)
+                monkeypatch.setattr("kinetiq.attention.wins", lambda *_: True)
+                called.clear()
+                assert_equal(denoiser.predict(*given, controls), wanted)
+                assert (len(called), sum(called)) == (fused, moved)
+    finally:
+        denoiser.detach()
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["separate", "one kernel"])

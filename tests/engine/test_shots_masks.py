@@ -82,6 +82,13 @@ def test_attention_to_words_agrees_with_its_definition():
                 assert got[n, frame, x].item() == pytest.approx(total, rel=1e-5)
 
 
+def test_attention_to_words_does_not_wait_for_the_values_of_its_rows():
+    query, key = torch.zeros(3, 2, 4, 6, device="meta"), torch.zeros(3, 1, 5, 6, device="meta")
+    rows = torch.zeros(2, dtype=torch.int64, device="meta")  # has no values to wait for
+    got = attention_to_words(query, key, 2, rows, torch.zeros(2, 5, device="meta"))
+    assert got.shape == (2, 2, 4)
+
+
 def test_the_map_is_the_mean_over_sites_at_the_latents_size():
     fine = torch.rand(2, 3, 24, generator=torch.Generator().manual_seed(0))
     coarse = torch.rand(2, 3, 1, generator=torch.Generator().manual_seed(1))

@@ -102,7 +102,11 @@ def test_other_code_has_another_key(monkeypatch, tmp_path):
     (tmp_path / "network.py").write_text("other")
     keys.add(code_key())
     code_key.cache_clear()
-    assert len(keys) == 3
+    (tmp_path / "launch.json").write_text("{}")
+    monkeypatch.setenv("KINETIQ_LAUNCH", str(tmp_path / "launch.json"))
+    keys.add(code_key())
+    code_key.cache_clear()
+    assert len(keys) == 4
     assert options_key({"rows": Bounds(1, 2, 4)}) != options_key({"rows": Bounds(1, 2, 5)})
 
 

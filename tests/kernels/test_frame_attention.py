@@ -256,7 +256,7 @@ ROW = torch.zeros(2, dtype=torch.int64)
         ({"heads": 0}, r"with heads = 0, got \[2, 3, 4, 6\]"),
         (
             dict.fromkeys(("query", "key", "value"), ZEROS.long()),
-            r"query must be of a floating type, got torch.int64$",
+            r"query must be float32, float16, bfloat16 or float64, got torch.int64$",
         ),
         (
             {"key": ZEROS[:, :1]},
@@ -273,7 +273,7 @@ ROW = torch.zeros(2, dtype=torch.int64)
         ),
         (
             {"deviation_row": ROW, "deviation_parts": torch.ones(3)},
-            r"deviation_parts must be floating \[rows = 2, 3\], got torch.float32 \[3\]",
+            r"deviation_parts must be \[rows = 2, 3\], got \[3\]",
         ),
         ({"query_blend": torch.ones(2)}, "query_blend needs query_row, got query_blend alone"),
         ({"deviation_blend": torch.ones(2)}, "deviation_parts need deviation_row, got none"),

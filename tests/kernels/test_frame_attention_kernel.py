@@ -824,6 +824,12 @@ BANK = torch.zeros(5, 3, 6)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"value": [1]}, r"value must be a tensor, got \[1\]"),
+        ({"motion_slot": ROW, "key_bank": [1]}, r"key_bank must be a tensor, got \[1\]"),
+        (
+            {"deviation_row": ROW, "deviation_parts": torch.ones(2, 3).long()},
+            "deviation_parts must be float32, .* got torch.int64",
+        ),
         ({"query": ZEROS[:, :0]}, r"at least one frame and one channel, got \[2, 0, 4, 6\]"),
         ({"motion_slot": ROW[:1], "key_bank": BANK}, r"motion_slot must be int64 \[rows = 2\]"),
         (
@@ -835,7 +841,7 @@ BANK = torch.zeros(5, 3, 6)
         ({"motion_scale": torch.ones(2)}, "motion_scale and banks need motion_slot, got none"),
         (
             {"motion_slot": ROW, "key_bank": BANK, "motion_scale": torch.ones(3)},
-            r"motion_scale must be floating \[rows = 2\], got torch.float32 \[3\]",
+            r"motion_scale must be \[rows = 2\], got \[3\]",
         ),
         (
             {"motion_slot": ROW, "key_bank": BANK[:, :2]},
@@ -843,7 +849,7 @@ BANK = torch.zeros(5, 3, 6)
         ),
         (
             {"motion_slot": ROW, "key_bank": BANK, "motion_scale": ROW},
-            r"motion_scale must be floating \[rows = 2\], got torch.int64 \[2\]",
+            "motion_scale must be float32, .* got torch.int64",
         ),
         *(
             ({name: tensor.to("meta")} | more, f"{name} must be .*cpu.*, got .*meta")
@@ -896,11 +902,20 @@ def test_a_graph_on_a_cpu_is_told_of_rows_that_are_not(name, index):
         (torch.zeros(5, 2), r"projection must be .*, got \[5, 2\]"),
         (torch.zeros(6, 0), r"projection must be .*, got \[6, 0\]"),
         (torch.zeros(6, 2).half(), "projection must be torch.float32 on cpu like query, got"),
+        ([1], r"projection must be a tensor, got \[1\]"),
     ],
 )
 def test_says_what_is_wrong_with_a_projection(projection, message):
     with pytest.raises(kq.ShapeError, match="^frame_attention: " + message):
         frame_attention_with_motion(ZEROS, ZEROS, ZEROS, projection, heads=2)
+
+
+def test_a_graph_on_a_cpu_is_told_of_a_projection_that_does_not_fit():
+    message = r"^frame_attention: projection must be \[heads \* d = 6, .* got \[5, 2\]"
+    with pytest.raises(kq.ShapeError, match=message):
+        torch.ops.kinetiq.frame_attention_with_motion(
+            ZEROS, ZEROS, ZEROS, torch.zeros(5, 2), *[None] * len(NAMES), 2
+        )
 
 
 def test_knows_its_controls():

@@ -124,8 +124,15 @@ def test_gradient(device, rng):
             r"guidance_scale must be \[clips\] .* clips = 2, got \[\] and \[2, 6\]",
         ),
         (6, torch.zeros(2, 5), r"coefficients \[clips, 6\] .* got \[2\] and \[2, 5\]"),
-        (0, torch.zeros(2, 4).int(), "sample must be of a floating type, got torch.int32"),
-        (5, torch.zeros(2).long(), "guidance_scale must be of a floating type, got torch.int64"),
+        (
+            0,
+            torch.zeros(2, 4).int(),
+            "sample must be float32, float16, bfloat16 or float64, got torch.int32",
+        ),
+        (4, torch.zeros(2, 4).to(torch.float8_e5m2), "noise must be float32, .*float8_e5m2"),
+        (5, 7.5, "guidance_scale must be a tensor, got 7.5"),
+        (0, [1], r"sample must be a tensor, got \[1\]"),
+        (5, torch.zeros(2).long(), "guidance_scale must be float32, .* got torch.int64"),
     ],
 )
 def test_says_what_is_wrong(place, tensor, message):

@@ -9,9 +9,11 @@ import math
 import pytest
 import torch
 from closeness import assert_as_good_as
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import kinetiq as kq
-from kinetiq.kernels import _compile, query_attention
+from kinetiq.kernels import _compile, _launch, query_attention
 
 operator = importlib.import_module("kinetiq.kernels.query_attention")  # not the function
 TAIL = 64  # elements behind an output that must stay as they are
@@ -527,6 +529,20 @@ def test_is_a_well_formed_operator_for_training(training, kernel_device, kernel_
     torch.library.opcheck(training.default, given)
 
 
+@pytest.mark.parametrize("everything", [False, True])
+def test_is_a_well_formed_operator_for_gradients(everything, training, kernel_device, kernel_rng):
+    query, key, value, *controls, heads = arguments(kernel_device, kernel_rng)
+    if not everything:
+        controls = [None] * len(controls)
+    given = [None if t is None else t.detach() for t in (query, key, value, *controls)]
+    out, statistics = training(*given, heads)
+    torch.library.opcheck(
+        torch.ops.kinetiq.query_attention_backward.default,
+        (out, out, statistics, *given, heads, True, everything),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
 class Site(torch.nn.Module):
     def forward(self, query, key, value, row, blend=None, key_rows=None, mask=None):
         return query_attention(
@@ -602,8 +618,10 @@ def test_a_captured_graph_reads_the_rows_that_it_is_given_later(kernel_device, k
     [
         ({"query_row": torch.zeros(2, dtype=torch.int64, device="meta")}, "query_row must be on cpu like query, got meta"),
         ({"key_rows": torch.zeros(2, 1, dtype=torch.int64, device="meta")}, "key_rows must be on cpu like query, got meta"),
-        ({"query_row": torch.zeros(2, dtype=torch.int64), "query_blend": torch.ones(2, dtype=torch.int64)}, "query_blend must be of a floating type, got torch.int64"),
-        ({name: torch.zeros(2, 1, 3, 4, dtype=torch.int64) for name in ("query", "key", "value")}, "query must be of a floating type, got torch.int64"),
+        ({"query_row": torch.zeros(2, dtype=torch.int64), "query_blend": torch.ones(2, dtype=torch.int64)}, "query_blend must be float32, .* got torch.int64"),
+        ({name: torch.zeros(2, 1, 3, 4, dtype=torch.int64) for name in ("query", "key", "value")}, "query must be float32, float16, bfloat16 or float64, got torch.int64"),
+        ({name: torch.zeros(2, 1, 3, 4).to(torch.float8_e4m3fn) for name in ("query", "key", "value")}, "query must be float32, .* got torch.float8_e4m3fn"),
+        *(({name: [1]}, rf"{name} must be a tensor, got \[1\]") for name in ("query", "key", "value")),
         ({"key_rows": torch.zeros(2, dtype=torch.int64)}, r"key_rows must be int64 \[rows = 2, n\], got torch.int64 \[2\]"),
         ({"key_rows": torch.zeros(2, 1)}, "key_rows must be int64 .* got torch.float32"),
         ({"key_rows": torch.tensor([[0], [2]])}, "key_rows must have values from 0 to 1, got 0 to 2"),
@@ -611,7 +629,11 @@ def test_a_captured_graph_reads_the_rows_that_it_is_given_later(kernel_device, k
         ({"key_log_mask": torch.zeros(2, 1, 3)}, "key_log_mask needs key_rows, got key_log_mask alone"),
         (
             {"key_rows": torch.zeros(2, 1, dtype=torch.int64), "key_log_mask": torch.zeros(2, 3)},
-            r"key_log_mask must be floating \[rows, frames, keys\] = \[2, 1, 3\] .* got torch.float32 \[2, 3\]",
+            r"key_log_mask must be \[rows, frames, keys\] = \[2, 1, 3\] .* got \[2, 3\]",
+        ),
+        (
+            {"key_rows": torch.zeros(2, 1, dtype=torch.int64), "key_log_mask": torch.zeros(2, 1, 3, dtype=torch.bool)},
+            "key_log_mask must be float32, .* got torch.bool",
         ),
         ({"query": torch.zeros(2, 0, 3, 4)}, r"at least one frame, key and channel, got \[2, 0, 3, 4\] and \[2, 1, 3, 4\]"),
         ({name: torch.zeros(2, 1, 0, 4) for name in ("key", "value")}, r"at least one frame, key and channel, got .* and \[2, 1, 0, 4\]"),
@@ -623,6 +645,26 @@ def test_says_what_is_wrong(change, message):
     given = {"query": zeros, "key": zeros, "value": zeros, "heads": 2} | change
     with pytest.raises(kq.ShapeError, match="^query_attention: .*" + message):
         query_attention(**given)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (torch.empty(1, 1, 1, 514), r"d <= 256 on a GPU, got torch.float32 with d = 257"),
+        (torch.empty(1, 1, 1, 16).double(), r"bfloat16 with d <= .* got torch.float64 with d = 8"),
+    ],
+)
+def test_says_what_a_gpu_cannot_hold(query, message):
+    with pytest.raises(kq.ShapeError, match="^query_attention: query must be .*" + message):
+        operator._check_kernel(query, 2)
+    operator._check_kernel(torch.empty(1, 1, 1, 512), 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("query", [torch.empty(1, 1, 1, 514), torch.empty(1, 1, 1, 16).double()])
+def test_a_gpu_is_asked_for_no_more_than_it_holds(query):
+    with pytest.raises(kq.ShapeError, match=r"d <= 256 on a GPU, got "):
+        query_attention(*[query.cuda()] * 3, heads=2)
 
 
 @pytest.mark.parametrize("index", [2, -1])
@@ -664,6 +706,58 @@ def test_kernels_without_rows_or_tokens_are_not_launched(size, kernel_device):
     *of_queries, of_key, of_value, _ = run_backward(out, out, statistics, *given, **options)
     assert out.shape == of_queries[0].shape == size
     assert not of_key.any() and not of_value.any()
+
+
+@settings(
+    max_examples=5,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the device is always the same
+)
+@given(
+    rows=st.integers(1, 3),
+    frames=st.integers(1, 3),
+    tokens=st.integers(1, 20),
+    seed=st.integers(0, 2**31),
+)
+def test_kernel_follows_permutations_and_offsets(rows, frames, tokens, seed, kernel_device):
+    """Symmetries of attention, which need no reference."""
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=rng).to(kernel_device)
+    permutation = lambda count: torch.randperm(count, generator=rng).to(kernel_device)
+    query, key, value = (draw(rows, frames, tokens, 8) for _ in range(3))
+    row = torch.randint(rows, (rows,), generator=rng).to(kernel_device)
+    blend = torch.rand(rows, frames, tokens, generator=rng).to(kernel_device)
+    offset = draw(rows, frames, 1, 8)
+
+    def run(*tensors, row=row, blend=blend):
+        return run_forward(*tensors, blend, heads=1, row=row)[0]
+
+    # A score is rounded by its size, and its weight by as much; one of each side, query and key.
+    size = 1 + (query.norm(dim=-1).max() * (key + offset).norm(dim=-1).max()).item() / 8**0.5
+    error = 4 * torch.finfo(torch.float32).eps * size * (value + offset).abs().max().item()
+    close = lambda got, wanted: torch.testing.assert_close(got, wanted, rtol=0, atol=error)
+    base = run(query, key, value)
+    place, order = permutation(tokens), permutation(rows)
+    close(run(query[:, :, place], key, value, blend=blend[:, :, place]), base[:, :, place])
+    close(run(query, key[:, :, place], value[:, :, place]), base)
+    moved = (t[order] for t in (query, key, value))
+    close(run(*moved, row=order.argsort()[row[order]], blend=blend[order]), base[order])
+    close(run(query, key + offset, value), base)  # softmax ignores what all keys share
+    close(run(query, key, value + offset), base + offset)  # the weights sum to one
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d", [40, 64, 80, 96, 128, 160, 192, 256])
+def test_kernels_agree_with_float64_with_the_settings_of_the_gpu(d, dtype, monkeypatch):
+    """Forward and backward, with tiles as they are launched, the last ones not full."""
+    monkeypatch.setattr(operator, "settings", _launch.settings)
+    rng = torch.Generator("cuda").manual_seed(0)
+    inputs = sample(2, 2, 2, 150, 200, 2, d, dtype, "cuda", rng)
+    check(inputs, None, {"heads": 2}, rng)
+    blend = torch.rand(2, 2, 150, generator=rng, device="cuda")
+    check(inputs, blend, {"heads": 2, "row": torch.tensor([1, 1], device="cuda")}, rng)
 
 
 @pytest.mark.gpu
