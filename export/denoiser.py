@@ -4,7 +4,7 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -33,6 +33,7 @@ from kinetiq.export.metadata import (
     level_tokens,
     tap_level,
 )
+from kinetiq.export.nodes import KINDS
 from kinetiq.taps import DEFAULT_TAP
 
 
@@ -146,12 +147,18 @@ class GraphDenoiser(ABC):
             present.add("reduced")
         missing = sorted(present.difference(self.metadata.controls))
         if missing:
-            self._refuse(
-                f"the control {', '.join(missing)}",
-                f"the network was exported with {', '.join(self.metadata.controls) or 'none'}; "
-                "export it with more of them, or load the model with backend='eager'",
-            )
+            self._refuse(f"the control {', '.join(missing)}", self.advise_on(missing))
         return frozenset(present)
+
+    def advise_on(self, missing: Sequence[str]) -> str:
+        """What to do where the network does not carry these kinds of control."""
+        if not set(missing) <= set(KINDS):
+            return "no exported network carries it; load the model with backend='eager'"
+        return (
+            f"the network was exported with {', '.join(self.metadata.controls) or 'none'}; export "
+            f"it with --controls that include {', '.join(missing)}, or load the model with "
+            "backend='eager'"
+        )
 
     def check_shapes(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> None:
         """Raise a `ShapeError` unless the network can take these."""

@@ -3,7 +3,7 @@
 import os
 import warnings
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from kinetiq.errors import CheckpointError, KinetiqWarning, RequestError, WorkEr
 from kinetiq.export.denoiser import GraphDenoiser
 from kinetiq.export.engine_file import EngineFile, read_engine
 from kinetiq.export.engine_log import make_log, says_no_room
+from kinetiq.export.nodes import KINDS
 from kinetiq.export.packages import load_gpu_runtime
 
 _CHANNELS = "feature_channels"
@@ -185,6 +186,17 @@ class EngineDenoiser(GraphDenoiser):
     def wanted(self, kinds: Collection[str]) -> frozenset[str]:
         """All that the engine was built with: its inputs are fixed."""
         return frozenset(self.metadata.controls).union(kinds)
+
+    def advise_on(self, missing: Sequence[str]) -> str:
+        """What to do where the engine was built without these kinds of control."""
+        kept = self.metadata.controls
+        if not set(missing) <= set(KINDS):
+            return super().advise_on(missing)
+        return (
+            f"the engine was built with {', '.join(kept) or 'none'}; build one by `kinetiq export "
+            f"tensorrt --controls {','.join((*kept, *missing))}` and name it, or load the model "
+            "with backend='eager'"
+        )
 
     def run(
         self,

@@ -216,12 +216,14 @@ def test_what_a_network_cannot_do_is_refused_with_words(exported):
         denoiser.keeping((), torch.zeros(1, dtype=torch.int64))
     shared = dataclasses.replace(example.controls, shared_key=object())
     with pytest.raises(
-        RequestError, match=r"got the control shared_key; the network was exported w"
+        RequestError, match=r"got the control shared_key; no exported network carries it; load"
     ):
         denoiser.predict(latents.detach(), example.timesteps, example.text, shared)
     narrow = OnnxruntimeDenoiser(exported())
     narrow.metadata = dataclasses.replace(narrow.metadata, controls=("lora",))
-    with pytest.raises(RequestError, match=r"got the control query; the network was exported with"):
+    with pytest.raises(
+        RequestError, match=r"with lora; export it with --controls that include que"
+    ):
         narrow.predict(latents.detach(), *given)
 
 
