@@ -344,7 +344,8 @@ def _awaited(stage: str, items: Iterable[_Item], total: int) -> Iterator[_Item]:
     left = iter(items)
     for number in itertools.count():
         with progress_bars() as progress:
-            progress(stage, number, total)
+            if number < total:
+                progress(stage, number, total)
             try:
                 item = next(left)
             except StopIteration:

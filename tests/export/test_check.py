@@ -224,7 +224,7 @@ def test_the_command_says_on_a_terminal_what_is_under_way(engine, monkeypatch):
         command, "load_checkpoint", lambda *_, **__: small_checkpoint("animatediff")
     )
     assert run("check", engine.file.path).exit_code == 0
-    assert told == [("loading", 0, 1), *(("comparing", number, 18) for number in range(19))]
+    assert told == [("loading", 0, 1), *(("comparing", number, 18) for number in range(18))]
     told.clear()
     monkeypatch.setattr(network, "export_onnx", lambda *_, **__: (_ for _ in ()).throw(WorkError))
     run("onnx", "--out", engine.file.path.with_name("net.onnx"))
