@@ -15,7 +15,7 @@ from kinetiq.command_line import PlainGroup
 from kinetiq.errors import CheckpointError, ClipError, RequestError
 from kinetiq.options import (
     PATH,
-    backend_option,
+    backend_options,
     beta_option,
     device_option,
     fit_option,
@@ -24,10 +24,11 @@ from kinetiq.options import (
     model_options,
     motion_training_options,
     motions_option,
-    placing_options,
+    network_options,
     sampling_options,
     seed_option,
     size_options,
+    source_options,
     until_option,
 )
 
@@ -101,8 +102,8 @@ def main() -> None:
 @size_options("Frames of each clip.", "HEIGHTxWIDTH in pixels, a square such as 48x48.")
 @fps_option
 @json_option("Print what report.json says.")
-@placing_options
-@backend_option
+@backend_options
+@network_options
 def demo(
     out: Path,
     seed: int,
@@ -113,9 +114,11 @@ def demo(
     size: str | None,
     fps: float | None,
     as_json: bool,
-    device: str,
+    device: str | None,
     dtype: str | None,
     backend: str,
+    network: Path | None,
+    trust: tuple[str, ...],
 ) -> None:
     """Move three subjects like one reference, and measure how well."""
     from kinetiq.demo import DemoOptions, check_folder, describe, run_demo
@@ -137,7 +140,9 @@ def demo(
     check_folder(out)
     with progress_bars() as progress:
         progress("loading", 0, 1)
-        with Engine.load("sprites", device=device, dtype=dtype, backend=backend) as engine:
+        with Engine.load(
+            "sprites", device=device, dtype=dtype, backend=backend, network=network, trust=trust
+        ) as engine:
             report = run_demo(engine, out, options, progress=progress)
     if as_json:
         click.echo(json.dumps(report, indent=2))
@@ -280,8 +285,9 @@ def demo(
     help="Enlarge what is written by a whole number.",
 )
 @json_option("Print what was made as one JSON object.")
-@model_options
-@backend_option
+@source_options
+@backend_options
+@network_options
 def generate(
     prompt: str,
     reference: Path | None,
@@ -322,9 +328,11 @@ def generate(
     as_json: bool,
     model: str,
     motion_adapter: str | None,
-    device: str,
+    device: str | None,
     dtype: str | None,
     backend: str,
+    network: Path | None,
+    trust: tuple[str, ...],
 ) -> None:
     """Generate one clip that moves as it is told to."""
     from kinetiq.clip import Clip, check_write, peek
@@ -387,7 +395,13 @@ def generate(
     with progress_bars() as progress:
         progress("loading", 0, 1)
         with Engine.load(
-            model, motion_adapter=motion_adapter, device=device, dtype=dtype, backend=backend
+            model,
+            motion_adapter=motion_adapter,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            network=network,
+            trust=trust,
         ) as engine:
             defaults = engine.defaults
             check_write(out, frames=frames or defaults.frames, fps=fps or defaults.fps)
@@ -443,8 +457,8 @@ def generate(
     help="Enlarge what is written by a whole number.",
 )
 @json_option("Print what was made as one JSON object.")
-@model_options
-@backend_option
+@source_options
+@backend_options
 def shots(
     storyboard: Path,
     out: Path,
@@ -456,7 +470,7 @@ def shots(
     as_json: bool,
     model: str,
     motion_adapter: str | None,
-    device: str,
+    device: str | None,
     dtype: str | None,
     backend: str,
 ) -> None:
@@ -473,6 +487,7 @@ def shots(
 
     What is there of a run that was stopped is not made again.
     """  # noqa: D301  click's mark that lines stay as they are
+    from kinetiq.backends import usual_device
     from kinetiq.board_folder import BoardOptions, make_board
     from kinetiq.engine import Engine, require_eager_for_shots
     from kinetiq.progress import progress_bars
@@ -484,7 +499,7 @@ def shots(
     )
     placing: dict[str, Any] = {
         "motion_adapter": motion_adapter,
-        "device": device,
+        "device": device or usual_device(backend),  # which says what board it is
         "dtype": dtype,
         "backend": backend,
     }

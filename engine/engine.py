@@ -150,7 +150,8 @@ class Engine:
                 fastest that was recorded to be exact here; see `kinetiq.backend_choice`.
             network: an export of the model that the back end runs, or an engine of TensorRT. None:
                 the model is exported to the user's cache, once, and an engine for the GPU at hand
-                is built there.
+                is built there; one of "tensorrt" without `QueryInjection(reduce_leak=True)`, which
+                only an engine takes that is built with the control "reduced".
             trust: SHA-256 checksums of engines that you vouch for, since an engine is code.
             variant: of the weights files, such as "fp16".
             revision: branch, tag or commit of a hub repository.

@@ -510,6 +510,8 @@ def _in_parts(
 ) -> tuple[dict[int, KinetiqError], int]:
     """Do something for all clips, in smaller parts where memory or rows of the network run out.
 
+    What the network refuses is parted too, until it is known which clips it refuses: those fail.
+
     Args:
         runs: clips and boards; a board is never in two parts.
         size: clips in a part, unless one board has more.
@@ -523,13 +525,17 @@ def _in_parts(
     """
     failed: dict[int, KinetiqError] = {}
     left = list(runs)
+    most = len(left)  # in a part; what is refused says nothing of the steps to come, as `size` does
     while left:
-        part = _fitting(left, size)
+        part = _fitting(left, size)[:most]
         too_many: _TooManyRows | None = None
+        refusal: KinetiqError | None = None
         try:
             result = work(part)
         except _TooManyRows as error:
             too_many = error
+        except KinetiqError as error:
+            refusal = error
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -538,7 +544,12 @@ def _in_parts(
             left = left[len(part) :]
             continue
         # Behind the handler, which would hold on to what did not fit.
-        if len(part) > 1:
+        if refusal is not None and len(part) > 1:
+            most = (len(part) + 1) // 2
+        elif refusal is not None:
+            failed[part[0].index] = refusal
+            left = left[1:]
+        elif len(part) > 1:
             count = _count(part)
             size = (count + 1) // 2 if too_many is None else _share(count, too_many)
         elif too_many is not None:

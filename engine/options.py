@@ -25,10 +25,8 @@ def joined(*options: Callable[[Any], Any]) -> Callable[[_Function], _Function]:
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."
 )
-placing_options = joined(
-    device_option, click.option("--dtype", help="float32 (default), bfloat16 or float16.")
-)
-model_options = joined(
+_dtype_option = click.option("--dtype", help="float32 (default), bfloat16 or float16.")
+source_options = joined(
     click.option(
         "--model",
         default="sprites",
@@ -36,13 +34,35 @@ model_options = joined(
         help="sprites (embedded), a diffusers folder, or a hub id.",
     ),
     click.option("--motion-adapter", help="AnimateDiff motion adapter for an image model."),
-    placing_options,
 )
-backend_option = click.option(
-    "--backend",
-    default="eager",
-    show_default=True,
-    help="Runs the network; auto: the fastest that was recorded to be exact here.",
+model_options = joined(source_options, device_option, _dtype_option)
+# Of commands that let another back end run the network, in the place of `device_option`.
+backend_options = joined(
+    click.option(
+        "--device",
+        help="cpu, cuda or cuda:N; by default cpu, or cuda where the back end runs nowhere else.",
+    ),
+    _dtype_option,
+    click.option(
+        "--backend",
+        default="eager",
+        show_default=True,
+        help="Runs the network; auto: the fastest that was recorded to be exact here.",
+    ),
+)
+network_options = joined(
+    click.option(
+        "--network",
+        type=PATH,
+        help="What --backend runs: an export of the model, or an engine of TensorRT; made at "
+        "first use by default.",
+    ),
+    click.option(
+        "--trust",
+        multiple=True,
+        metavar="CHECKSUM",
+        help="Of an engine that you vouch for, since an engine is code; can be repeated.",
+    ),
 )
 
 # The request checks these, and says what is wrong with them as it does in Python.

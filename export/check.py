@@ -11,6 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kinetiq.checkpoint import Checkpoint
-from kinetiq.denoiser import Denoiser, EagerDenoiser
+from kinetiq.denoiser import EagerDenoiser
 from kinetiq.errors import CheckpointError, MissingDependencyError, RequestError
+from kinetiq.export.denoiser import CHANNELS, GraphDenoiser
 from kinetiq.export.engine_profile import Profile
 from kinetiq.export.engine_runtime import open_engine
 from kinetiq.export.example import (
@@ -39,10 +41,13 @@ from kinetiq.export.onnxruntime_denoiser import OnnxruntimeDenoiser
 from kinetiq.export.openvino_denoiser import OpenvinoDenoiser
 from kinetiq.export.specialisation import keep_controls
 from kinetiq.export.specialising_denoiser import SpecialisingDenoiser
+from kinetiq.kernels import motion_feature
 from kinetiq.taps import find_tap
 
 TOLERANCE = 1e-4  # of the largest value, in float32
 SLACK = 2.0  # times eager's own error, in narrower types
+_OUTPUTS = ("prediction", "features", "motion")
+_CHOSEN = 3  # channels of the tap whose motion is compared
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 _RUNTIMES: Mapping[str, Callable[[Path, torch.device], SpecialisingDenoiser]] = {
     "onnxruntime": OnnxruntimeDenoiser,
@@ -56,11 +61,12 @@ class Comparison:
 
     Args:
         runtime: its name.
-        output: "prediction" or "features".
+        output: "prediction", "features" or "motion".
         shape: of the batch.
         controls: the kinds that acted.
         max_error: largest distance from the reference in float32.
-        relative_error: the same by the largest value of the reference.
+        relative_error: the same by the largest value of the reference; for "motion" by that of the
+            features, since it is a difference of them.
         allowed: what the relative error may be.
     """
 
@@ -149,7 +155,9 @@ def check_engine_file(
     shapes = [shape_inside(shape, profile) for shape in example_shapes(denoiser.metadata)]
     denoisers = {denoiser.file.record.runtime: denoiser}
     banks = banks_inside(BankSizes(), profile)
-    yield from _compare_all(checkpoint, denoiser.metadata, shapes, denoisers, banks)
+    chosen = profile.bounds.get(CHANNELS)
+    count = _CHOSEN if chosen is None else min(max(_CHOSEN, chosen.least), chosen.most)
+    yield from _compare_all(checkpoint, denoiser.metadata, shapes, denoisers, banks, count)
 
 
 def shape_inside(shape: ExampleShape, profile: Profile) -> ExampleShape:
@@ -193,49 +201,83 @@ def _compare_all(
     checkpoint: Checkpoint,
     metadata: NetworkMetadata,
     shapes: Collection[ExampleShape],
-    denoisers: Mapping[str, Denoiser],
+    denoisers: Mapping[str, GraphDenoiser],
     banks: BankSizes = BankSizes(),  # noqa: B008  it is frozen
+    chosen: int = _CHOSEN,
 ) -> Iterator[Comparison]:
+    channels = _choose_channels(metadata, chosen)
     for shape in shapes:
         for kinds in ((), metadata.controls) if metadata.controls else ((),):
-            yield from _compare(checkpoint.unet, metadata, shape, kinds, denoisers, banks)
+            example = make_example(checkpoint.unet, metadata, shape, kinds, banks=banks)
+            found = _compare(checkpoint.unet, metadata, example, channels, denoisers)
+            for output, name, (most, relative), allowed in found:
+                yield Comparison(name, output, shape, kinds, most, relative, allowed)
+
+
+def count_comparisons(metadata: NetworkMetadata) -> int:
+    """How many comparisons there are of a network, under one runtime at the usual shapes."""
+    outputs = 1 if metadata.tap is None else len(_OUTPUTS)
+    return len(example_shapes(metadata)) * (2 if metadata.controls else 1) * outputs
+
+
+def _choose_channels(metadata: NetworkMetadata, count: int) -> Tensor | None:
+    """Channels of the tap whose motion is compared, from the last to the first; None: no tap."""
+    if metadata.tap is None:
+        return None
+    axes = next(info.axes for info in metadata.outputs if info.name == "features")
+    return torch.linspace(int(axes[-1]) - 1, 0, count).round().long()
 
 
 def _compare(
     network: Any,
     metadata: NetworkMetadata,
-    shape: ExampleShape,
-    kinds: tuple[str, ...],
-    denoisers: Mapping[str, Denoiser],
-    banks: BankSizes,
-) -> Iterator[Comparison]:
+    example: Example,
+    channels: Tensor | None,
+    denoisers: Mapping[str, GraphDenoiser],
+) -> Iterator[tuple[str, str, tuple[float, float], float]]:
+    """Of every output and back end its two errors, and what the second may be."""
     dtype: torch.dtype = getattr(torch, metadata.precision)
-    example = make_example(network, metadata, shape, kinds, banks=banks)
-    for output in ("prediction", "features")[: 1 + (metadata.tap is not None)]:
+    scale = 0.0
+    for output in ("prediction",) if metadata.tap is None else _OUTPUTS:
+        asked = partial(_ask, output=output, tap=metadata.tap, channels=channels)
         with _eager(network) as denoiser:
-            exact = _ask(denoiser, output, example, metadata.tap)
+            exact = asked(denoiser, example)
+        if output != "motion":  # a difference of the features that were compared before it
+            scale = float(exact.abs().max())
         allowed = TOLERANCE
         if dtype != torch.float32:
             with cast_weights(network, dtype), _eager(network) as denoiser:
-                narrow = _ask(denoiser, output, cast_example(example, dtype), metadata.tap)
-            allowed = max(TOLERANCE, SLACK * _error(narrow, exact)[1])
+                narrow = asked(denoiser, cast_example(example, dtype))
+            allowed = max(TOLERANCE, SLACK * _error(narrow, exact, scale)[1])
         for name, tested in denoisers.items():
-            got = _ask(tested, output, cast_example(example, dtype), metadata.tap)
-            most, relative = _error(got, exact)
-            yield Comparison(name, output, shape, kinds, most, relative, allowed)
+            got = asked(tested, cast_example(example, dtype))
+            yield output, name, _error(got, exact, scale), allowed
 
 
-def _ask(denoiser: Denoiser, output: str, example: Example, tap: str | None) -> Tensor:
+def _ask(
+    denoiser: EagerDenoiser | GraphDenoiser,
+    example: Example,
+    *,
+    output: str,
+    tap: str | None,
+    channels: Tensor | None,
+) -> Tensor:
     given = (example.latents, example.timesteps, example.text, example.controls)
     with torch.inference_mode():
-        if output == "features" and tap is not None:
-            return denoiser.features(*given, tap).float().cpu()
-        return denoiser.predict(*given).float().cpu()
+        if output == "prediction" or tap is None or channels is None:
+            got = denoiser.predict(*given)
+        elif output == "features":
+            got = denoiser.features(*given, tap)
+        elif isinstance(denoiser, EagerDenoiser):
+            got = motion_feature(denoiser.features(*given, tap).flatten(2, 3), channels)
+        else:
+            got = denoiser.motion(*given, tap, channels)
+    return got.float().cpu()
 
 
-def _error(got: Tensor, exact: Tensor) -> tuple[float, float]:
+def _error(got: Tensor, exact: Tensor, scale: float) -> tuple[float, float]:
     most = float((got - exact).abs().max())
-    return most, most / float(exact.abs().max())
+    return most, most / scale
 
 
 @dataclass(frozen=True)
@@ -307,7 +349,8 @@ def find_first_difference(
     got = denoiser.run_model(cut, inputs)
     turns: dict[str, Iterator[Tensor]] = {kind: iter(kept) for kind, kept in expected.items()}
     for number, node in enumerate(nodes):
-        _, relative = _error(got[node.output[0]], next(turns[node.op_type]))
+        exact = next(turns[node.op_type])
+        _, relative = _error(got[node.output[0]], exact, float(exact.abs().max()))
         if not relative <= allowed:
             return NodeDifference(runtime, node.name, node.op_type, number, relative, allowed)
     return None
@@ -329,7 +372,7 @@ def _record_nodes(
     tap = None if metadata.tap is None else find_tap(network, metadata.tap)
     given = dict(inputs)
     own = tuple(given.pop(name) for name in ("latents", "timesteps", "text"))
-    given["feature_channels"] = torch.zeros(1, dtype=torch.int64)
+    given[CHANNELS] = torch.zeros(1, dtype=torch.int64)
     recorder = _Recorder()
     with NetworkGraph(network, metadata.controls, tap) as graph, torch.no_grad(), recorder:
         graph(*own, given)

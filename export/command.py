@@ -4,11 +4,13 @@ Exit status: 0 when it is done; 1 when the work failed, a package or a device is
 check found a difference; 2 for bad input.
 """
 
+import itertools
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -23,11 +25,13 @@ from kinetiq.export.nodes import KINDS
 from kinetiq.export.plugin_choice import CHOICE_FILE, OPERATORS
 from kinetiq.export.plugin_ptx import PLAIN_SHARED
 from kinetiq.files import check_target
+from kinetiq.progress import progress_bars
 from kinetiq.taps import DEFAULT_TAP
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="Print it as one JSON object.")
 _ALL, _NONE = "all", "none"
+_Item = TypeVar("_Item")
 
 
 @click.group(cls=PlainGroup)
@@ -72,12 +76,16 @@ def onnx(
     from kinetiq.export.network import check_kinds, export_onnx
 
     kinds = check_kinds(KINDS if controls == _ALL else _split(controls))
-    checkpoint = load_checkpoint(
-        model, motion_adapter=motion_adapter, dtype=precision_of(dtype), half_on_cpu=True
-    )
-    made = export_onnx(
-        checkpoint, out, opset=opset, tap=None if tap == _NONE else tap, controls=kinds
-    )
+    precision = precision_of(dtype)
+    with progress_bars() as progress:
+        progress("loading", 0, 1)
+        checkpoint = load_checkpoint(
+            model, motion_adapter=motion_adapter, dtype=precision, half_on_cpu=True
+        )
+        progress("exporting", 0, 1)
+        made = export_onnx(
+            checkpoint, out, opset=opset, tap=None if tap == _NONE else tap, controls=kinds
+        )
     size = sum(path.stat().st_size for path in made.files)
     said = {
         "files": [str(path) for path in made.files],
@@ -126,6 +134,7 @@ def check(
     from kinetiq.export.check import (
         check_engine_file,
         check_network,
+        count_comparisons,
         find_first_difference,
         installed_runtimes,
         require_nodes,
@@ -143,7 +152,9 @@ def check(
     )
     if nodes:
         require_nodes(metadata)
-    checkpoint = load_checkpoint(model or metadata.checkpoint, motion_adapter=motion_adapter)
+    with progress_bars() as progress:
+        progress("loading", 0, 1)
+        checkpoint = load_checkpoint(model or metadata.checkpoint, motion_adapter=motion_adapter)
     used = runtimes or installed_runtimes(metadata.precision, place)
     comparisons = (
         check_engine_file(network, checkpoint, trust=trust, device=place)
@@ -151,7 +162,8 @@ def check(
         else check_network(network, checkpoint, runtimes=used, device=place)
     )
     found = []
-    for comparison in comparisons:
+    total = count_comparisons(metadata) * (1 if is_engine else len(used))
+    for comparison in _awaited("comparing", comparisons, total):
         found.append(comparison)
         if not as_json:
             sizes = "x".join(map(str, asdict(comparison.shape).values()))
@@ -162,12 +174,12 @@ def check(
                 f"max {comparison.max_error:.2e}  relative {comparison.relative_error:.2e}  "
                 f"allowed {comparison.allowed:.1e}"
             )
-    differing = [
-        difference
-        for name in (used if nodes else ())
-        if (difference := find_first_difference(network, checkpoint, name, device=place))
-        is not None
-    ]
+    looked_at = used if nodes else ()
+    differences = (
+        find_first_difference(network, checkpoint, name, device=place) for name in looked_at
+    )
+    found_nodes = _awaited("nodes", differences, len(looked_at))
+    differing = [difference for difference in found_nodes if difference is not None]
     passed = all(comparison.passed for comparison in found) and not differing
     if as_json:
         said = {
@@ -258,21 +270,28 @@ def tensorrt(
             "kernels; leave it out, or leave out --rtx"
         )
     path = out or network.with_suffix(".engine" if target is None else f".{target}.engine")
-    if target is not None:
-        from kinetiq.export.engine_rtx import build_rtx_engine
-
-        made = build_rtx_engine(network, path, target=target, **options)
-    else:
-        from kinetiq.export.engine_tensorrt import build_engine
-
-        made = build_engine(
-            network,
-            path,
-            plugins=operators,
-            route=route,
-            shared_bytes=shared_bytes or PLAIN_SHARED,
-            **options,
+    if path.resolve() == network.resolve():
+        raise RequestError(
+            f"export: the engine must not replace the network that it is built from, {network}; "
+            "name another --out"
         )
+    with progress_bars() as progress:
+        progress("building", 0, 1)
+        if target is not None:
+            from kinetiq.export.engine_rtx import build_rtx_engine
+
+            made = build_rtx_engine(network, path, target=target, **options)
+        else:
+            from kinetiq.export.engine_tensorrt import build_engine
+
+            made = build_engine(
+                network,
+                path,
+                plugins=operators,
+                route=route,
+                shared_bytes=shared_bytes or PLAIN_SHARED,
+                **options,
+            )
     _say_engine(made, as_json)
 
 
@@ -301,12 +320,14 @@ def tune(
     from kinetiq.export.plugin_tuning import tune_plugins
 
     check_target(path or CHOICE_FILE, "export tune")
-    target, record = tune_plugins(
-        network,
-        bounds=_bounds(profiles),
-        controls=None if controls is None else _split(controls),
-        shared_bytes=shared_bytes or PLAIN_SHARED,
-    )
+    with progress_bars() as progress:
+        progress("tuning", 0, 1)
+        target, record = tune_plugins(
+            network,
+            bounds=_bounds(profiles),
+            controls=None if controls is None else _split(controls),
+            shared_bytes=shared_bytes or PLAIN_SHARED,
+        )
     if as_json:
         click.echo(json.dumps({"target": target, **asdict(record)}))
     else:
@@ -318,11 +339,26 @@ def tune(
     write_record(path or CHOICE_FILE, target, record)
 
 
+def _awaited(stage: str, items: Iterable[_Item], total: int) -> Iterator[_Item]:
+    """Yield items; while one is worked on a bar is shown, which is gone once it is there."""
+    left = iter(items)
+    for number in itertools.count():
+        with progress_bars() as progress:
+            if number < total:
+                progress(stage, number, total)
+            try:
+                item = next(left)
+            except StopIteration:
+                return
+        yield item
+
+
 def _say_engine(made: EngineFile, as_json: bool) -> None:
     record, size = made.record, made.path.stat().st_size
     said = {
         "engine": str(made.path),
         "bytes": size,
+        "checksum": made.checksum,
         "runtime": record.runtime,
         "version": record.version,
         "target": record.target,
@@ -341,6 +377,7 @@ def _say_engine(made: EngineFile, as_json: bool) -> None:
         f"{click.format_filename(made.path)}: for {record.runtime} {record.version} on "
         f"{record.target}, {size / 1e6:.1f} MB{fused}{kernels}"
     )
+    click.echo(f"checksum, to vouch for it elsewhere: {made.checksum}")
 
 
 def _split(controls: str) -> tuple[str, ...]:

@@ -4,9 +4,10 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -33,7 +34,11 @@ from kinetiq.export.metadata import (
     level_tokens,
     tap_level,
 )
+from kinetiq.export.nodes import KINDS
 from kinetiq.taps import DEFAULT_TAP
+
+CHANNELS = "feature_channels"
+"""The input that says which channels of a tap are chosen."""
 
 
 class GraphDenoiser(ABC):
@@ -63,9 +68,9 @@ class GraphDenoiser(ABC):
 
         Args:
             inputs: by name; those of `wanted(kinds)`, of the graph's types, contiguous, on
-                `device`. Which channels of a tap are chosen is not among them.
+                `device`. Which channels of a tap are chosen is among them for "motion" alone.
             kinds: the kinds of control that are among them.
-            output: "prediction" or "features"; `output_shape` says its shape.
+            output: "prediction", "features" or "motion"; `output_shape` says its shape.
         """
 
     def wanted(self, kinds: Collection[str]) -> frozenset[str]:
@@ -100,15 +105,38 @@ class GraphDenoiser(ABC):
         Raises:
             RequestError: the network was exported without this tap, or gradients are wanted.
         """
-        if self.metadata.tap != tap:
-            self._refuse(
-                f"features of {tap}",
-                f"the network was exported with {self.metadata.tap or 'no tap'}; "
-                f"export it with --tap {tap}",
-            )
+        self._require_tap(tap)
         if torch.is_grad_enabled() and latents.requires_grad:
             self._refuse("gradients of features", "load the model with backend='eager'")
         return self._run(latents, timesteps, text, controls, "features")
+
+    def motion(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        controls: ControlTensors,
+        tap: str,
+        channels: Tensor,
+    ) -> Tensor:
+        """Return what moves in some channels of the output of one block.
+
+        Args:
+            latents: as in `predict`, and so are those up to `tap`.
+            timesteps: likewise.
+            text: likewise.
+            controls: likewise.
+            tap: the block.
+            channels: int64 [K], of its output.
+
+        Returns:
+            [rows, frames, tokens, K]; see `kinetiq.kernels.motion_feature`.
+
+        Raises:
+            RequestError: the network was exported without this tap.
+        """
+        self._require_tap(tap)
+        return self._run(latents, timesteps, text, controls, "motion", {CHANNELS: channels})
 
     def keeping(
         self,
@@ -146,12 +174,18 @@ class GraphDenoiser(ABC):
             present.add("reduced")
         missing = sorted(present.difference(self.metadata.controls))
         if missing:
-            self._refuse(
-                f"the control {', '.join(missing)}",
-                f"the network was exported with {', '.join(self.metadata.controls) or 'none'}; "
-                "export it with more of them, or load the model with backend='eager'",
-            )
+            self._refuse(f"the control {', '.join(missing)}", self.advise_on(missing))
         return frozenset(present)
+
+    def advise_on(self, missing: Sequence[str]) -> str:
+        """What to do where the network does not carry these kinds of control."""
+        if not set(missing) <= set(KINDS):
+            return "no exported network carries it; load the model with backend='eager'"
+        return (
+            f"the network was exported with {', '.join(self.metadata.controls) or 'none'}; export "
+            f"it with --controls that include {', '.join(missing)}, or load the model with "
+            "backend='eager'"
+        )
 
     def check_shapes(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> None:
         """Raise a `ShapeError` unless the network can take these."""
@@ -205,13 +239,15 @@ class GraphDenoiser(ABC):
             for name, tensor in own.items()
         }
 
-    def output_shape(self, output: str, latents: Tensor) -> tuple[int, ...]:
-        """The shape of an output for these latents."""
-        rows, _, frames, height, width = latents.shape
+    def output_shape(self, output: str, inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """The shape of an output for these inputs."""
+        rows, _, frames, height, width = inputs["latents"].shape
         axes = {info.name: info.axes for info in self.metadata.outputs}[output]
         if self.metadata.tap is None or output == "prediction":
             return (rows, int(axes[1]), frames, height, width)
         level = tap_level(self.metadata.tap, self.metadata.levels)
+        if output == "motion":
+            return (rows, frames, level_tokens(height, width, level), len(inputs[CHANNELS]))
         return (rows, frames, *level_size(height, width, level), int(axes[4]))
 
     def _run(
@@ -221,10 +257,21 @@ class GraphDenoiser(ABC):
         text: Tensor,
         controls: ControlTensors,
         output: str,
+        others: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
         self.check_shapes(latents, timesteps, text)
         kinds = self.wanted(self.kinds_of(controls))
-        return self.run(self.inputs_of(latents, timesteps, text, controls, kinds), kinds, output)
+        inputs = self.inputs_of(latents, timesteps, text, controls, kinds)
+        given = {name: tensor.to(self.device) for name, tensor in others.items()}
+        return self.run({**inputs, **given}, kinds, output)
+
+    def _require_tap(self, tap: str) -> None:
+        if self.metadata.tap != tap:
+            self._refuse(
+                f"features of {tap}",
+                f"the network was exported with {self.metadata.tap or 'no tap'}; "
+                f"export it with --tap {tap}",
+            )
 
     def _refuse(self, what: str, advice: str) -> NoReturn:
         raise RequestError(f"{self._where}: must be asked for what it can do, got {what}; {advice}")

@@ -155,7 +155,7 @@ def read_engine(
             f"damaged; build {file} again"
         )
     vouched = {trust} if isinstance(trust, str) else set(trust)
-    if checksum not in vouched | vouched_for():
+    if checksum not in vouched and checksum not in vouched_for():
         raise CheckpointError(
             f"{where}: must be an engine that somebody vouches for, since a plan is code; if you "
             f"trust where it came from, give its checksum: {checksum}"
@@ -167,6 +167,7 @@ def vouch(checksum: str) -> None:
     """Let this user open the engine with this checksum from now on.
 
     Raises:
+        CheckpointError: see `vouched_for`.
         OutputError: the user's cache cannot be written.
     """
     make_engine_folder()
@@ -183,11 +184,21 @@ def vouch(checksum: str) -> None:
 
 
 def vouched_for() -> set[str]:
-    """Checksums of the engines that this user built; none where others may write them."""
+    """Checksums of the engines that this user built; none where others may write them.
+
+    Raises:
+        CheckpointError: they are there, and cannot be read.
+    """
     try:
         known = set(_trusted().read_text(encoding="utf-8").split())
     except FileNotFoundError:
         return set()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(
+            f"engine: {_trusted()} must be readable, since it has the checksums of the engines "
+            f"that you built: {reason}; mend or delete it"
+        ) from error
     return known if _is_ours(engine_folder()) else set()
 
 

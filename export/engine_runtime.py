@@ -3,7 +3,7 @@
 import os
 import warnings
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from kinetiq.errors import CheckpointError, KinetiqWarning, RequestError, WorkError
-from kinetiq.export.denoiser import GraphDenoiser
+from kinetiq.export.denoiser import CHANNELS, GraphDenoiser
 from kinetiq.export.engine_file import EngineFile, read_engine
 from kinetiq.export.engine_log import make_log, says_no_room
+from kinetiq.export.nodes import KINDS
 from kinetiq.export.packages import load_gpu_runtime
 
-_CHANNELS = "feature_channels"
 _GRAPHS = 2  # shapes whose launches are kept; each has its own memory for activations
 
 
@@ -186,6 +186,17 @@ class EngineDenoiser(GraphDenoiser):
         """All that the engine was built with: its inputs are fixed."""
         return frozenset(self.metadata.controls).union(kinds)
 
+    def advise_on(self, missing: Sequence[str]) -> str:
+        """What to do where the engine was built without these kinds of control."""
+        kept = self.metadata.controls
+        if not set(missing) <= set(KINDS):
+            return super().advise_on(missing)
+        return (
+            f"the engine was built with {', '.join(kept) or 'none'}; build one by `kinetiq export "
+            f"tensorrt --controls {','.join((*kept, *missing))}` and name it, or load the model "
+            "with backend='eager'"
+        )
+
     def run(
         self,
         inputs: Mapping[str, Tensor],
@@ -200,8 +211,9 @@ class EngineDenoiser(GraphDenoiser):
             WorkError: the engine failed.
         """
         given = dict(inputs)
-        if _CHANNELS in self._infos:  # an engine computes all its outputs; this one nobody reads
-            given[_CHANNELS] = torch.zeros(1, dtype=torch.int64, device=self.device)
+        if CHANNELS in self._infos.keys() - given.keys():
+            # An engine computes all its outputs, of which nobody reads this one.
+            given[CHANNELS] = torch.zeros(1, dtype=torch.int64, device=self.device)
         for name, tensor in given.items():
             self.file.record.profile.check(self._infos[name], tuple(tensor.shape))
         with _on(self.device):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from kinetiq.backends import ON_GPU
 from kinetiq.checkpoint import Checkpoint, parse_device, resolve_device
@@ -190,7 +190,11 @@ def _alone(path: Path) -> Iterator[None]:
     """Inside, no other process makes the file."""
     lock = FileLock(f"{path}.lock")
     try:
-        lock.acquire()
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            _LOG.warning("waiting for another process that makes %s", path)
+            lock.acquire()
     except OSError as error:
         raise OutputError(
             f"load: {path.parent} must be a folder that can be written, to make {path.name} in: "

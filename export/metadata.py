@@ -142,6 +142,7 @@ def decode_metadata(text: str, where: str) -> NetworkMetadata:
                 f"{where}: must be an exported network of format {FORMAT}, got {said['format']!r}; "
                 "export it again with this version"
             )
+        _require_known(said, where)
         return NetworkMetadata(
             **{
                 **{field.name: said[field.name] for field in fields(NetworkMetadata)},
@@ -158,6 +159,23 @@ def decode_metadata(text: str, where: str) -> NetworkMetadata:
             f"{where}: its metadata must be what `kinetiq export onnx` writes, and is not "
             f"({error}); export it again"
         ) from error
+
+
+def _require_known(said: Mapping[str, Any], where: str) -> None:
+    """Raise a `CheckpointError` unless family and types are some that this version knows."""
+    kinds = {tensor["dtype"] for tensor in (*said["inputs"], *said["outputs"])}
+    for what, found, known in (
+        ("family", {said["family"]}, tuple(FAMILIES)),
+        ("precision", {said["precision"]}, PRECISIONS),
+        ("inputs and outputs", kinds, (*PRECISIONS, "int64")),
+    ):
+        other = found.difference(known)
+        if other:
+            raise CheckpointError(
+                f"{where}: its {what} must be of {', '.join(known)}, got "
+                f"{', '.join(map(str, other))}; use the version that exported it, or export it "
+                "again with this one"
+            )
 
 
 def read_metadata(path: str | os.PathLike[str]) -> NetworkMetadata:
@@ -193,7 +211,8 @@ def read_network(path: str | os.PathLike[str]) -> tuple[Any, NetworkMetadata]:
         model.ParseFromString(data)
     except Exception as error:  # protobuf's own class depends on how it was built
         raise CheckpointError(
-            f"{where}: must be an ONNX file, and cannot be parsed; it may be cut off"
+            f"{where}: must be an ONNX file, and cannot be parsed; it may be cut off, or be an "
+            f"engine whose record {file.name}.*.json is not beside it"
         ) from error
     said = [entry.value for entry in model.metadata_props if entry.key == KEY]
     if len(said) != 1:
@@ -253,11 +272,22 @@ def _outside(model: Any, where: str) -> Iterator[tuple[str, int, int]]:
             raise CheckpointError(
                 f"{where}: weights must lie beside it, got {name!r} for {tensor.name!r}"
             )
-        yield name, int(said.get("offset", 0)), int(said["length"])
+        yield name, *_place(said, f"{where}: {tensor.name!r}")
     # A runtime would read these too, and no checksum covers them.
     nodes = [*model.graph.node, *(node for one in model.functions for node in one.node)]
     if any(tensor.external_data for tensor in _tensors_inside(nodes)):
         raise CheckpointError(f"{where}: only initialisers of its graph may lie beside it")
+
+
+def _place(said: Mapping[str, str], where: str) -> tuple[int, int]:
+    """Offset and bytes of a weight in its file."""
+    offset, length = said.get("offset", "0"), said.get("length", "")
+    if not (offset.isdecimal() and length.isdecimal()):
+        raise CheckpointError(
+            f"{where} must say its offset and its length in the file beside it as whole numbers, "
+            f"got {offset!r} and {length!r}; export it again"
+        )
+    return int(offset), int(length)
 
 
 def _tensors_inside(nodes: Iterable[Any]) -> Iterator[Any]:

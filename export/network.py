@@ -176,18 +176,19 @@ def example_sizes(levels: int, height: int = 2, width: int = 3) -> dict[str, int
 @contextlib.contextmanager
 def _stock(source: Checkpoint | Engine) -> Iterator[Any]:
     """The network with its stock modules, once our own were found to support it."""
-    if isinstance(source, Engine) and isinstance(source.denoiser, EagerDenoiser):
-        denoiser = source.denoiser
-    else:
-        denoiser = EagerDenoiser((source.checkpoint if isinstance(source, Engine) else source).unet)
-    attached = denoiser.attached
+    own = source.denoiser if isinstance(source, Engine) else None
+    attached = own if isinstance(own, EagerDenoiser) and own.attached else None
+    if attached is not None:
+        attached.detach()
+    # Another than the engine's, whose back end may compile what is only to be looked at.
+    probed = EagerDenoiser((source.checkpoint if isinstance(source, Engine) else source).unet)
     try:
-        _probe(denoiser.attach())
-        yield denoiser.detach()
+        _probe(probed.attach())
+        yield probed.detach()
     finally:
-        denoiser.detach()
-        if attached:
-            denoiser.attach()
+        probed.detach()
+        if attached is not None:
+            attached.attach()
 
 
 def _probe(denoiser: EagerDenoiser) -> None:

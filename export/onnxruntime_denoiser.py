@@ -78,9 +78,7 @@ class OnnxruntimeDenoiser(SpecialisingDenoiser):
             WorkError: onnxruntime failed.
         """
         session = self.program(kinds, output)
-        out = torch.empty(
-            self.output_shape(output, inputs["latents"]), dtype=self._dtype, device=self.device
-        )
+        out = torch.empty(self.output_shape(output, inputs), dtype=self._dtype, device=self.device)
         binding = session.io_binding()
         for value in session.get_inputs():
             tensor = inputs[value.name]

@@ -93,7 +93,7 @@ class OpenvinoDenoiser(SpecialisingDenoiser):
     def run(self, inputs: Mapping[str, Tensor], kinds: frozenset[str], output: str) -> Tensor:
         """One output; see `GraphDenoiser.run`."""
         program: _Program = self.program(kinds, output)
-        out = torch.empty(self.output_shape(output, inputs["latents"]), dtype=self._dtype)
+        out = torch.empty(self.output_shape(output, inputs), dtype=self._dtype)
         try:
             request = program.start(inputs)
             request.set_tensor(program.compiled.output(0), _share(out))

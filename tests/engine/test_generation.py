@@ -234,6 +234,54 @@ def test_a_clip_too_large_for_the_memory_says_so_and_the_rest_goes_on(engine):
     assert all(done <= total for stage, done, total in seen)
 
 
+class Narrow:
+    """A denoiser that takes no queries and few frames, as an engine may be built."""
+
+    most_rows = None
+
+    def __init__(self, inner):
+        self.inner, self.family, self.sites = inner, inner.family, inner.sites
+        self.taken = []
+
+    def predict(self, latents, timesteps, text, controls):
+        if controls.query is not None:
+            raise kq.RequestError("the control query")
+        if latents.shape[2] > 4:
+            raise kq.ShapeError("latents")
+        self.taken.append(len(latents))
+        return self.inner.predict(latents, timesteps, text, controls)
+
+
+def test_clips_that_the_network_refuses_fail_alone(engine, reference):
+    queries = {1: kq.QueryInjection(reference), 3: kq.QueryInjection(reference)}
+    requests = [
+        kq.Request("a ring", queries.get(seed, ()), seed=seed, frames=4, steps=3)
+        for seed in range(5)
+    ]
+    whole = [clip.frames.astype(int) for clip in engine.generate_many(requests)]
+    engine.denoiser, kept = Narrow(engine.denoiser), engine.denoiser
+    results = list(engine.generate_many(requests, on_error="return"))
+    narrow, engine.denoiser = engine.denoiser, kept
+    for seed, (got, wanted) in enumerate(zip(results, whole, strict=True)):
+        if seed in queries:
+            assert isinstance(got, kq.RequestError)
+        else:
+            assert np.abs(got.frames - wanted).max() <= 1  # of rounding
+    assert narrow.taken[-2:] == [6, 6]  # together again, once those that are refused have gone
+
+
+def test_a_shape_that_the_network_refuses_leaves_the_others_alone(engine):
+    requests = [kq.Request("a ring", frames=frames, steps=2) for frames in (4, 5, 4)]
+    engine.denoiser, kept = Narrow(engine.denoiser), engine.denoiser
+    results = list(engine.generate_many(requests, on_error="return"))
+    clips = engine.generate_many(requests)
+    assert isinstance(next(clips), kq.Clip)
+    with pytest.raises(kq.ShapeError, match="latents"):
+        next(clips)
+    engine.denoiser = kept
+    assert [type(result) for result in results] == [kq.Clip, kq.ShapeError, kq.Clip]
+
+
 def test_what_is_not_finite_is_named_with_its_step(engine):
     engine.denoiser, kept = Fragile(engine.denoiser, poison=600), engine.denoiser
     results = list(

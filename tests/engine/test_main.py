@@ -25,6 +25,7 @@ from kinetiq.__main__ import main
 from kinetiq.checkpoint import embedded_folder
 from kinetiq.clip import Clip
 from kinetiq.engine import Engine
+from kinetiq.errors import RequestError
 from kinetiq.motion_embedding import MotionEmbedding
 from kinetiq.motion_file import MotionInfo
 from kinetiq.motion_injection import MotionInjection
@@ -657,6 +658,8 @@ class TestWithAModel:
             ),
             (["--dtype", "int8"], "load: dtype must be one of float64, float32"),
             (["--backend", "nope"], "load: backend must be one of eager"),
+            (["--network", "net.onnx"], "load: network needs a backend that runs an exported"),
+            (["--trust", "0" * 64], "load: trust needs a backend that runs an exported network"),
         ],
     )
     def test_options(self, generate, refused, words, message):
@@ -665,6 +668,25 @@ class TestWithAModel:
     @NO_GPU
     def test_no_gpu(self, generate, refused):
         refused(generate("--device", "cuda"), "device: 'cuda' needs an NVIDIA GPU", status=1)
+
+    @NO_GPU
+    def test_a_back_end_of_gpus_asks_for_one_by_itself(self, generate, refused):
+        refused(generate("--backend", "tensorrt"), "an NVIDIA GPU that PyTorch", status=1)
+
+    @pytest.mark.parametrize("command", ["generate", "demo"])
+    def test_what_the_back_end_runs(self, run, monkeypatch, command):
+        loads = []
+
+        def load(*_, **options):
+            loads.append(options)
+            raise RequestError("loaded")
+
+        monkeypatch.setattr(Engine, "load", load)
+        words = ("--prompt", "a ring", "--out", "out.gif") if command == "generate" else ()
+        given = ("--network", "net.engine", "--trust", "ab", "--trust", "cd")
+        assert "loaded" in run(command, *words, "--backend", "tensorrt", *given).stderr
+        assert loads[0]["network"] == Path("net.engine")
+        assert (loads[0]["trust"], loads[0]["device"]) == (("ab", "cd"), None)
 
     def test_demo(self, run, refused):
         result = run("demo", "--size", "33x33", "--out", "new")

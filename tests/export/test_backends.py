@@ -71,7 +71,7 @@ def test_a_model_is_exported_once_and_read_from_the_cache(cache, exported, monke
         loading.load_denoiser("onnxruntime", checkpoint)
 
 
-def test_who_wants_what_another_makes_waits_for_it(cache):
+def test_who_wants_what_another_makes_waits_for_it(cache, caplog):
     path, made, used = cache / "a.onnx", [], []
     cache.mkdir(parents=True)
 
@@ -88,6 +88,7 @@ def test_who_wants_what_another_makes_waits_for_it(cache):
     for thread in threads:
         thread.join()
     assert (made, used) == ([path], [path] * 3)
+    assert caplog.messages == [f"waiting for another process that makes {path}"] * 2
 
 
 def test_other_code_has_another_key(monkeypatch, tmp_path):

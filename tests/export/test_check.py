@@ -1,5 +1,6 @@
 """Parity checks: a network that differs is found, and so is the node at which it begins."""
 
+import contextlib
 import json
 
 import pytest
@@ -14,9 +15,9 @@ pytest.importorskip("openvino", reason="the extra 'export' is not installed")
 from dataclasses import replace  # noqa: E402
 
 from kinetiq.denoiser import EagerDenoiser  # noqa: E402
-from kinetiq.errors import CheckpointError, RequestError  # noqa: E402
+from kinetiq.errors import CheckpointError, RequestError, WorkError  # noqa: E402
 from kinetiq.export import check as check_module  # noqa: E402
-from kinetiq.export import command  # noqa: E402
+from kinetiq.export import command, network  # noqa: E402
 from kinetiq.export.check import (  # noqa: E402
     banks_inside,
     check_network,
@@ -34,6 +35,7 @@ from kinetiq.export.metadata import (  # noqa: E402
     read_network,
 )
 from kinetiq.export.nodes import DOMAIN  # noqa: E402
+from kinetiq.kernels import motion_feature  # noqa: E402
 
 FAULT = 7  # which of our nodes is made wrong
 
@@ -41,9 +43,13 @@ FAULT = 7  # which of our nodes is made wrong
 @pytest.fixture
 def faulty(exported, tmp_path):
     """A network with one wrong node, whose checksum somebody made right; and the node's name."""
-    model, metadata = read_network(exported())
+    return make_faulty(exported(), tmp_path / "faulty.onnx", "motion_addition")
+
+
+def make_faulty(network, path, kind):
+    model, metadata = read_network(network)
     ours = [node for node in model.graph.node if node.domain == DOMAIN]
-    wrong = next(node for node in ours[FAULT:] if node.op_type == "motion_addition")
+    wrong = next(node for node in ours[FAULT:] if node.op_type == kind)
     name, output = wrong.name, wrong.output[0]
     wrong.output[0] = f"{output}.right"
     place = list(model.graph.node).index(wrong)
@@ -52,9 +58,8 @@ def faulty(exported, tmp_path):
         onnx.helper.make_node("Add", [f"{output}.right", f"{output}.right"], [output]),
     )
     del model.metadata_props[:]
-    metadata = replace(metadata, checksum=checksum_of(model, metadata, tmp_path))
+    metadata = replace(metadata, checksum=checksum_of(model, metadata, path.parent))
     model.metadata_props.add(key=KEY, value=encode_metadata(metadata))
-    path = tmp_path / "faulty.onnx"
     path.write_bytes(model.SerializeToString())
     assert read_metadata(path) == metadata
     return path, name
@@ -81,6 +86,20 @@ def test_a_faulty_network_fails_the_check(faulty):
     found = list(check_network(path, checkpoint, runtimes=("onnxruntime",), shapes=(shape,)))
     by_controls = {(one.output, bool(one.controls)): one.passed for one in found}
     assert not by_controls["prediction", False] and not by_controls["prediction", True]
+
+
+def test_what_moves_is_compared_too(exported, tmp_path):
+    path = tmp_path / "faulty.onnx"
+    make_faulty(exported(), path, "motion_feature")
+    shape = example_shapes(read_metadata(path))[1]
+    found = check_network(
+        path, small_checkpoint("animatediff"), runtimes=("onnxruntime",), shapes=(shape,)
+    )
+    assert {one.output: one.passed for one in found} == {
+        "prediction": True,
+        "features": True,
+        "motion": False,
+    }
 
 
 def test_what_cannot_be_checked_is_refused(exported):
@@ -113,6 +132,7 @@ def engine(tmp_path, monkeypatch, exported):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     metadata = read_metadata(exported())
     bounds = {"rows": Bounds(1, 2, 2), "frames": Bounds(2, 2, 4), "width": Bounds(4, 4, 4)}
+    bounds["feature_channels"] = Bounds(1, 1, 2)
     record = EngineRecord(
         format=FORMAT,
         kinetiq="0",
@@ -144,6 +164,11 @@ class MadeUpEngine:
     def features(self, *given):
         return self._eager.attach().features(*given)
 
+    def motion(self, *given_and_channels):
+        *given, channels = given_and_channels
+        assert len(channels) == 2  # as many as the profile takes
+        return motion_feature(self.features(*given).flatten(2, 3), channels)
+
 
 def test_an_engine_is_compared_inside_its_profile(engine, monkeypatch):
     monkeypatch.setattr(
@@ -153,7 +178,7 @@ def test_an_engine_is_compared_inside_its_profile(engine, monkeypatch):
     result = run("check", path)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert len(lines) == 12 and all(line.startswith("ok   tensorrt") for line in lines)
+    assert len(lines) == 18 and all(line.startswith("ok   tensorrt") for line in lines)
     assert engine.shapes[::2] == [(1, 4, 2, 4, 4), (2, 4, 4, 4, 4), (2, 4, 4, 8, 4)]
     engine.factor = 1 + 2e-4
     result = run("check", path)
@@ -178,13 +203,32 @@ def test_the_command_says_what_it_compared(exported, faulty, monkeypatch):
     result = run("check", exported(), "--runtime", "onnxruntime", "--nodes")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert len(lines) == 3 * 2 * 2 + 1  # shapes, controls on and off, outputs; and the nodes
+    assert len(lines) == 3 * 2 * 3 + 1  # shapes, controls on and off, outputs; and the nodes
     assert all(line.startswith("ok   onnxruntime") for line in lines[:-1])
     assert lines[-1] == "ok   no node differs in onnxruntime"
     result = run("check", faulty[0], "--runtime", "onnxruntime", "--nodes", "--json")
     assert result.exit_code == 1
     said = json.loads(result.stdout)
     assert not said["passed"] and said["differing_nodes"][0]["runtime"] == "onnxruntime"
+
+
+def test_the_command_says_on_a_terminal_what_is_under_way(engine, monkeypatch):
+    told = []
+
+    @contextlib.contextmanager
+    def bars():
+        yield lambda *event: told.append(event)
+
+    monkeypatch.setattr(command, "progress_bars", bars)
+    monkeypatch.setattr(
+        command, "load_checkpoint", lambda *_, **__: small_checkpoint("animatediff")
+    )
+    assert run("check", engine.file.path).exit_code == 0
+    assert told == [("loading", 0, 1), *(("comparing", number, 18) for number in range(18))]
+    told.clear()
+    monkeypatch.setattr(network, "export_onnx", lambda *_, **__: (_ for _ in ()).throw(WorkError))
+    run("onnx", "--out", engine.file.path.with_name("net.onnx"))
+    assert told == [("loading", 0, 1), ("exporting", 0, 1)]
 
 
 def test_nodes_of_a_narrower_network_are_refused_before_the_work(exported, monkeypatch):
@@ -209,6 +253,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, exported):
             "opset must be one of",
         ),
         (("check", tmp_path / "missing.onnx"), "cannot be read: No such file"),
+        (("tensorrt", exported(), "--out", exported()), "must not replace the network"),
+        (("tensorrt", exported().with_suffix(".engine")), "must not replace the network"),
         (("tensorrt", exported(), "--rtx"), "--rtx and --target go together"),
         (("tensorrt", exported(), "--profile", "rows"), "must be AXIS=LEAST:BEST:MOST"),
         (

@@ -187,6 +187,20 @@ def test_checksums_that_others_may_write_are_not_used(tmp_path, record):
     read_engine(path)
 
 
+def test_checksums_that_cannot_be_read(tmp_path, record):
+    path = tmp_path / "net.engine"
+    written = write_engine(path, b"plan", record)
+    trusted = engine_file.engine_folder() / "trusted.txt"
+    trusted.write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"trusted.txt must be readable, .* can't decode"):
+        read_engine(path)
+    trusted.unlink()
+    trusted.mkdir()
+    with pytest.raises(CheckpointError, match=r"trusted.txt must be readable, .*: Is a directory"):
+        read_engine(path)
+    assert read_engine(path, trust=written.checksum)[0] == written  # which needs no list
+
+
 def test_a_profile_follows_from_what_is_asked():
     metadata = replace(make_metadata((LATENTS, BLEND, VALUE), ()), levels=2)
     asked = {"height": Bounds(2, 4, 6), "width": Bounds(2, 2, 10), "frames": Bounds(1, 8, 8)}

@@ -131,6 +131,27 @@ def test_weights_in_another_folder_are_never_opened(tmp_path):
         read_metadata(path)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [(2, None, "'0' and ''"), (1, "-1", "'-1' and '1024'"), (2, "x", "'0' and 'x'")],
+)
+def test_weights_that_do_not_say_where_they_are_are_refused(tmp_path, place, value, words):
+    path, _ = write(tmp_path)
+
+    def change(model):
+        entries = model.graph.initializer[0].external_data
+        if value is None:
+            del entries[place]
+        else:
+            entries[place].value = value
+
+    edit(path, change)
+    with pytest.raises(
+        CheckpointError, match=rf"'w' must say its offset and its length .*, got {words}; export"
+    ):
+        read_metadata(path)
+
+
 def outside_tensor():
     tensor = onnx.TensorProto(name="t", data_type=1, dims=[1], data_location=1)
     tensor.external_data.add(key="location", value="../secret")
@@ -170,7 +191,11 @@ def test_foreign_and_broken_files_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"^network .*net.onnx: cannot be read: No such file"):
         read_metadata(path)
     path.write_bytes(b"\xff" * 100)
-    with pytest.raises(CheckpointError, match=r"must be an ONNX file, and cannot be parsed"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"must be an ONNX file, and cannot be parsed; it may be cut off, or be an engine "
+        r"whose record net.onnx.\*.json is not beside it$",
+    ):
         read_metadata(path)
     foreign = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []))
     path.write_bytes(foreign.SerializeToString())
@@ -192,6 +217,18 @@ def test_another_format_is_named():
         CheckpointError, match=r"^here: must be an exported network of format 1, got 7"
     ):
         decode_metadata(json.dumps(said), "here")
+
+
+def test_what_another_version_knows_is_named():
+    said = json.loads(encode_metadata(METADATA))
+    other = [{**said["inputs"][0], "dtype": "float8"}]
+    for change, words in (
+        ({"family": "wan"}, "its family must be of animatediff, .*, got wan; use the version"),
+        ({"precision": "int4"}, "its precision must be of float32, .*, got int4; use"),
+        ({"inputs": other}, "its inputs and outputs must be of float32, .*, got float8; use"),
+    ):
+        with pytest.raises(CheckpointError, match=f"^here: {words}"):
+            decode_metadata(json.dumps(said | change), "here")
 
 
 def test_levels():

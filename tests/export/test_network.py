@@ -11,6 +11,7 @@ onnx = pytest.importorskip("onnx", reason="the extra 'export' is not installed")
 onnx_ir = pytest.importorskip("onnx_ir", reason="the extra 'export' is not installed")
 pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
 
+import kinetiq as kq  # noqa: E402
 from kinetiq.denoiser import EagerDenoiser  # noqa: E402
 from kinetiq.errors import OutputError, RequestError, ShapeError  # noqa: E402
 from kinetiq.export import network  # noqa: E402
@@ -22,6 +23,7 @@ from kinetiq.export.nodes import DOMAIN, KINDS, NODES  # noqa: E402
 from kinetiq.export.onnxruntime_denoiser import OnnxruntimeDenoiser  # noqa: E402
 from kinetiq.export.openvino_denoiser import OpenvinoDenoiser  # noqa: E402
 from kinetiq.export.specialisation import keep_controls  # noqa: E402
+from kinetiq.kernels import motion_feature  # noqa: E402
 
 RUNTIMES = {"onnxruntime": OnnxruntimeDenoiser, "openvino": OpenvinoDenoiser}
 SINGLE = [("query",), ("query", "reduced"), ("deviation",), ("motion",), ("lora",), ("skip",)]
@@ -88,7 +90,13 @@ def test_features_are_those_of_the_tap(runtime, exported):
         example = make_example(checkpoint.unet, denoiser.metadata, shape, KINDS)
         given = (example.latents, example.timesteps, example.text, example.controls, TAP)
         with torch.inference_mode():
-            assert_equal_enough(denoiser.features(*given), eager.features(*given))
+            features = eager.features(*given)
+            assert_equal_enough(denoiser.features(*given), features)
+            chosen = torch.tensor([features.shape[-1] - 1, 0, 2, 0])
+            moving = motion_feature(features.flatten(2, 3), chosen)
+            got = denoiser.motion(*given, chosen)
+        assert got.shape == moving.shape
+        assert (got - moving).abs().max() <= TOLERANCE * features.abs().max()
 
 
 @pytest.mark.parametrize("family", ["animatediff", pytest.param("unet3d", marks=pytest.mark.slow)])
@@ -194,6 +202,17 @@ def test_exporting_leaves_the_network_as_it_was(tmp_path):
     assert [info.name for info in made.metadata.inputs] == ["latents", "timesteps", "text"]
 
 
+def test_an_engine_that_compiles_is_looked_at_without_compiling(tiny_folder):
+    with kq.Engine.load(tiny_folder(), backend="compiled") as engine:
+        unet, denoiser = engine.checkpoint.unet, engine.denoiser
+        ours = {name: type(module) for name, module in unet.named_modules()}
+        with network._stock(engine) as stock:
+            assert stock is unet and not denoiser.attached
+            assert all("kinetiq" not in type(module).__module__ for module in stock.modules())
+        assert {name: type(module) for name, module in unet.named_modules()} == ours
+        assert denoiser.attached and denoiser.compilations == 0
+
+
 def test_what_a_network_cannot_do_is_refused_with_words(exported):
     checkpoint = small_checkpoint("animatediff")
     denoiser = OnnxruntimeDenoiser(exported())
@@ -216,12 +235,14 @@ def test_what_a_network_cannot_do_is_refused_with_words(exported):
         denoiser.keeping((), torch.zeros(1, dtype=torch.int64))
     shared = dataclasses.replace(example.controls, shared_key=object())
     with pytest.raises(
-        RequestError, match=r"got the control shared_key; the network was exported w"
+        RequestError, match=r"got the control shared_key; no exported network carries it; load"
     ):
         denoiser.predict(latents.detach(), example.timesteps, example.text, shared)
     narrow = OnnxruntimeDenoiser(exported())
     narrow.metadata = dataclasses.replace(narrow.metadata, controls=("lora",))
-    with pytest.raises(RequestError, match=r"got the control query; the network was exported with"):
+    with pytest.raises(
+        RequestError, match=r"with lora; export it with --controls that include que"
+    ):
         narrow.predict(latents.detach(), *given)
 
 

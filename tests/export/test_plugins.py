@@ -306,6 +306,20 @@ def test_the_command_builds_what_it_is_told(gpu, tmp_path):
         assert message in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_the_command_says_the_checksum_to_vouch_with(gpu, tmp_path):
+    network = tmp_path / "net.onnx"
+    write_one_node(network, "query_attention")
+    for words in ((), ("--json",)):
+        result = CliRunner().invoke(command.export, ["tensorrt", str(network), *words])
+        checksum = read_engine(tmp_path / "net.engine")[0].checksum
+        assert result.exit_code == 0, result.output
+        if words:
+            assert json.loads(result.stdout)["checksum"] == checksum
+        else:
+            last = result.stdout.splitlines()[-1]
+            assert last == f"checksum, to vouch for it elsewhere: {checksum}"
+
+
 def test_queries_that_no_kernel_makes_are_left_out(gpu, tmp_path):
     network, path = tmp_path / "net.onnx", tmp_path / "net.engine"
     write_one_node(network, "query_attention_reduced")

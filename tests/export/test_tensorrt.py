@@ -13,6 +13,7 @@ import pytest
 import torch
 from one_node import make_metadata, write_one_node
 
+from kinetiq.control_tensors import ControlTensors, QueryControl
 from kinetiq.errors import (
     CheckpointError,
     KinetiqWarning,
@@ -241,6 +242,20 @@ def test_a_shape_outside_the_profile(file, package):
         ShapeError, match=r"latents must be \[rows 1 to 4, 4, frames 1 to 32, height 2 to 4"
     ):
         denoiser.predict(torch.zeros(5, 4, 8, 4, 4), torch.ones(5), torch.zeros(5, 5, 8))
+    assert not package.runs
+
+
+def test_a_control_that_an_engine_was_built_without(file, package):
+    record = replace(file.record, network=replace(file.record.network, controls=("query", "lora")))
+    denoiser = make_denoiser(replace(file, record=record), package)
+    row, full = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1)
+    controls = ControlTensors(query=QueryControl(row=row, blend=full[None], reduced=full))
+    with pytest.raises(
+        RequestError,
+        match=r"got the control reduced; the engine was built with query, lora; build one by "
+        r"`kinetiq export tensorrt --controls query,lora,reduced` and name it",
+    ):
+        denoiser.predict(torch.zeros(1, 4, 8, 4, 4), full, torch.zeros(1, 5, 8), controls)
     assert not package.runs
 
 
