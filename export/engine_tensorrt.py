@@ -1,6 +1,7 @@
 """Engines of full TensorRT, built on the GPU that they are for, with our kernels inside."""
 
 import importlib
+import math
 import os
 import warnings
 from collections.abc import Collection, Mapping
@@ -12,7 +13,7 @@ import torch
 from kinetiq.errors import KinetiqWarning, MissingDependencyError, RequestError
 from kinetiq.export.engine_builder import build_plan, save_plan
 from kinetiq.export.engine_file import EngineFile
-from kinetiq.export.engine_profile import Bounds, Profile, make_profile
+from kinetiq.export.engine_profile import TOGETHER, Bounds, Profile, make_profile
 from kinetiq.export.engine_source import leave_to_functions, node_names, read_source
 from kinetiq.export.packages import load_gpu_runtime
 from kinetiq.export.plugin_choice import check_operators, choose_by_record
@@ -25,7 +26,6 @@ from kinetiq.kernels.frame_attention import MAX_FRAMES
 
 RUNTIME = "tensorrt"
 _OLDEST = "11.4"  # earlier ones convert arrays in a way that NumPy 2.4 refuses
-_TOGETHER = 32  # frames that one program can hold, which moving deviations takes
 
 
 def build_engine(
@@ -50,8 +50,9 @@ def build_engine(
             are made by several kernels.
         plugins: the operators whose nodes are to run our kernels, of `plugin_choice.OPERATORS`;
             None: those that the record of this GPU says, of which only those nodes that can at
-            these sizes. The others run their function bodies, and so do those for which a kernel
-            cannot be made, which is said and recorded; of operators that are named it is an error.
+            these sizes. The others run their function bodies, and so do those of more frames than
+            a kernel can hold and those for which none can be made, which is said and recorded; that
+            none can be made is an error of operators that are named.
         route: which PTX to embed, of `plugin_ptx.ROUTES`; None: the one that the record of this GPU
             says, or else its first.
         shared_bytes: of a block, the most that our kernels may take.
@@ -71,11 +72,16 @@ def build_engine(
     check_target(path, "engine")
     model, metadata = read_source(network, controls, unusual=("reduced",))
     profile = make_profile(metadata, bounds or {})
-    able = choose_nodes(node_names(model), profile, plugins)
-    ours = able if plugins is not None else of_operators(able, recorded.operators)
+    names = node_names(model)
+    operators = recorded.operators if plugins is None else check_operators(plugins)
+    ours = of_operators(choose_nodes(names, profile, plugins), operators)
+    left_out = too_long(names, profile, operators)
     if ours and plugins is None and route is None and target not in ROUTES:
-        _say(f"no kernel of ours is made for {target}, so nodes run their function bodies")
+        why = f"no kernel of ours is made for {target}"
+        left_out = {name: why for name in operators if of_operators(names, (name,))}
         ours = set()
+    for operator, why in left_out.items():
+        _say(f"{operator} is left to its function body, in part or as a whole: {why}")
     wanted = recorded.route if route is None else route
     chosen = find_route(target, wanted) if ours or route is not None else None
 
@@ -83,7 +89,6 @@ def build_engine(
         if level is not None:
             config.builder_optimization_level = level
 
-    left_out: dict[str, str] = {}
     with ExitStack() as stack:
         compiler = None
         if ours and chosen is not None:
@@ -184,13 +189,7 @@ def choose_nodes(
         RequestError: an operator is not known, or has nodes of which none can be one kernel.
     """
     frames = profile.bounds["frames"].most
-    able = {
-        kind.name
-        for kind in KINDS.values()
-        if kind.operator == "query_attention"  # which goes frame by frame
-        or frames <= (_TOGETHER if "deviation_row" in kind.inputs else MAX_FRAMES)
-    }
-    found = able.intersection(names)
+    found = {name for name in names if name in KINDS and frames <= _most_frames(name)}
     if operators is None:
         return found
     wanted = check_operators(operators)
@@ -201,6 +200,35 @@ def choose_nodes(
                 "is not; make the profile's frames fewer, or leave it to its function body"
             )
     return of_operators(found, wanted)
+
+
+def too_long(
+    names: Collection[str], profile: Profile, operators: Collection[str]
+) -> dict[str, str]:
+    """By operator, why nodes of it cannot be plugins at the sizes that an engine takes.
+
+    Args:
+        names: of the nodes that the network has.
+        profile: the sizes.
+        operators: whose nodes are wanted.
+    """
+    frames = profile.bounds["frames"].most
+    found = {}
+    for operator in operators:
+        own = of_operators(names, (operator,)) - choose_nodes(names, profile)
+        if own:
+            found[operator] = (
+                f"{', '.join(sorted(own))} must be one kernel of at most "
+                f"{min(map(_most_frames, own))} frames, and the profile has {frames}; make it fewer"
+            )
+    return found
+
+
+def _most_frames(name: str) -> float:
+    """How many frames a node may have whose kernel holds all of them."""
+    if KINDS[name].operator == "query_attention":  # which goes frame by frame
+        return math.inf
+    return TOGETHER if "deviation_row" in KINDS[name].inputs else MAX_FRAMES
 
 
 def of_operators(names: Collection[str], operators: Collection[str]) -> set[str]:

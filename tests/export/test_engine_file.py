@@ -195,7 +195,20 @@ def test_a_profile_follows_from_what_is_asked():
     assert profile.bounds["tokens_1"] == Bounds(1, 2, 15)
     assert profile.bounds["motion_tokens_1"] == Bounds(1, 1, 15)
     assert profile.shapes(LATENTS) == ([1, 4, 1, 2, 2], [2, 4, 8, 4, 2], [4, 4, 8, 6, 10])
-    assert profile.shapes(VALUE) == ([1, 1, 1, 8], [1, 8, 1, 8], [4, 8, 15, 8])
+    assert profile.shapes(VALUE) == ([1, 1, 1, 8], [1, 8, 1, 8], [5, 8, 15, 8])
+
+
+@pytest.mark.parametrize(("family", "frames"), [("animatediff", 16), ("unet3d", 24)])
+def test_what_is_not_asked_for_is_what_our_kernels_can_be(family, frames):
+    metadata = replace(make_metadata((LATENTS, VALUE), ()), levels=2, family=family)
+    assert make_profile(metadata, {}).bounds["frames"] == Bounds(1, frames, 32)
+
+
+def test_each_row_may_have_a_motion_of_its_own():
+    metadata = replace(make_metadata((LATENTS, VALUE), ()), levels=2)
+    for rows in (Bounds(1, 2, 4), Bounds(1, 2, 16)):
+        slots = make_profile(metadata, {"rows": rows}).bounds["motion_slots"]
+        assert slots == Bounds(1, 1, rows.most + 1)  # the first is that of no motion
 
 
 @pytest.mark.parametrize(

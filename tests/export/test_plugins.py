@@ -18,6 +18,7 @@ from one_node import write_one_node
 from kinetiq.errors import KinetiqWarning, MissingDependencyError, RequestError, WorkError
 from kinetiq.export import command, engine_tensorrt, plugins
 from kinetiq.export.engine_file import read_engine
+from kinetiq.export.engine_profile import Bounds
 from kinetiq.export.engine_tensorrt import build_engine, find_gpu
 from kinetiq.export.plugin_choice import PluginChoice
 from kinetiq.export.plugin_compiler import PluginCompiler
@@ -353,6 +354,18 @@ def test_an_operator_without_a_kernel_is_left_out_where_nobody_named_it(gpu, tmp
     assert read_engine(path)[0].record == record
 
 
+def test_nodes_of_more_frames_than_a_kernel_holds_are_said(gpu, tmp_path):
+    network, path = tmp_path / "net.onnx", tmp_path / "net.engine"
+    write_one_node(network, "frame_attention_deviation")
+    record = build_engine(network, path).record
+    assert (record.plugins, record.left_out) == (("frame_attention_deviation",), {})
+    words = "frame_attention_deviation must be one kernel of at most 32 frames, and the profile has"
+    with pytest.warns(KinetiqWarning, match=words):
+        record = build_engine(network, path, bounds={"frames": Bounds(1, 16, 33)}).record
+    assert (record.plugins, record.route) == ((), None)
+    assert words in record.left_out["frame_attention"]
+
+
 def test_a_fault_that_is_no_plugins_is_not_tried_again(gpu, tmp_path, monkeypatch):
     write_one_node(tmp_path / "net.onnx", "query_attention")
     gpu.configs.clear()
@@ -370,6 +383,7 @@ def test_a_gpu_without_a_route_runs_function_bodies(gpu, tmp_path, monkeypatch, 
     assert build_engine(network, path, plugins=()).record.plugins == ()
     with pytest.warns(KinetiqWarning, match=f"no kernel of ours is made for {target}"):
         record = build_engine(network, path).record
+    assert record.left_out == {"query_attention": f"no kernel of ours is made for {target}"}
     assert (record.plugins, record.route, record.target) == ((), None, target)
     with pytest.raises(RequestError, match=f"target must be one of sm_80, .*, got '{target}'"):
         build_engine(network, path, plugins=["query_attention"])
