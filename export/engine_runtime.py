@@ -18,6 +18,7 @@ from kinetiq.export.engine_log import make_log, says_no_room
 from kinetiq.export.packages import load_gpu_runtime
 
 _CHANNELS = "feature_channels"
+_BANKS = ("motion_slots", "lora_slots", "lora_rank")  # axes of what zeros can fill up
 _GRAPHS = 2  # shapes whose launches are kept; each has its own memory for activations
 
 
@@ -170,7 +171,9 @@ class EngineDenoiser(GraphDenoiser):
     ) -> None:
         super().__init__(file.record.network, file.record.runtime, with_index(device))
         self.file = file
-        self.most_rows = file.record.profile.bounds["rows"].most
+        bounds = file.record.profile.bounds
+        self.most_rows = bounds["rows"].most
+        self.least = {axis: bounds[axis].least for axis in _BANKS if axis in bounds}
         self._outputs = {tensor.name: tensor for tensor in file.record.network.outputs}
         self._package = package
         self._log = make_log(package)
@@ -201,7 +204,8 @@ class EngineDenoiser(GraphDenoiser):
         """
         given = dict(inputs)
         if _CHANNELS in self._infos:  # an engine computes all its outputs; this one nobody reads
-            given[_CHANNELS] = torch.zeros(1, dtype=torch.int64, device=self.device)
+            least = self.file.record.profile.bounds[_CHANNELS].least
+            given[_CHANNELS] = torch.zeros(least, dtype=torch.int64, device=self.device)
         for name, tensor in given.items():
             self.file.record.profile.check(self._infos[name], tuple(tensor.shape))
         with _on(self.device):

@@ -13,6 +13,13 @@ import pytest
 import torch
 from one_node import make_metadata, write_one_node
 
+from kinetiq.control_tensors import (
+    ControlTensors,
+    LoraBank,
+    LoraControl,
+    MotionBank,
+    MotionControl,
+)
 from kinetiq.errors import (
     CheckpointError,
     KinetiqWarning,
@@ -34,6 +41,7 @@ from kinetiq.export.engine_runtime import EngineDenoiser, check_engine, open_eng
 from kinetiq.export.metadata import TensorInfo
 from kinetiq.export.plugin_choice import OPERATORS
 from kinetiq.export.plugin_layers import KINDS
+from kinetiq.families import Site, SiteKind
 from kinetiq.generation import is_out_of_memory
 
 LATENTS = TensorInfo("latents", "float32", ("rows", 4, "frames", "height", "width"))
@@ -233,6 +241,54 @@ def test_an_engine_predicts_in_place(file, package, cpu_rng):
         assert addresses["latents"] == latents.data_ptr()
         assert addresses["text"] == text.data_ptr()
         assert addresses["prediction"] == got.data_ptr()
+
+
+BANKED = (
+    *INPUTS,
+    TensorInfo("motion_slot", "int64", ("rows",)),
+    TensorInfo("motion_scale", "float32", ("rows",)),
+    TensorInfo("motion.a.value", "float32", ("motion_slots", "frames", "motion_tokens_0", 8)),
+    TensorInfo("lora_slot", "int64", ("rows",)),
+    TensorInfo("lora_scale", "float32", ("rows",)),
+    TensorInfo("lora.a.down", "float32", ("lora_slots", "lora_rank", 8)),
+    TensorInfo("lora.a.up", "float32", ("lora_slots", 8, "lora_rank")),
+    TensorInfo("feature_channels", "int64", ("feature_channels",)),
+)
+
+
+def test_banks_are_filled_up_to_the_least_of_the_profile(tmp_path, package):
+    metadata = replace(
+        make_metadata(BANKED, (replace(LATENTS, name="prediction"),), "float32"),
+        controls=("motion", "lora"),
+        sites=(Site("a", SiteKind.TEMPORAL, "mid", 8),),
+    )
+    asked = {"motion_slots": 3, "lora_slots": 2, "lora_rank": 16, "feature_channels": 64}
+    bounds = {axis: Bounds(least, least, 64) for axis, least in asked.items()}
+    record = make_record(network=metadata, profile=make_profile(metadata, bounds))
+    denoiser = make_denoiser(write_engine(tmp_path / "a.engine", b"plan", record), package)
+    latents, timesteps, text = torch.zeros(1, 4, 2, 4, 4), torch.ones(1), torch.zeros(1, 5, 8)
+    denoiser.predict(latents, timesteps, text)
+    shapes, *_ = package.runs[-1]
+    assert shapes["motion.a.value"] == (3, 2, 1, 8)
+    assert (shapes["lora.a.down"], shapes["lora.a.up"]) == ((2, 16, 8), (2, 8, 16))
+    assert shapes["feature_channels"] == (64,)
+    controls = ControlTensors(
+        motion=MotionControl(
+            torch.ones(1, dtype=torch.int64),
+            torch.ones(1),
+            {0: MotionBank(value=torch.ones(2, 2, 16, 8))},
+        ),
+        lora=LoraControl(
+            torch.ones(1, dtype=torch.int64),
+            torch.ones(1),
+            {"a": LoraBank(down=torch.ones(3, 8, 8), up=torch.ones(3, 8, 8))},
+        ),
+    )
+    given = denoiser.inputs_of(latents, timesteps, text, controls, ("motion", "lora"))
+    value = given["motion.a.value"]
+    assert value.shape == (3, 2, 16, 8) and bool((value[:2] == 1).all()) and not value[2].any()
+    up = given["lora.a.up"]
+    assert up.shape == (3, 8, 16) and bool((up[..., :8] == 1).all()) and not up[..., 8:].any()
 
 
 def test_a_shape_outside_the_profile(file, package):
