@@ -40,7 +40,7 @@ from kinetiq.taps import DEFAULT_TAP, find_tap
 OPSETS = (OPSET,)
 """The opsets that a network can be exported with; 23 is the first with `Attention`."""
 
-PACKAGES = ("kinetiq", "torch", "diffusers", "onnx", "onnxscript")
+PACKAGES = ("kinetiq", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
 """Those whose versions decide what an export is."""
 
 _INSIDE_BYTES = 1 << 26  # of weights; a network with more keeps them in a file beside it
