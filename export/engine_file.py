@@ -28,6 +28,10 @@ _NAMED = 16  # digits of the plan's digest in the name of its record
 _OTHERS_WRITE = 0o022  # bits of a folder's mode
 
 
+class NotVouchedForError(CheckpointError):
+    """An engine is whole, and nobody vouches for it; to build it again would not help."""
+
+
 @dataclass(frozen=True)
 class EngineRecord:
     """What an engine was built for.
@@ -116,7 +120,8 @@ def read_engine(
         trust: checksums that the caller vouches for.
 
     Raises:
-        CheckpointError: the files are missing or damaged, or nobody vouches for them.
+        CheckpointError: the files are missing or damaged.
+        NotVouchedForError: nobody vouches for them.
     """
     file = Path(path)
     where = f"engine {file}"
@@ -156,9 +161,10 @@ def read_engine(
         )
     vouched = {trust} if isinstance(trust, str) else set(trust)
     if checksum not in vouched | vouched_for():
-        raise CheckpointError(
+        raise NotVouchedForError(
             f"{where}: must be an engine that somebody vouches for, since a plan is code; if you "
-            f"trust where it came from, give its checksum: {checksum}"
+            f"trust where it came from, give its checksum: {checksum}; if not, build it again in "
+            "its place"
         )
     return EngineFile(file, _decode(said, where), checksum), plan
 
@@ -217,6 +223,18 @@ def make_engine_folder() -> Path:
     return folder
 
 
+def require_own_folder() -> Path:
+    """That folder, made unless it is there, where nobody else can write.
+
+    Raises:
+        OutputError: it cannot be made, or others can write there.
+    """
+    folder = make_engine_folder()
+    if not _owned(folder):
+        raise OutputError(f"engine: {_words_of_others(folder)}, or set XDG_CACHE_HOME")
+    return folder
+
+
 def list_records(path: str | os.PathLike[str]) -> list[Path]:
     """The records beside a plan; a file without one is no engine."""
     file = Path(path)
@@ -240,18 +258,24 @@ def _former_record(file: Path) -> Path | None:
 
 def _is_ours(folder: Path) -> bool:
     """Whether nobody else can write a folder; said where it is not so."""
+    if _owned(folder):
+        return True
+    warnings.warn(f"engine: {_words_of_others(folder)}", KinetiqWarning, stacklevel=3)
+    return False
+
+
+def _owned(folder: Path) -> bool:
     if not hasattr(os, "getuid"):
         return True  # a system where the user's folders are the user's
     found = folder.stat()
-    if found.st_uid == os.getuid() and not found.st_mode & _OTHERS_WRITE:
-        return True
-    warnings.warn(
-        f"engine: {folder} must be a folder that you own and nobody else can write, and is not, so "
-        f"the checksums in it are not used; chmod 700 {folder}",
-        KinetiqWarning,
-        stacklevel=3,
+    return found.st_uid == os.getuid() and not found.st_mode & _OTHERS_WRITE
+
+
+def _words_of_others(folder: Path) -> str:
+    return (
+        f"{folder} must be a folder that you own and nobody else can write, and is not, so the "
+        f"checksums in it are not used; chmod 700 {folder}"
     )
-    return False
 
 
 def _trusted() -> Path:

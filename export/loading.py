@@ -16,7 +16,7 @@ from kinetiq.denoiser import Denoiser
 from kinetiq.errors import CheckpointError, OutputError, RequestError
 from kinetiq.export import onnxruntime_denoiser, openvino_denoiser
 from kinetiq.export.cache_key import code_key, options_key
-from kinetiq.export.engine_file import make_engine_folder
+from kinetiq.export.engine_file import NotVouchedForError, require_own_folder
 from kinetiq.export.engine_profile import Bounds
 from kinetiq.export.engine_rtx import build_rtx_engine, require_target
 from kinetiq.export.engine_runtime import open_engine, require_gpu
@@ -71,7 +71,8 @@ def load_denoiser(
         CheckpointError: the network is damaged, or another model's.
         MissingDependencyError: a package or a device is missing.
         OutputError: the cache cannot be written.
-        RequestError: the back end cannot run this.
+        RequestError: the back end cannot run this, or the network computes in another type than
+            the model.
         WorkError: the export or the build failed.
     """
     device = checkpoint.device
@@ -80,8 +81,6 @@ def load_denoiser(
         return _load_engine(backend, checkpoint, network, trust)
     if trust:
         raise RequestError(f"load: trust is for engines of TensorRT, got it with {backend!r}")
-    if backend == "onnxruntime":
-        onnxruntime_denoiser.require_support(precision_of(checkpoint.dtype), device)
 
     def run(path: Path) -> Denoiser:
         if backend == "onnxruntime":
@@ -89,6 +88,8 @@ def load_denoiser(
         return openvino_denoiser.OpenvinoDenoiser(path, device)
 
     if network is None:
+        if backend == "onnxruntime":  # before the model is exported for nothing
+            onnxruntime_denoiser.require_support(precision_of(checkpoint.dtype), device)
         return use_cached_network(checkpoint, run)
     _require_same(checkpoint, read_metadata(network), network)
     return run(Path(network))
@@ -138,7 +139,8 @@ def use_cached_engine(
 
     Raises:
         MissingDependencyError: the runtime or a GPU is missing.
-        OutputError: the cache cannot be written.
+        NotVouchedForError: the engine in the cache is whole, and nobody vouches for it.
+        OutputError: the cache cannot be written, or others can write it.
         RequestError: the runtime builds nothing for this GPU.
         WorkError: the build failed.
     """
@@ -158,7 +160,7 @@ def use_cached_engine(
             code_key(),
             options_key(sorted(bounds.items()), choice.operators, choice.route),
         )
-        path = make_engine_folder() / f"{'-'.join(parts)}.engine"
+        path = require_own_folder() / f"{'-'.join(parts)}.engine"
 
         def build(network: Path) -> None:
             _LOG.warning("building %s for %s, once", path, target)
@@ -178,6 +180,8 @@ def _use_kept(path: Path, make: Callable[[], None], use: Callable[[Path], _Resul
                 make()
     try:
         return use(path)
+    except NotVouchedForError:  # what a build cannot mend
+        raise
     except CheckpointError as error:
         _LOG.warning("making %s again, since it cannot be used: %s", path, error)
     with _alone(path):
@@ -239,4 +243,9 @@ def _require_same(
             f"network {network}: must be an export of {checkpoint.name}, fingerprint "
             f"{checkpoint.fingerprint[:_NAMED]}, got one of {metadata.checkpoint}, "
             f"{metadata.fingerprint[:_NAMED]}"
+        )
+    if metadata.precision != (wanted := precision_of(checkpoint.dtype)):
+        raise RequestError(
+            f"network {network}: its {metadata.precision} must be the model's, got {wanted}; load "
+            f"the model with dtype {metadata.precision!r}, or export it in {wanted}"
         )

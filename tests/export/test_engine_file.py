@@ -9,7 +9,12 @@ from one_node import make_metadata
 
 from kinetiq.errors import CheckpointError, KinetiqWarning, OutputError, RequestError, ShapeError
 from kinetiq.export import engine_file
-from kinetiq.export.engine_file import EngineRecord, read_engine, write_engine
+from kinetiq.export.engine_file import (
+    EngineRecord,
+    NotVouchedForError,
+    read_engine,
+    write_engine,
+)
 from kinetiq.export.engine_profile import Bounds, Profile, make_profile
 from kinetiq.export.metadata import TensorInfo
 
@@ -54,7 +59,7 @@ def test_nobody_vouches_for_what_came_from_elsewhere(tmp_path, record, cache):
     written = write_engine(tmp_path / "net.engine", b"plan", record)
     (cache / "kinetiq" / "engines" / "trusted.txt").unlink()
     with pytest.raises(
-        CheckpointError, match=rf"vouches for.*give its checksum: {written.checksum}"
+        NotVouchedForError, match=rf"vouches for.*give its checksum: {written.checksum}"
     ):
         read_engine(tmp_path / "net.engine")
     with pytest.raises(CheckpointError, match="vouches for"):
