@@ -20,10 +20,11 @@ from typing import Any
 
 from kinetiq.errors import CheckpointError, KinetiqWarning, OutputError
 from kinetiq.export.engine_profile import Bounds, Profile
+from kinetiq.export.gpu import Gpu
 from kinetiq.export.metadata import NetworkMetadata, decode_metadata, encode_metadata
 from kinetiq.files import make_cache, replacing, write_text
 
-FORMAT = 2
+FORMAT = 3
 _NAMED = 16  # digits of the plan's digest in the name of its record
 _OTHERS_WRITE = 0o022  # bits of a folder's mode
 
@@ -48,7 +49,8 @@ class EngineRecord:
         route: which PTX those kernels are, of `plugin_ptx.ROUTES`; None where there are none.
         attentions: how many attentions must be one kernel each.
         fused: how many kernels the runtime reports that do a whole attention; None if it does not.
-        left_out: operators that were to run our kernels and do not, and why.
+        left_out: operators that were to run our kernels and do not, in part or as a whole, and why.
+        gpu: on which it was built; None where it was built without one.
     """
 
     format: int
@@ -63,6 +65,7 @@ class EngineRecord:
     attentions: int
     fused: int | None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    gpu: Gpu | None = None
 
 
 @dataclass(frozen=True)
@@ -290,7 +293,11 @@ def _checksum(said: str, plan: bytes) -> str:
 
 def _encode(record: EngineRecord) -> str:
     said: dict[str, Any] = {name: getattr(record, name) for name in record.__dataclass_fields__}
-    said |= {"network": encode_metadata(record.network), "profile": asdict(record.profile)}
+    said |= {
+        "network": encode_metadata(record.network),
+        "profile": asdict(record.profile),
+        "gpu": None if record.gpu is None else asdict(record.gpu),
+    }
     return json.dumps(said, sort_keys=True)
 
 
@@ -310,6 +317,7 @@ def _decode(said: str, where: str) -> EngineRecord:
                 "network": decode_metadata(entries["network"], where),
                 "plugins": tuple(entries["plugins"]),
                 "left_out": dict(entries["left_out"]),
+                "gpu": None if entries["gpu"] is None else Gpu(**entries["gpu"]),
             }
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -15,6 +15,7 @@ from kinetiq.errors import CheckpointError, KinetiqWarning, RequestError, WorkEr
 from kinetiq.export.denoiser import GraphDenoiser
 from kinetiq.export.engine_file import EngineFile, read_engine
 from kinetiq.export.engine_log import make_log, says_no_room
+from kinetiq.export.gpu import Gpu, describe_gpu
 from kinetiq.export.packages import load_gpu_runtime
 
 _CHANNELS = "feature_channels"
@@ -56,6 +57,7 @@ def open_engine(
     place = with_index(place)
     major, minor = torch.cuda.get_device_capability(place)
     check_engine(file, package.__version__, f"sm_{major}{minor}")
+    say_what_is_slower(file, describe_gpu(place))
     return EngineDenoiser(file, plan, package, place, graphs=graphs)
 
 
@@ -97,6 +99,30 @@ def check_engine(file: EngineFile, version: str, architecture: str) -> None:
             f"engine {file.path}: must run where it was built for, {' and '.join(wrong)}; build it "
             "here with `kinetiq export tensorrt`"
         )
+
+
+def say_what_is_slower(file: EngineFile, gpu: Gpu) -> None:
+    """Warn of an engine that may be slower than one for this GPU could be.
+
+    Args:
+        file: the engine.
+        gpu: that it is to run on.
+    """
+    record = file.record
+    if record.gpu not in (None, gpu):
+        _say(
+            f"engine {file.path}: was built on {record.gpu} and runs on {gpu}, where other kernels "
+            "may be faster; build it here with `kinetiq export tensorrt`"
+        )
+    for operator, why in record.left_out.items():
+        _say(
+            f"engine {file.path}: {operator} runs function bodies in the place of our kernels, in "
+            f"part or as a whole: {why}"
+        )
+
+
+def _say(what: str) -> None:
+    warnings.warn(what, KinetiqWarning, stacklevel=4)
 
 
 @dataclass(frozen=True)

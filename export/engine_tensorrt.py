@@ -15,6 +15,7 @@ from kinetiq.export.engine_builder import build_plan, save_plan
 from kinetiq.export.engine_file import EngineFile
 from kinetiq.export.engine_profile import TOGETHER, Bounds, Profile, make_profile
 from kinetiq.export.engine_source import leave_to_functions, node_names, read_source
+from kinetiq.export.gpu import describe_gpu
 from kinetiq.export.packages import load_gpu_runtime
 from kinetiq.export.plugin_choice import check_operators, choose_by_record
 from kinetiq.export.plugin_compiler import PluginCompiler
@@ -127,6 +128,7 @@ def build_engine(
         plugins=ours,
         route=chosen.name if ours and chosen is not None else None,
         left_out=left_out,
+        gpu=describe_gpu(),
         vouched=vouched,
     )
 

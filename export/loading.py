@@ -22,6 +22,7 @@ from kinetiq.export.engine_rtx import build_rtx_engine, require_target
 from kinetiq.export.engine_runtime import open_engine, require_gpu
 from kinetiq.export.engine_tensorrt import build_engine, find_gpu
 from kinetiq.export.functions import OPSET
+from kinetiq.export.gpu import describe_gpu
 from kinetiq.export.metadata import NetworkMetadata, precision_of, read_metadata
 from kinetiq.export.network import export_onnx
 from kinetiq.export.plugin_choice import FUNCTIONS, choose_by_record
@@ -129,8 +130,8 @@ def use_cached_engine(
 
     It lies in `$XDG_CACHE_HOME/kinetiq/engines`, or `~/.cache/kinetiq/engines`, by all that decides
     what it is and whether it can run: fingerprint, precision, runtime and its version, the GPU's
-    architecture, what built it, sizes, and which nodes run our kernels. For other sizes build one
-    and name it.
+    architecture and for full TensorRT its model, what built it, sizes, and which nodes run our
+    kernels. For other sizes build one and name it.
 
     Args:
         backend: "tensorrt" or "tensorrt-rtx".
@@ -150,7 +151,8 @@ def use_cached_engine(
         if backend == "tensorrt-rtx":
             require_target(package, target)  # before the model is exported for nothing
         bounds = _bounds(checkpoint)
-        choice = choose_by_record(target) if backend == "tensorrt" else FUNCTIONS
+        here = backend == "tensorrt"  # whether it is built and timed on the GPU itself
+        choice = choose_by_record(target) if here else FUNCTIONS
         parts = (
             checkpoint.fingerprint[:_NAMED],
             precision_of(checkpoint.dtype),
@@ -158,13 +160,18 @@ def use_cached_engine(
             package.__version__,
             target,
             code_key(),
-            options_key(sorted(bounds.items()), choice.operators, choice.route),
+            options_key(
+                sorted(bounds.items()),
+                choice.operators,
+                choice.route,
+                describe_gpu() if here else None,
+            ),
         )
         path = require_own_folder() / f"{'-'.join(parts)}.engine"
 
         def build(network: Path) -> None:
             _LOG.warning("building %s for %s, once", path, target)
-            if backend == "tensorrt":
+            if here:
                 build_engine(network, path, bounds=bounds)
             else:
                 build_rtx_engine(network, path, target=target, bounds=bounds)

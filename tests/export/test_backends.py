@@ -42,6 +42,7 @@ from kinetiq.export import (  # noqa: E402
 from kinetiq.export.cache_key import code_key, options_key  # noqa: E402
 from kinetiq.export.engine_file import NotVouchedForError, engine_folder  # noqa: E402
 from kinetiq.export.engine_profile import Bounds  # noqa: E402
+from kinetiq.export.gpu import Gpu  # noqa: E402
 from kinetiq.export.onnxruntime_denoiser import OnnxruntimeDenoiser  # noqa: E402
 from kinetiq.export.openvino_denoiser import OpenvinoDenoiser  # noqa: E402
 from kinetiq.export.plugin_choice import PluginChoice  # noqa: E402
@@ -208,6 +209,7 @@ def gpu(monkeypatch):
     package = types.SimpleNamespace(__version__="1.7")
     monkeypatch.setattr(loading, "require_gpu", lambda *_: package)
     monkeypatch.setattr(loading, "find_gpu", lambda: "sm_89")
+    monkeypatch.setattr(loading, "describe_gpu", lambda: Gpu("a GPU", 76))
     monkeypatch.setattr(
         engine_rtx, "targets", lambda given: {"sm_89": 1} if given is package else {}
     )
@@ -243,6 +245,13 @@ def test_an_engine_is_built_once_for_a_gpu_and_a_version(cache, gpu, exported, m
     monkeypatch.setattr(loading, "choose_by_record", lambda _: PluginChoice((), None))
     loading.load_denoiser("tensorrt", checkpoint)
     assert gpu.builds[2][1] != engine
+    # So is one for another model of the architecture, but not where no GPU is timed.
+    monkeypatch.setattr(loading, "describe_gpu", lambda: Gpu("a smaller GPU", 20))
+    loading.load_denoiser("tensorrt", checkpoint)
+    assert len({path for _, path, _ in gpu.builds}) == 4
+    gpu.package.__version__ = "1.8"
+    loading.load_denoiser("tensorrt-rtx", checkpoint)
+    assert len(gpu.builds) == 4
     # What TensorRT for RTX does not build for is refused before a model is exported.
     monkeypatch.setattr(loading, "find_gpu", lambda: "sm_90")
     monkeypatch.setattr(loading, "export_onnx", None)

@@ -16,6 +16,7 @@ from kinetiq.export.engine_file import (
     write_engine,
 )
 from kinetiq.export.engine_profile import Bounds, Profile, make_profile
+from kinetiq.export.gpu import Gpu
 from kinetiq.export.metadata import TensorInfo
 
 LATENTS = TensorInfo("latents", "float16", ("rows", 4, "frames", "height", "width"))
@@ -44,6 +45,8 @@ def record():
         route="sm_80",
         attentions=2,
         fused=2,
+        left_out={"motion_feature": "why"},
+        gpu=Gpu("a GPU", 82),
     )
 
 
@@ -113,7 +116,7 @@ def test_a_tampered_engine(tmp_path, record, change, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 3}, "format 2, got 3"),
+        ({"format": 4}, "format 3, got 4"),
         ({"network": "{}"}, "metadata must be what"),
         ({"profile": {}}, "record must be what"),
     ],

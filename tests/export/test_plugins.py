@@ -20,6 +20,7 @@ from kinetiq.export import command, engine_tensorrt, plugins
 from kinetiq.export.engine_file import read_engine
 from kinetiq.export.engine_profile import Bounds
 from kinetiq.export.engine_tensorrt import build_engine, find_gpu
+from kinetiq.export.gpu import Gpu
 from kinetiq.export.plugin_choice import PluginChoice
 from kinetiq.export.plugin_compiler import PluginCompiler
 from kinetiq.export.plugin_launch import TACTICS
@@ -237,6 +238,7 @@ def gpu(tensorrt, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(engine_tensorrt, "load_tensorrt", lambda: tensorrt)
     monkeypatch.setattr(engine_tensorrt, "find_gpu", lambda: "sm_90")
+    monkeypatch.setattr(engine_tensorrt, "describe_gpu", lambda: Gpu("a GPU", 132))
     tensorrt.built.clear()
     return tensorrt
 
@@ -251,6 +253,7 @@ def test_an_engine_has_our_kernels_inside(gpu, tmp_path):
         "sm_90",
         "tensorrt",
     )
+    assert record.gpu == Gpu("a GPU", 132)
     assert record.network == metadata
     (built,) = gpu.built
     assert ".target sm_80\n" in built.ptx  # the route that every later GPU takes

@@ -38,6 +38,7 @@ from kinetiq.export import (
 from kinetiq.export.engine_file import FORMAT, EngineRecord, write_engine
 from kinetiq.export.engine_profile import Bounds, Profile, make_profile
 from kinetiq.export.engine_runtime import EngineDenoiser, check_engine, open_engine
+from kinetiq.export.gpu import Gpu
 from kinetiq.export.metadata import TensorInfo
 from kinetiq.export.plugin_choice import OPERATORS
 from kinetiq.export.plugin_layers import KINDS
@@ -517,6 +518,29 @@ def test_an_engine_runs_where_it_was_built_for(file):
         check_engine(file, "11.4", "sm_89")
     with pytest.raises(CheckpointError, match=r"11\.4, got 11\.5 and a GPU of architecture sm_90"):
         check_engine(file, "11.5", "sm_80")
+
+
+def test_what_makes_an_engine_slower_is_said_whenever_it_is_opened(file):
+    large, small = Gpu("large", 82), Gpu("small", 16)
+    engine_runtime.say_what_is_slower(file, small)  # built without a GPU, and nothing left out
+    own = replace(file, record=make_record(gpu=large))
+    engine_runtime.say_what_is_slower(own, large)
+    with pytest.warns(KinetiqWarning, match=r"built on large of 82 multi.* runs on small of 16 mu"):
+        engine_runtime.say_what_is_slower(own, small)
+    without = replace(file, record=make_record(left_out={"frame_attention": "too wide"}))
+    with pytest.warns(KinetiqWarning, match=r"frame_attention runs function bodies .*: too wide$"):
+        engine_runtime.say_what_is_slower(without, small)
+
+
+def test_opening_says_what_is_slower(file, package, monkeypatch):
+    said = []
+    monkeypatch.setattr(engine_runtime, "require_gpu", lambda *_: package)
+    monkeypatch.setattr(engine_runtime, "with_index", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(engine_runtime, "describe_gpu", lambda _: "a GPU")
+    monkeypatch.setattr(engine_runtime, "say_what_is_slower", lambda *given: said.append(given))
+    open_engine(file.path)
+    assert said == [(file, "a GPU")]
 
 
 @needs_no_gpu
