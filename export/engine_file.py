@@ -1,7 +1,8 @@
 """Engines as files: a plan of TensorRT, and beside it a record of what it was built for.
 
 The record is named after the content of its plan, so that two that write one engine at a time leave
-one that is whole, whichever is last.
+one that is whole, whichever is last. No lock is held, so one moment is left: the same plan written
+again between a look at what is there and the removal of the record that it had before.
 
 A plan holds code that runs with the rights of who loads it, so one is opened only if somebody
 vouches for its checksum: the caller, or this user by having built it (checksums of those are kept
@@ -103,12 +104,13 @@ def write_engine(
     beside = record_path(file, plan)
     with replacing(file, "engine") as temporary:
         temporary.write_bytes(plan)
-        former = _former_record(file)
+        former = _record_of(file)
         # All that a plan needs is there before the plan is: nothing is missing if this ends here.
         write_text(beside, json.dumps({"record": said, "checksum": checksum}), "engine")
         if vouched:
             vouch(checksum)
-    if former is not None and former != beside:
+    # Another may have written meanwhile: what is there now keeps its record.
+    if former is not None and former not in (beside, _record_of(file)):
         former.unlink(missing_ok=True)
     return EngineFile(file, record, checksum)
 
@@ -249,7 +251,7 @@ def record_path(file: Path, plan: bytes) -> Path:
     return file.with_name(f"{file.name}.{hashlib.sha256(plan).hexdigest()[:_NAMED]}.json")
 
 
-def _former_record(file: Path) -> Path | None:
+def _record_of(file: Path) -> Path | None:
     """The record of the plan that is at a path now."""
     try:
         with file.open("rb") as plan:

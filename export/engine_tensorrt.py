@@ -16,7 +16,7 @@ from kinetiq.export.engine_file import EngineFile
 from kinetiq.export.engine_profile import TOGETHER, Bounds, Profile, make_profile
 from kinetiq.export.engine_source import leave_to_functions, node_names, read_source
 from kinetiq.export.gpu import describe_gpu
-from kinetiq.export.packages import load_gpu_runtime
+from kinetiq.export.packages import is_older, load_gpu_runtime
 from kinetiq.export.plugin_choice import check_operators, choose_by_record
 from kinetiq.export.plugin_compiler import PluginCompiler
 from kinetiq.export.plugin_layers import KINDS
@@ -143,14 +143,20 @@ def _plugin_package(package: Any) -> Any:
     Raises:
         MissingDependencyError: this TensorRT is too old for it.
     """
+    if is_older(package.__version__, _OLDEST):  # 10.14 has all that is looked for below
+        raise _too_old(package)
     try:
         _prefer_ahead_of_time(package)
         return importlib.import_module(f"{RUNTIME}.plugin")
     except (ImportError, AttributeError) as error:
-        raise MissingDependencyError(
-            f"export: our kernels need TensorRT {_OLDEST} or newer, got {package.__version__} "
-            f'({error}): pip install ".[tensorrt]", or leave them out with --plugin none'
-        ) from error
+        raise _too_old(package, f" ({error})") from error
+
+
+def _too_old(package: Any, why: str = "") -> MissingDependencyError:
+    return MissingDependencyError(
+        f"export: our kernels need TensorRT {_OLDEST} or newer, got {package.__version__}{why}: "
+        'pip install ".[tensorrt]", or leave them out with --plugin none'
+    )
 
 
 def _prefer_ahead_of_time(package: Any) -> int:

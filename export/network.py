@@ -327,7 +327,8 @@ def _write(model: Any, metadata: NetworkMetadata, path: Path) -> ExportedNetwork
         former = _weights_beside(path) - set(files)
         for name in files:
             (Path(folder) / name).replace(path.with_name(name))
-    for name in former:
+    # Another may have written meanwhile: what is there now keeps its weights.
+    for name in former - _weights_beside(path):
         path.with_name(name).unlink(missing_ok=True)
     return ExportedNetwork(path, metadata, (path, *(path.with_name(name) for name in files)))
 

@@ -158,6 +158,24 @@ def test_two_that_write_one_engine_at_a_time_leave_one_that_is_whole(tmp_path, r
     assert (found.record, plan) == (record, b"plan")
 
 
+def test_who_comes_back_before_the_former_is_removed_keeps_its_record(
+    tmp_path, record, monkeypatch
+):
+    path, look = tmp_path / "net.engine", engine_file._record_of
+    write_engine(path, b"one", record)
+    looks = []
+
+    def overtaken(file):
+        looks.append(file)
+        if len(looks) == 2:  # the second engine is there, and the record of the first still is
+            write_engine(path, b"one", record)
+        return look(file)
+
+    monkeypatch.setattr(engine_file, "_record_of", overtaken)
+    write_engine(path, b"two", record)
+    assert read_engine(path)[1] == b"one"
+
+
 def test_an_engine_in_the_place_of_another_leaves_nothing_of_it(tmp_path, record):
     path = tmp_path / "net.engine"
     for plan in (b"one", b"two", b"two"):

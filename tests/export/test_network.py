@@ -180,6 +180,28 @@ def test_many_weights_lie_beside_the_file(exported, runtime, tmp_path, monkeypat
     assert sorted(tmp_path.iterdir()) == sorted(other.files)  # nothing is left of the former
 
 
+def test_who_comes_back_before_the_former_is_removed_keeps_its_weights(
+    exported, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(network, "_INSIDE_BYTES", 0)
+    path, look, looks = tmp_path / "net.onnx", network._weights_beside, []
+
+    def write(family):
+        source = exported(family)
+        return network._write(onnx_ir.load(source), read_metadata(source), path)
+
+    def overtaken(given):
+        looks.append(given)
+        if len(looks) == 2:  # the second network is there, and the weights of the first still are
+            write("animatediff")
+        return look(given)
+
+    first = write("animatediff")
+    monkeypatch.setattr(network, "_weights_beside", overtaken)
+    write("unet3d")
+    assert read_metadata(path) == first.metadata
+
+
 def test_exporting_leaves_the_network_as_it_was(tmp_path):
     checkpoint = small_checkpoint("unet3d")
     before = dict(checkpoint.unet.state_dict(keep_vars=True))

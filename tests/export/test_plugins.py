@@ -420,6 +420,10 @@ def test_a_tensorrt_that_is_too_old_is_named(gpu, tmp_path, monkeypatch):
         patched.setitem(sys.modules, "tensorrt.plugin", None)
         with pytest.raises(MissingDependencyError, match=words):
             build_engine(tmp_path / "net.onnx", tmp_path / "net.engine")
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu, "__version__", "10.14.1.48")  # which has all that is looked for
+        with pytest.raises(MissingDependencyError, match=r"11\.4 or newer, got 10\.14\.1\.48: pip"):
+            build_engine(tmp_path / "net.onnx", tmp_path / "net.engine")
     monkeypatch.setattr(gpu, "NetworkDefinitionCreationFlag", gpu.ProfilingVerbosity)
     with pytest.raises(MissingDependencyError, match=words):
         build_engine(tmp_path / "net.onnx", tmp_path / "net.engine")
