@@ -175,6 +175,12 @@ class GraphDenoiser(ABC):
                 f"{self._where}: latents, timesteps and text must have as many rows, got "
                 f"{len(latents)}, {len(timesteps)} and {len(text)}"
             )
+        positions, frames = self.metadata.positions, latents.shape[2]
+        if positions is not None and frames > positions:
+            raise ShapeError(
+                f"{self._where}: latents must have at most {positions} frames, of which the "
+                f"network knows the positions, got {frames}"
+            )
         multiple = self.metadata.multiple
         if latents.shape[3] % multiple or latents.shape[4] % multiple:
             raise ShapeError(

@@ -102,8 +102,8 @@ def make_profile(metadata: NetworkMetadata, asked: Mapping[str, Bounds]) -> Prof
 
     What is not asked for: 1 to 4 rows, best at 2; a slot for each row and the one of those without
     a motion, and ranks up to 64, best at 1, since controls that are not used have one slot; the
-    family's frames and up to twice as many, but no more than `TOGETHER`; latents of 1 to 12 times
-    what the network halves them to, best at 8.
+    family's frames and up to twice as many, but no more than `TOGETHER` or than the network knows
+    positions of; latents of 1 to 12 times what the network halves them to, best at 8.
 
     Args:
         metadata: of the network.
@@ -116,9 +116,11 @@ def make_profile(metadata: NetworkMetadata, asked: Mapping[str, Bounds]) -> Prof
     side = Bounds(multiple, 8 * multiple, 12 * multiple)
     rows = asked.get("rows", Bounds(1, 2, 4))
     slots = Bounds(1, 1, rows.most + 1)
+    longest = max(frames, min(2 * frames, TOGETHER))
+    positions = longest if metadata.positions is None else metadata.positions
     usual = {
         "rows": rows,
-        "frames": Bounds(1, frames, max(frames, min(2 * frames, TOGETHER))),
+        "frames": Bounds(1, min(frames, positions), min(longest, positions)),
         "height": side,
         "width": side,
         "text_tokens": Bounds(1, 77, 77),
@@ -141,6 +143,11 @@ def make_profile(metadata: NetworkMetadata, asked: Mapping[str, Bounds]) -> Prof
             raise RequestError(
                 f"profile: {axis} must be of multiples of {multiple}, got {tuple(ends)}"
             )
+    if metadata.positions is not None and bounds["frames"].most > metadata.positions:
+        raise RequestError(
+            f"profile: frames must be at most {metadata.positions}, of which the network knows the "
+            f"positions, got {tuple(bounds['frames'])}"
+        )
     for axis in named - known:
         found = _TOKENS.fullmatch(axis)
         if found is None:

@@ -35,6 +35,7 @@ def build_engine(
     *,
     bounds: Mapping[str, Bounds] | None = None,
     controls: Collection[str] | None = None,
+    outputs: Collection[str] | None = None,
     plugins: Collection[str] | None = None,
     route: str | None = None,
     shared_bytes: int = PLAIN_SHARED,
@@ -49,6 +50,7 @@ def build_engine(
         bounds: least, best and most of axes by name; see `engine_profile.make_profile`.
         controls: kinds of control to keep; None: all of the network's but "reduced", whose queries
             are made by several kernels.
+        outputs: names of those to keep, since an engine computes all that it has; None: all.
         plugins: the operators whose nodes are to run our kernels, of `plugin_choice.OPERATORS`;
             None: those that the record of this GPU says, of which only those nodes that can at
             these sizes. The others run their function bodies, and so do those of more frames than
@@ -71,7 +73,7 @@ def build_engine(
     target = find_gpu()
     recorded = choose_by_record(target)
     check_target(path, "engine")
-    model, metadata = read_source(network, controls, unusual=("reduced",))
+    model, metadata = read_source(network, controls, unusual=("reduced",), outputs=outputs)
     profile = make_profile(metadata, bounds or {})
     names = node_names(model)
     operators = recorded.operators if plugins is None else check_operators(plugins)

@@ -26,12 +26,12 @@ from kinetiq.export.gpu import describe_gpu
 from kinetiq.export.metadata import NetworkMetadata, precision_of, read_metadata
 from kinetiq.export.network import export_onnx
 from kinetiq.export.plugin_choice import FUNCTIONS, choose_by_record
-from kinetiq.families import FAMILIES
 from kinetiq.files import make_cache
 from kinetiq.taps import DEFAULT_TAP, list_taps
 
 _NAMED = 20  # digits of a fingerprint in the name of a file
-_MOST_ROWS = 16  # of a cached engine; more clips than these are of go in several batches
+_BOUNDS = {"rows": Bounds(1, 2, 16)}  # of a cached engine; clips of more go in several batches
+_OUTPUTS = ("prediction",)  # an engine computes all that it has at each step, and nobody reads more
 _Result = TypeVar("_Result")
 _LOG = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def use_cached_engine(
     It lies in `$XDG_CACHE_HOME/kinetiq/engines`, or `~/.cache/kinetiq/engines`, by all that decides
     what it is and whether it can run: fingerprint, precision, runtime and its version, the GPU's
     architecture and for full TensorRT its model, what built it, sizes, and which nodes run our
-    kernels. For other sizes build one and name it.
+    kernels. It has no features of a tap. For these, or for other sizes, build one and name it.
 
     Args:
         backend: "tensorrt" or "tensorrt-rtx".
@@ -150,7 +150,6 @@ def use_cached_engine(
         target = find_gpu()
         if backend == "tensorrt-rtx":
             require_target(package, target)  # before the model is exported for nothing
-        bounds = _bounds(checkpoint)
         here = backend == "tensorrt"  # whether it is built and timed on the GPU itself
         choice = choose_by_record(target) if here else FUNCTIONS
         parts = (
@@ -161,7 +160,7 @@ def use_cached_engine(
             target,
             code_key(),
             options_key(
-                sorted(bounds.items()),
+                sorted(_BOUNDS.items()),
                 choice.operators,
                 choice.route,
                 describe_gpu() if here else None,
@@ -172,9 +171,9 @@ def use_cached_engine(
         def build(network: Path) -> None:
             _LOG.warning("building %s for %s, once", path, target)
             if here:
-                build_engine(network, path, bounds=bounds)
+                build_engine(network, path, bounds=_BOUNDS, outputs=_OUTPUTS)
             else:
-                build_rtx_engine(network, path, target=target, bounds=bounds)
+                build_rtx_engine(network, path, target=target, bounds=_BOUNDS, outputs=_OUTPUTS)
 
         return _use_kept(path, lambda: use_cached_network(checkpoint, build), use)
 
@@ -211,16 +210,6 @@ def _alone(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _bounds(checkpoint: Checkpoint) -> dict[str, Bounds]:
-    """Rows of a whole batch, and no more frames than the network knows positions of."""
-    usual = FAMILIES[checkpoint.family].frames
-    known = getattr(checkpoint.unet.config, "motion_max_seq_length", None) or 2 * usual
-    return {
-        "rows": Bounds(1, 2, _MOST_ROWS),
-        "frames": Bounds(1, min(usual, known), min(2 * usual, known)),
-    }
 
 
 def _load_engine(

@@ -133,6 +133,7 @@ def export_onnx(
             controls=kinds,
             tap=tap,
             levels=graph.levels,
+            positions=getattr(checkpoint.unet.config, "motion_max_seq_length", None),
             sites=graph.sites,
             inputs=inputs,
             outputs=outputs,

@@ -190,8 +190,9 @@ def gpu(monkeypatch):
     """A GPU for which engines can be built, but do not run; what was built, and opened."""
     builds, opened = [], []
 
-    def build(network, path, *, bounds, target="the GPU at hand"):
-        assert bounds == {"rows": Bounds(1, 2, 16), "frames": Bounds(1, 16, 32)}
+    def build(network, path, *, bounds, outputs, target="the GPU at hand"):
+        assert bounds == {"rows": Bounds(1, 2, 16)}
+        assert outputs == ("prediction",)
         builds.append((network.name, path.name, target))
         path.write_bytes(b"plan")
 
@@ -299,17 +300,6 @@ def test_what_no_build_can_mend_is_not_built(cache, gpu, exported, monkeypatch):
         with pytest.raises(NotVouchedForError):
             loading.load_denoiser("tensorrt", checkpoint)
     assert len(gpu.builds) == 1
-
-
-@pytest.mark.parametrize(
-    ("known", "frames"), [(None, (1, 16, 32)), (32, (1, 16, 32)), (24, (1, 16, 24)), (8, (1, 8, 8))]
-)
-def test_an_engine_takes_no_more_frames_than_the_network_knows(known, frames):
-    config = types.SimpleNamespace(motion_max_seq_length=known)
-    checkpoint = types.SimpleNamespace(
-        family="animatediff", unet=types.SimpleNamespace(config=config)
-    )
-    assert loading._bounds(checkpoint) == {"rows": Bounds(1, 2, 16), "frames": Bounds(*frames)}
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch, exported):

@@ -230,6 +230,20 @@ def test_what_is_not_asked_for_is_what_our_kernels_can_be(family, frames):
     assert make_profile(metadata, {}).bounds["frames"] == Bounds(1, frames, 32)
 
 
+@pytest.mark.parametrize(
+    ("known", "frames"), [(None, (1, 16, 32)), (48, (1, 16, 32)), (24, (1, 16, 24)), (8, (1, 8, 8))]
+)
+def test_an_engine_takes_no_more_frames_than_the_network_knows(known, frames):
+    metadata = replace(make_metadata((LATENTS,), ()), positions=known)
+    assert make_profile(metadata, {}).bounds["frames"] == Bounds(*frames)
+    asked = {"frames": Bounds(1, 8, 64)}
+    if known is None:
+        assert make_profile(metadata, asked).bounds["frames"] == asked["frames"]
+    else:
+        with pytest.raises(RequestError, match=rf"frames must be at most {known}, .*\(1, 8, 64\)"):
+            make_profile(metadata, asked)
+
+
 def test_each_row_may_have_a_motion_of_its_own():
     metadata = replace(make_metadata((LATENTS, VALUE), ()), levels=2)
     for rows in (Bounds(1, 2, 4), Bounds(1, 2, 16)):

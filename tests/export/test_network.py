@@ -224,6 +224,8 @@ def test_what_a_network_cannot_do_is_refused_with_words(exported):
     latents, given = example.latents, (example.timesteps, example.text, example.controls)
     with pytest.raises(ShapeError, match=r"^onnxruntime: latents must be \[rows, 4, frames, h"):
         denoiser.predict(latents[:, :3], *given)
+    with pytest.raises(ShapeError, match=r"latents must have at most 32 frames, of .*, got 33$"):
+        denoiser.predict(torch.zeros(3, 4, 33, 4, 4), *given)
     with pytest.raises(ShapeError, match=r"must be multiples of 2, got 4x5$"):
         denoiser.predict(latents[..., :5], *given)
     with pytest.raises(ShapeError, match=r"must have as many rows, got 2, 3 and 3$"):
@@ -271,4 +273,5 @@ def test_metadata_says_what_the_network_is(exported):
     assert metadata.sites == EagerDenoiser(checkpoint.unet).sites
     assert (metadata.family, metadata.precision, metadata.tap) == ("unet3d", "float32", TAP)
     assert metadata.controls == KINDS and metadata.multiple == 2
+    assert (metadata.positions, read_metadata(exported()).positions) == (None, 32)
     assert {"torch", "onnx", "onnxscript", "kinetiq"} <= metadata.versions.keys()

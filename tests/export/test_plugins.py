@@ -310,6 +310,14 @@ def test_the_command_builds_what_it_is_told(gpu, tmp_path):
         assert message in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_an_engine_has_the_outputs_that_are_asked_for(gpu, tmp_path):
+    network, path = tmp_path / "net.onnx", tmp_path / "net.engine"
+    write_one_node(network, "query_attention")
+    record = build_engine(network, path, controls=["query"], outputs=["prediction"]).record
+    assert [tensor.name for tensor in record.network.outputs] == ["prediction"]
+    assert (record.plugins, gpu.built) == ((), [])  # of which nobody reads anything
+
+
 def test_queries_that_no_kernel_makes_are_left_out(gpu, tmp_path):
     network, path = tmp_path / "net.onnx", tmp_path / "net.engine"
     write_one_node(network, "query_attention_reduced")

@@ -39,7 +39,7 @@ from kinetiq.export.engine_file import FORMAT, EngineRecord, write_engine
 from kinetiq.export.engine_profile import Bounds, Profile, make_profile
 from kinetiq.export.engine_runtime import EngineDenoiser, check_engine, open_engine
 from kinetiq.export.gpu import Gpu
-from kinetiq.export.metadata import TensorInfo
+from kinetiq.export.metadata import TensorInfo, read_metadata
 from kinetiq.export.plugin_choice import OPERATORS
 from kinetiq.export.plugin_layers import KINDS
 from kinetiq.families import Site, SiteKind
@@ -112,6 +112,18 @@ def test_nodes_that_are_left_to_their_functions(tmp_path):
     engine_source.leave_to_functions(model, {"query_attention"})
     assert [given.name for given in node.attribute] == ["heads"]
     onnx.checker.check_model(model, full_check=True)
+
+
+def test_outputs_that_are_dropped_cost_nothing(tmp_path, exported):
+    model, metadata = engine_source.read_source(exported(), None, outputs=("prediction",))
+    assert [value.name for value in model.graph.output] == ["prediction"]
+    assert [tensor.name for tensor in metadata.outputs] == ["prediction"]
+    assert [value.name for value in model.graph.input] == [one.name for one in metadata.inputs]
+    assert "feature_channels" not in {tensor.name for tensor in metadata.inputs}
+    assert metadata.tap is None and metadata.controls == read_metadata(exported()).controls
+    assert "motion_feature" not in engine_source.node_names(model)
+    with pytest.raises(RequestError, match=r"outputs must be among prediction, .*, got feelings$"):
+        engine_source.read_source(exported(), None, outputs=("feelings",))
 
 
 class Context:
