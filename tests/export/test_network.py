@@ -113,6 +113,21 @@ def test_bfloat16_errs_no_more_than_twice_as_much_as_eager(family, exported):
     assert not wrong, wrong
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_onnxruntime_computes_the_same_with_cuda(family, precision, exported):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has no CUDA: pip install onnxruntime-gpu")
+    comparisons = list(
+        check_network(exported(family, precision), small_checkpoint(family), device="cuda")
+    )
+    assert {one.runtime for one in comparisons} == {"onnxruntime"}
+    wrong = [one for one in comparisons if not one.passed]
+    assert not wrong, wrong
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_file_is_valid_and_says_its_axes(family, exported):
     path = exported(family)
