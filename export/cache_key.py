@@ -5,9 +5,13 @@ import hashlib
 import importlib.metadata
 from pathlib import Path
 
+import kinetiq
 import kinetiq.kernels
 from kinetiq.export.network import PACKAGES
 from kinetiq.kernels._launch import launch_file
+
+ENGINE_MODULES = ("convolution", "families", "skips", "taps")
+"""Those of `kinetiq` that decide what is in the graph: its sites and skips, and their order."""
 
 _DIGITS = 12
 
@@ -16,13 +20,22 @@ _DIGITS = 12
 def code_key() -> str:
     """A digest of all that decides what an export of a model is: code, settings and versions."""
     digest = hashlib.sha256()
-    for folder in (Path(__file__).parent, Path(kinetiq.kernels.__file__).parent):
-        for path in sorted(folder.glob("*.py")):
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    digest.update(hashlib.sha256(launch_file().read_bytes()).digest())
+    for path in deciding_files():
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
     for package in PACKAGES:
         digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
     return digest.hexdigest()[:_DIGITS]
+
+
+def deciding_files() -> list[Path]:
+    """Our files that decide what an export is: its code, the kernels and how they are launched."""
+    kernels, engine = Path(kinetiq.kernels.__file__).parent, Path(kinetiq.__file__).parent
+    return [
+        *sorted(Path(__file__).parent.glob("*.py")),
+        *sorted(kernels.glob("*.py")),
+        launch_file(),  # sizes of blocks, which are constants of the compiled kernels
+        *(engine / f"{name}.py" for name in ENGINE_MODULES),
+    ]
 
 
 def options_key(*options: object) -> str:

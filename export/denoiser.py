@@ -51,6 +51,8 @@ class GraphDenoiser(ABC):
     """
 
     most_rows: int | None = None
+    least: Mapping[str, int] = MappingProxyType({})
+    """By name of an axis of banks, the fewest that the graph takes, where that is more than one."""
 
     def __init__(self, metadata: NetworkMetadata, where: str, device: torch.device) -> None:
         self.metadata = metadata
@@ -206,6 +208,12 @@ class GraphDenoiser(ABC):
                 f"{self._where}: latents, timesteps and text must have as many rows, got "
                 f"{len(latents)}, {len(timesteps)} and {len(text)}"
             )
+        positions, frames = self.metadata.positions, latents.shape[2]
+        if positions is not None and frames > positions:
+            raise ShapeError(
+                f"{self._where}: latents must have at most {positions} frames, of which the "
+                f"network knows the positions, got {frames}"
+            )
         multiple = self.metadata.multiple
         if latents.shape[3] % multiple or latents.shape[4] % multiple:
             raise ShapeError(
@@ -340,11 +348,14 @@ class GraphDenoiser(ABC):
         infos = self._named("motion.")
         # All that have an axis in common must agree on it; zeros of one token suffice alone.
         sizes = {str(infos[name].axes[2]): part.shape[2] for name, part in parts.items()}
-        slots = max((len(part) for part in parts.values()), default=1)
+        given_slots = max((len(part) for part in parts.values()), default=1)
+        slots = max(given_slots, self.least.get("motion_slots", 1))
         return {
             name: self._own(parts[name])
-            if name in parts
-            else self._zeros((slots, frames, sizes.get(str(info.axes[2]), 1), info.axes[3]))
+            if name in parts and slots == given_slots
+            else self._filled(
+                (slots, frames, sizes.get(str(info.axes[2]), 1), info.axes[3]), parts.get(name)
+            )
             for name, info in infos.items()
         }
 
@@ -361,18 +372,15 @@ class GraphDenoiser(ABC):
             raise CheckpointError(
                 f"{self._where}: a LoRA must change projections of the network, got {unknown[0]}"
             )
-        sizes = {
-            "lora_slots": max((len(bank.down) for bank in given.values()), default=1),
-            "lora_rank": max((bank.down.shape[1] for bank in given.values()), default=1),
-        }
+        sizes = {"lora_slots": 1, "lora_rank": 1, **self.least}
+        for bank in given.values():
+            sizes["lora_slots"] = max(sizes["lora_slots"], len(bank.down))
+            sizes["lora_rank"] = max(sizes["lora_rank"], bank.down.shape[1])
         out = {}
         for name, info in self._named("lora.").items():
             path, _, side = name.removeprefix("lora.").rpartition(".")
-            filled = self._zeros(tuple(sizes.get(str(axis), axis) for axis in info.axes))
-            if path in given:  # smaller ranks are filled up with zeros, which add nothing
-                part = getattr(given[path], side)
-                filled[tuple(slice(size) for size in part.shape)] = part
-            out[name] = filled
+            shape = tuple(sizes.get(str(axis), axis) for axis in info.axes)
+            out[name] = self._filled(shape, getattr(given[path], side) if path in given else None)
         return out
 
     def _remembered(
@@ -399,8 +407,12 @@ class GraphDenoiser(ABC):
             "skip_gain": sizes.full(1.0).expand(count, -1),
         }
 
-    def _zeros(self, shape: tuple[Any, ...]) -> Tensor:
-        return torch.zeros(shape, dtype=self._dtype, device=self.device)
+    def _filled(self, shape: tuple[Any, ...], part: Tensor | None) -> Tensor:
+        """A part of a bank, filled up with zeros, which add nothing."""
+        filled = torch.zeros(shape, dtype=self._dtype, device=self.device)
+        if part is not None:
+            filled[tuple(slice(size) for size in part.shape)] = part
+        return filled
 
 
 class _Sizes:

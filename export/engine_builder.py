@@ -12,6 +12,7 @@ from kinetiq.errors import WorkError
 from kinetiq.export.engine_file import FORMAT, EngineFile, EngineRecord, write_engine
 from kinetiq.export.engine_log import make_log
 from kinetiq.export.engine_profile import Profile
+from kinetiq.export.gpu import Gpu
 from kinetiq.export.metadata import NetworkMetadata
 
 FUSED = "_gemm_mha_v2"  # in the name of a kernel that does a whole attention
@@ -118,6 +119,7 @@ def save_plan(
     plugins: Collection[str] = (),
     route: str | None = None,
     left_out: Mapping[str, str] = MappingProxyType({}),
+    gpu: Gpu | None = None,
     vouched: bool = True,
 ) -> EngineFile:
     """Write what was built, and for what; see `EngineRecord` and `write_engine`."""
@@ -134,6 +136,7 @@ def save_plan(
         attentions=plan.attentions,
         fused=plan.fused,
         left_out=dict(left_out),
+        gpu=gpu,
     )
     return write_engine(path, plan.data, record, vouched=vouched)
 

@@ -1,7 +1,8 @@
 """Engines as files: a plan of TensorRT, and beside it a record of what it was built for.
 
 The record is named after the content of its plan, so that two that write one engine at a time leave
-one that is whole, whichever is last.
+one that is whole, whichever is last. No lock is held, so one moment is left: the same plan written
+again between a look at what is there and the removal of the record that it had before.
 
 A plan holds code that runs with the rights of who loads it, so one is opened only if somebody
 vouches for its checksum: the caller, or this user by having built it (checksums of those are kept
@@ -20,12 +21,17 @@ from typing import Any
 
 from kinetiq.errors import CheckpointError, KinetiqWarning, OutputError
 from kinetiq.export.engine_profile import Bounds, Profile
+from kinetiq.export.gpu import Gpu
 from kinetiq.export.metadata import NetworkMetadata, decode_metadata, encode_metadata
 from kinetiq.files import make_cache, replacing, write_text
 
-FORMAT = 2
+FORMAT = 3
 _NAMED = 16  # digits of the plan's digest in the name of its record
 _OTHERS_WRITE = 0o022  # bits of a folder's mode
+
+
+class NotVouchedForError(CheckpointError):
+    """An engine is whole, and nobody vouches for it; to build it again would not help."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class EngineRecord:
         route: which PTX those kernels are, of `plugin_ptx.ROUTES`; None where there are none.
         attentions: how many attentions must be one kernel each.
         fused: how many kernels the runtime reports that do a whole attention; None if it does not.
-        left_out: operators that were to run our kernels and do not, and why.
+        left_out: operators that were to run our kernels and do not, in part or as a whole, and why.
+        gpu: on which it was built; None where it was built without one.
     """
 
     format: int
@@ -59,6 +66,7 @@ class EngineRecord:
     attentions: int
     fused: int | None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    gpu: Gpu | None = None
 
 
 @dataclass(frozen=True)
@@ -96,12 +104,13 @@ def write_engine(
     beside = record_path(file, plan)
     with replacing(file, "engine") as temporary:
         temporary.write_bytes(plan)
-        former = _former_record(file)
+        former = _record_of(file)
         # All that a plan needs is there before the plan is: nothing is missing if this ends here.
         write_text(beside, json.dumps({"record": said, "checksum": checksum}), "engine")
         if vouched:
             vouch(checksum)
-    if former is not None and former != beside:
+    # Another may have written meanwhile: what is there now keeps its record.
+    if former is not None and former not in (beside, _record_of(file)):
         former.unlink(missing_ok=True)
     return EngineFile(file, record, checksum)
 
@@ -116,7 +125,8 @@ def read_engine(
         trust: checksums that the caller vouches for.
 
     Raises:
-        CheckpointError: the files are missing or damaged, or nobody vouches for them.
+        CheckpointError: the files are missing or damaged.
+        NotVouchedForError: nobody vouches for them.
     """
     file = Path(path)
     where = f"engine {file}"
@@ -156,9 +166,10 @@ def read_engine(
         )
     vouched = {trust} if isinstance(trust, str) else set(trust)
     if checksum not in vouched and checksum not in vouched_for():
-        raise CheckpointError(
+        raise NotVouchedForError(
             f"{where}: must be an engine that somebody vouches for, since a plan is code; if you "
-            f"trust where it came from, give its checksum: {checksum}"
+            f"trust where it came from, give its checksum: {checksum}; if not, build it again in "
+            "its place"
         )
     return EngineFile(file, _decode(said, where), checksum), plan
 
@@ -228,6 +239,18 @@ def make_engine_folder() -> Path:
     return folder
 
 
+def require_own_folder() -> Path:
+    """That folder, made unless it is there, where nobody else can write.
+
+    Raises:
+        OutputError: it cannot be made, or others can write there.
+    """
+    folder = make_engine_folder()
+    if not _owned(folder):
+        raise OutputError(f"engine: {_words_of_others(folder)}, or set XDG_CACHE_HOME")
+    return folder
+
+
 def list_records(path: str | os.PathLike[str]) -> list[Path]:
     """The records beside a plan; a file without one is no engine."""
     file = Path(path)
@@ -239,7 +262,7 @@ def record_path(file: Path, plan: bytes) -> Path:
     return file.with_name(f"{file.name}.{hashlib.sha256(plan).hexdigest()[:_NAMED]}.json")
 
 
-def _former_record(file: Path) -> Path | None:
+def _record_of(file: Path) -> Path | None:
     """The record of the plan that is at a path now."""
     try:
         with file.open("rb") as plan:
@@ -251,18 +274,24 @@ def _former_record(file: Path) -> Path | None:
 
 def _is_ours(folder: Path) -> bool:
     """Whether nobody else can write a folder; said where it is not so."""
+    if _owned(folder):
+        return True
+    warnings.warn(f"engine: {_words_of_others(folder)}", KinetiqWarning, stacklevel=3)
+    return False
+
+
+def _owned(folder: Path) -> bool:
     if not hasattr(os, "getuid"):
         return True  # a system where the user's folders are the user's
     found = folder.stat()
-    if found.st_uid == os.getuid() and not found.st_mode & _OTHERS_WRITE:
-        return True
-    warnings.warn(
-        f"engine: {folder} must be a folder that you own and nobody else can write, and is not, so "
-        f"the checksums in it are not used; chmod 700 {folder}",
-        KinetiqWarning,
-        stacklevel=3,
+    return found.st_uid == os.getuid() and not found.st_mode & _OTHERS_WRITE
+
+
+def _words_of_others(folder: Path) -> str:
+    return (
+        f"{folder} must be a folder that you own and nobody else can write, and is not, so the "
+        f"checksums in it are not used; chmod 700 {folder}"
     )
-    return False
 
 
 def _trusted() -> Path:
@@ -277,7 +306,11 @@ def _checksum(said: str, plan: bytes) -> str:
 
 def _encode(record: EngineRecord) -> str:
     said: dict[str, Any] = {name: getattr(record, name) for name in record.__dataclass_fields__}
-    said |= {"network": encode_metadata(record.network), "profile": asdict(record.profile)}
+    said |= {
+        "network": encode_metadata(record.network),
+        "profile": asdict(record.profile),
+        "gpu": None if record.gpu is None else asdict(record.gpu),
+    }
     return json.dumps(said, sort_keys=True)
 
 
@@ -297,6 +330,7 @@ def _decode(said: str, where: str) -> EngineRecord:
                 "network": decode_metadata(entries["network"], where),
                 "plugins": tuple(entries["plugins"]),
                 "left_out": dict(entries["left_out"]),
+                "gpu": None if entries["gpu"] is None else Gpu(**entries["gpu"]),
             }
         )
     except (KeyError, TypeError, ValueError) as error:

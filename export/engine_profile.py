@@ -8,6 +8,9 @@ from typing import NamedTuple, Self
 from kinetiq.errors import RequestError, ShapeError
 from kinetiq.export.metadata import NetworkMetadata, TensorInfo, level_tokens
 
+TOGETHER = 32
+"""Frames that one program of our kernels can hold, which moving deviations takes."""
+
 _TOKENS = re.compile(r"(motion_)?tokens_(\d+)")
 
 
@@ -97,9 +100,10 @@ class Profile:
 def make_profile(metadata: NetworkMetadata, asked: Mapping[str, Bounds]) -> Profile:
     """The profile of a network, from bounds of some axes.
 
-    What is not asked for: 1 to 4 rows, best at 2; 1 to 4 slots and ranks up to 64, best at 1, since
-    controls that are not used have one slot; the family's frames and up to twice as many; latents
-    of 1 to 12 times what the network halves them to, best at 8.
+    What is not asked for: 1 to 4 rows, best at 2; a slot for each row and the one of those without
+    a motion, and ranks up to 64, best at 1, since controls that are not used have one slot; the
+    family's frames and up to twice as many, but no more than `TOGETHER` or than the network knows
+    positions of; latents of 1 to 12 times what the network halves them to, best at 8.
 
     Args:
         metadata: of the network.
@@ -110,14 +114,18 @@ def make_profile(metadata: NetworkMetadata, asked: Mapping[str, Bounds]) -> Prof
     """
     multiple, frames = metadata.multiple, metadata.family_of().frames
     side = Bounds(multiple, 8 * multiple, 12 * multiple)
+    rows = asked.get("rows", Bounds(1, 2, 4))
+    slots = Bounds(1, 1, rows.most + 1)
+    longest = max(frames, min(2 * frames, TOGETHER))
+    positions = longest if metadata.positions is None else metadata.positions
     usual = {
-        "rows": Bounds(1, 2, 4),
-        "frames": Bounds(1, frames, 2 * frames),
+        "rows": rows,
+        "frames": Bounds(1, min(frames, positions), min(longest, positions)),
         "height": side,
         "width": side,
         "text_tokens": Bounds(1, 77, 77),
-        "motion_slots": Bounds(1, 1, 4),
-        "lora_slots": Bounds(1, 1, 4),
+        "motion_slots": slots,
+        "lora_slots": slots,
         "lora_rank": Bounds(1, 1, 64),
         "feature_channels": Bounds(1, 64, 1280),
     }
@@ -135,6 +143,11 @@ def make_profile(metadata: NetworkMetadata, asked: Mapping[str, Bounds]) -> Prof
             raise RequestError(
                 f"profile: {axis} must be of multiples of {multiple}, got {tuple(ends)}"
             )
+    if metadata.positions is not None and bounds["frames"].most > metadata.positions:
+        raise RequestError(
+            f"profile: frames must be at most {metadata.positions}, of which the network knows the "
+            f"positions, got {tuple(bounds['frames'])}"
+        )
     for axis in named - known:
         found = _TOKENS.fullmatch(axis)
         if found is None:

@@ -28,6 +28,7 @@ def build_rtx_engine(
     target: str,
     bounds: Mapping[str, Bounds] | None = None,
     controls: Collection[str] | None = None,
+    outputs: Collection[str] | None = None,
     level: int | None = None,
 ) -> EngineFile:
     """Build an engine for one kind of GPU, on any machine.
@@ -38,6 +39,7 @@ def build_rtx_engine(
         target: the GPU's architecture, such as "sm_89".
         bounds: least, best and most of axes by name; see `engine_profile.make_profile`.
         controls: kinds of control to keep; None: all of the network's.
+        outputs: names of those to keep, since an engine computes all that it has; None: all.
         level: how long to look for faster kernels, 0 to 5; None: the builder's own.
 
     Raises:
@@ -50,7 +52,7 @@ def build_rtx_engine(
     package = load_gpu_runtime(RUNTIME, "export")
     known = require_target(package, target)
     check_target(path, "engine")
-    model, metadata = read_source(network, controls)
+    model, metadata = read_source(network, controls, outputs=outputs)
     if metadata.precision == "bfloat16" and int(target.removeprefix("sm_")) < _OLDEST_BF16:
         raise RequestError(
             f"export: {target} has no bfloat16 and the network is in it; export the network with "

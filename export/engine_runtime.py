@@ -15,9 +15,11 @@ from kinetiq.errors import CheckpointError, KinetiqWarning, RequestError, WorkEr
 from kinetiq.export.denoiser import CHANNELS, GraphDenoiser
 from kinetiq.export.engine_file import EngineFile, read_engine
 from kinetiq.export.engine_log import make_log, says_no_room
+from kinetiq.export.gpu import Gpu, describe_gpu
 from kinetiq.export.nodes import KINDS
 from kinetiq.export.packages import load_gpu_runtime
 
+_BANKS = ("motion_slots", "lora_slots", "lora_rank")  # axes of what zeros can fill up
 _GRAPHS = 2  # shapes whose launches are kept; each has its own memory for activations
 
 
@@ -55,6 +57,7 @@ def open_engine(
     place = with_index(place)
     major, minor = torch.cuda.get_device_capability(place)
     check_engine(file, package.__version__, f"sm_{major}{minor}")
+    say_what_is_slower(file, describe_gpu(place))
     return EngineDenoiser(file, plan, package, place, graphs=graphs)
 
 
@@ -96,6 +99,30 @@ def check_engine(file: EngineFile, version: str, architecture: str) -> None:
             f"engine {file.path}: must run where it was built for, {' and '.join(wrong)}; build it "
             "here with `kinetiq export tensorrt`"
         )
+
+
+def say_what_is_slower(file: EngineFile, gpu: Gpu) -> None:
+    """Warn of an engine that may be slower than one for this GPU could be.
+
+    Args:
+        file: the engine.
+        gpu: that it is to run on.
+    """
+    record = file.record
+    if record.gpu not in (None, gpu):
+        _say(
+            f"engine {file.path}: was built on {record.gpu} and runs on {gpu}, where other kernels "
+            "may be faster; build it here with `kinetiq export tensorrt`"
+        )
+    for operator, why in record.left_out.items():
+        _say(
+            f"engine {file.path}: {operator} runs function bodies in the place of our kernels, in "
+            f"part or as a whole: {why}"
+        )
+
+
+def _say(what: str) -> None:
+    warnings.warn(what, KinetiqWarning, stacklevel=4)
 
 
 @dataclass(frozen=True)
@@ -170,7 +197,9 @@ class EngineDenoiser(GraphDenoiser):
     ) -> None:
         super().__init__(file.record.network, file.record.runtime, with_index(device))
         self.file = file
-        self.most_rows = file.record.profile.bounds["rows"].most
+        bounds = file.record.profile.bounds
+        self.most_rows = bounds["rows"].most
+        self.least = {axis: bounds[axis].least for axis in _BANKS if axis in bounds}
         self._outputs = {tensor.name: tensor for tensor in file.record.network.outputs}
         self._package = package
         self._log = make_log(package)
@@ -213,7 +242,8 @@ class EngineDenoiser(GraphDenoiser):
         given = dict(inputs)
         if CHANNELS in self._infos.keys() - given.keys():
             # An engine computes all its outputs, of which nobody reads this one.
-            given[CHANNELS] = torch.zeros(1, dtype=torch.int64, device=self.device)
+            least = self.file.record.profile.bounds[CHANNELS].least
+            given[CHANNELS] = torch.zeros(least, dtype=torch.int64, device=self.device)
         for name, tensor in given.items():
             self.file.record.profile.check(self._infos[name], tuple(tensor.shape))
         with _on(self.device):

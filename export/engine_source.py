@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+from kinetiq.errors import RequestError
 from kinetiq.export.metadata import NetworkMetadata, read_network
 from kinetiq.export.network import check_kinds
 from kinetiq.export.nodes import DOMAIN
@@ -18,29 +19,44 @@ def read_source(
     controls: Collection[str] | None,
     *,
     unusual: Collection[str] = (),
+    outputs: Collection[str] | None = None,
 ) -> tuple[Any, NetworkMetadata]:
-    """The `onnx.ModelProto` with only these kinds of control, and what it is then.
+    """The `onnx.ModelProto` with only these controls and outputs, and what it is then.
 
     Args:
         path: an ONNX file of `export_onnx`.
         controls: kinds to keep; None: all that it has, but the unusual.
         unusual: kinds that are kept only where they are asked for.
+        outputs: names of those to keep; None: all.
 
     Raises:
         CheckpointError: the file cannot be used.
-        RequestError: it has not all of these kinds.
+        RequestError: it has not all of these kinds or outputs.
     """
     model, metadata = read_network(path)
     if controls is None:
         kinds = tuple(kind for kind in metadata.controls if kind not in unusual)
     else:
         kinds = check_kinds(controls)
-    if kinds == metadata.controls:
+    every = [tensor.name for tensor in metadata.outputs]
+    unknown = [] if outputs is None else sorted(set(outputs).difference(every))
+    if unknown:
+        raise RequestError(
+            f"export: outputs must be among {', '.join(every)}, got {', '.join(unknown)}"
+        )
+    if kinds == metadata.controls and outputs is None:
         return model, metadata
-    kept = keep_controls(model, kinds)
-    names = {value.name for value in kept.graph.input}
-    inputs = tuple(tensor for tensor in metadata.inputs if tensor.name in names)
-    return kept, replace(metadata, controls=kinds, inputs=inputs)
+    kept = keep_controls(model, kinds, outputs=outputs)
+    read, written = (
+        {value.name for value in values} for values in (kept.graph.input, kept.graph.output)
+    )
+    return kept, replace(
+        metadata,
+        controls=kinds,
+        tap=metadata.tap if "features" in written else None,
+        inputs=tuple(tensor for tensor in metadata.inputs if tensor.name in read),
+        outputs=tuple(tensor for tensor in metadata.outputs if tensor.name in written),
+    )
 
 
 def leave_to_functions(model: Any, names: Collection[str]) -> None:

@@ -1,6 +1,7 @@
 """Engines of full TensorRT, built on the GPU that they are for, with our kernels inside."""
 
 import importlib
+import math
 import os
 import warnings
 from collections.abc import Collection, Mapping
@@ -12,9 +13,10 @@ import torch
 from kinetiq.errors import KinetiqWarning, MissingDependencyError, RequestError
 from kinetiq.export.engine_builder import build_plan, save_plan
 from kinetiq.export.engine_file import EngineFile
-from kinetiq.export.engine_profile import Bounds, Profile, make_profile
+from kinetiq.export.engine_profile import TOGETHER, Bounds, Profile, make_profile
 from kinetiq.export.engine_source import leave_to_functions, node_names, read_source
-from kinetiq.export.packages import load_gpu_runtime
+from kinetiq.export.gpu import describe_gpu
+from kinetiq.export.packages import is_older, load_gpu_runtime
 from kinetiq.export.plugin_choice import check_operators, choose_by_record
 from kinetiq.export.plugin_compiler import PluginCompiler
 from kinetiq.export.plugin_layers import KINDS
@@ -25,7 +27,6 @@ from kinetiq.kernels.frame_attention import MAX_FRAMES
 
 RUNTIME = "tensorrt"
 _OLDEST = "11.4"  # earlier ones convert arrays in a way that NumPy 2.4 refuses
-_TOGETHER = 32  # frames that one program can hold, which moving deviations takes
 
 
 def build_engine(
@@ -34,6 +35,7 @@ def build_engine(
     *,
     bounds: Mapping[str, Bounds] | None = None,
     controls: Collection[str] | None = None,
+    outputs: Collection[str] | None = None,
     plugins: Collection[str] | None = None,
     route: str | None = None,
     shared_bytes: int = PLAIN_SHARED,
@@ -48,10 +50,12 @@ def build_engine(
         bounds: least, best and most of axes by name; see `engine_profile.make_profile`.
         controls: kinds of control to keep; None: all of the network's but "reduced", whose queries
             are made by several kernels.
+        outputs: names of those to keep, since an engine computes all that it has; None: all.
         plugins: the operators whose nodes are to run our kernels, of `plugin_choice.OPERATORS`;
             None: those that the record of this GPU says, of which only those nodes that can at
-            these sizes. The others run their function bodies, and so do those for which a kernel
-            cannot be made, which is said and recorded; of operators that are named it is an error.
+            these sizes. The others run their function bodies, and so do those of more frames than
+            a kernel can hold and those for which none can be made, which is said and recorded; that
+            none can be made is an error of operators that are named.
         route: which PTX to embed, of `plugin_ptx.ROUTES`; None: the one that the record of this GPU
             says, or else its first.
         shared_bytes: of a block, the most that our kernels may take.
@@ -69,13 +73,18 @@ def build_engine(
     target = find_gpu()
     recorded = choose_by_record(target)
     check_target(path, "engine")
-    model, metadata = read_source(network, controls, unusual=("reduced",))
+    model, metadata = read_source(network, controls, unusual=("reduced",), outputs=outputs)
     profile = make_profile(metadata, bounds or {})
-    able = choose_nodes(node_names(model), profile, plugins)
-    ours = able if plugins is not None else of_operators(able, recorded.operators)
+    names = node_names(model)
+    operators = recorded.operators if plugins is None else check_operators(plugins)
+    ours = of_operators(choose_nodes(names, profile, plugins), operators)
+    left_out = too_long(names, profile, operators)
     if ours and plugins is None and route is None and target not in ROUTES:
-        _say(f"no kernel of ours is made for {target}, so nodes run their function bodies")
+        why = f"no kernel of ours is made for {target}"
+        left_out = {name: why for name in operators if of_operators(names, (name,))}
         ours = set()
+    for operator, why in left_out.items():
+        _say(f"{operator} is left to its function body, in part or as a whole: {why}")
     wanted = recorded.route if route is None else route
     chosen = find_route(target, wanted) if ours or route is not None else None
 
@@ -83,7 +92,6 @@ def build_engine(
         if level is not None:
             config.builder_optimization_level = level
 
-    left_out: dict[str, str] = {}
     with ExitStack() as stack:
         compiler = None
         if ours and chosen is not None:
@@ -122,6 +130,7 @@ def build_engine(
         plugins=ours,
         route=chosen.name if ours and chosen is not None else None,
         left_out=left_out,
+        gpu=describe_gpu(),
         vouched=vouched,
     )
 
@@ -136,14 +145,20 @@ def _plugin_package(package: Any) -> Any:
     Raises:
         MissingDependencyError: this TensorRT is too old for it.
     """
+    if is_older(package.__version__, _OLDEST):  # 10.14 has all that is looked for below
+        raise _too_old(package)
     try:
         _prefer_ahead_of_time(package)
         return importlib.import_module(f"{RUNTIME}.plugin")
     except (ImportError, AttributeError) as error:
-        raise MissingDependencyError(
-            f"export: our kernels need TensorRT {_OLDEST} or newer, got {package.__version__} "
-            f'({error}): pip install ".[tensorrt]", or leave them out with --plugin none'
-        ) from error
+        raise _too_old(package, f" ({error})") from error
+
+
+def _too_old(package: Any, why: str = "") -> MissingDependencyError:
+    return MissingDependencyError(
+        f"export: our kernels need TensorRT {_OLDEST} or newer, got {package.__version__}{why}: "
+        'pip install ".[tensorrt]", or leave them out with --plugin none'
+    )
 
 
 def _prefer_ahead_of_time(package: Any) -> int:
@@ -184,13 +199,7 @@ def choose_nodes(
         RequestError: an operator is not known, or has nodes of which none can be one kernel.
     """
     frames = profile.bounds["frames"].most
-    able = {
-        kind.name
-        for kind in KINDS.values()
-        if kind.operator == "query_attention"  # which goes frame by frame
-        or frames <= (_TOGETHER if "deviation_row" in kind.inputs else MAX_FRAMES)
-    }
-    found = able.intersection(names)
+    found = {name for name in names if name in KINDS and frames <= _most_frames(name)}
     if operators is None:
         return found
     wanted = check_operators(operators)
@@ -201,6 +210,35 @@ def choose_nodes(
                 "is not; make the profile's frames fewer, or leave it to its function body"
             )
     return of_operators(found, wanted)
+
+
+def too_long(
+    names: Collection[str], profile: Profile, operators: Collection[str]
+) -> dict[str, str]:
+    """By operator, why nodes of it cannot be plugins at the sizes that an engine takes.
+
+    Args:
+        names: of the nodes that the network has.
+        profile: the sizes.
+        operators: whose nodes are wanted.
+    """
+    frames = profile.bounds["frames"].most
+    found = {}
+    for operator in operators:
+        own = of_operators(names, (operator,)) - choose_nodes(names, profile)
+        if own:
+            found[operator] = (
+                f"{', '.join(sorted(own))} must be one kernel of at most "
+                f"{min(map(_most_frames, own))} frames, and the profile has {frames}; make it fewer"
+            )
+    return found
+
+
+def _most_frames(name: str) -> float:
+    """How many frames a node may have whose kernel holds all of them."""
+    if KINDS[name].operator == "query_attention":  # which goes frame by frame
+        return math.inf
+    return TOGETHER if "deviation_row" in KINDS[name].inputs else MAX_FRAMES
 
 
 def of_operators(names: Collection[str], operators: Collection[str]) -> set[str]:

@@ -16,21 +16,22 @@ from kinetiq.denoiser import Denoiser
 from kinetiq.errors import CheckpointError, OutputError, RequestError
 from kinetiq.export import onnxruntime_denoiser, openvino_denoiser
 from kinetiq.export.cache_key import code_key, options_key
-from kinetiq.export.engine_file import make_engine_folder
+from kinetiq.export.engine_file import NotVouchedForError, require_own_folder
 from kinetiq.export.engine_profile import Bounds
 from kinetiq.export.engine_rtx import build_rtx_engine, require_target
 from kinetiq.export.engine_runtime import open_engine, require_gpu
 from kinetiq.export.engine_tensorrt import build_engine, find_gpu
 from kinetiq.export.functions import OPSET
+from kinetiq.export.gpu import describe_gpu
 from kinetiq.export.metadata import NetworkMetadata, precision_of, read_metadata
 from kinetiq.export.network import export_onnx
 from kinetiq.export.plugin_choice import FUNCTIONS, choose_by_record
-from kinetiq.families import FAMILIES
 from kinetiq.files import make_cache
 from kinetiq.taps import DEFAULT_TAP, list_taps
 
 _NAMED = 20  # digits of a fingerprint in the name of a file
-_MOST_ROWS = 16  # of a cached engine; more clips than these are of go in several batches
+_BOUNDS = {"rows": Bounds(1, 2, 16)}  # of a cached engine; clips of more go in several batches
+_OUTPUTS = ("prediction",)  # an engine computes all that it has at each step, and nobody reads more
 _Result = TypeVar("_Result")
 _LOG = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ def load_denoiser(
         CheckpointError: the network is damaged, or another model's.
         MissingDependencyError: a package or a device is missing.
         OutputError: the cache cannot be written.
-        RequestError: the back end cannot run this.
+        RequestError: the back end cannot run this, or the network computes in another type than
+            the model.
         WorkError: the export or the build failed.
     """
     device = checkpoint.device
@@ -80,8 +82,6 @@ def load_denoiser(
         return _load_engine(backend, checkpoint, network, trust)
     if trust:
         raise RequestError(f"load: trust is for engines of TensorRT, got it with {backend!r}")
-    if backend == "onnxruntime":
-        onnxruntime_denoiser.require_support(precision_of(checkpoint.dtype), device)
 
     def run(path: Path) -> Denoiser:
         if backend == "onnxruntime":
@@ -89,6 +89,8 @@ def load_denoiser(
         return openvino_denoiser.OpenvinoDenoiser(path, device)
 
     if network is None:
+        if backend == "onnxruntime":  # before the model is exported for nothing
+            onnxruntime_denoiser.require_support(precision_of(checkpoint.dtype), device)
         return use_cached_network(checkpoint, run)
     _require_same(checkpoint, read_metadata(network), network)
     return run(Path(network))
@@ -128,8 +130,8 @@ def use_cached_engine(
 
     It lies in `$XDG_CACHE_HOME/kinetiq/engines`, or `~/.cache/kinetiq/engines`, by all that decides
     what it is and whether it can run: fingerprint, precision, runtime and its version, the GPU's
-    architecture, what built it, sizes, and which nodes run our kernels. For other sizes build one
-    and name it.
+    architecture and for full TensorRT its model, what built it, sizes, and which nodes run our
+    kernels. It has no features of a tap. For these, or for other sizes, build one and name it.
 
     Args:
         backend: "tensorrt" or "tensorrt-rtx".
@@ -138,7 +140,8 @@ def use_cached_engine(
 
     Raises:
         MissingDependencyError: the runtime or a GPU is missing.
-        OutputError: the cache cannot be written.
+        NotVouchedForError: the engine in the cache is whole, and nobody vouches for it.
+        OutputError: the cache cannot be written, or others can write it.
         RequestError: the runtime builds nothing for this GPU.
         WorkError: the build failed.
     """
@@ -147,8 +150,8 @@ def use_cached_engine(
         target = find_gpu()
         if backend == "tensorrt-rtx":
             require_target(package, target)  # before the model is exported for nothing
-        bounds = _bounds(checkpoint)
-        choice = choose_by_record(target) if backend == "tensorrt" else FUNCTIONS
+        here = backend == "tensorrt"  # whether it is built and timed on the GPU itself
+        choice = choose_by_record(target) if here else FUNCTIONS
         parts = (
             checkpoint.fingerprint[:_NAMED],
             precision_of(checkpoint.dtype),
@@ -156,16 +159,21 @@ def use_cached_engine(
             package.__version__,
             target,
             code_key(),
-            options_key(sorted(bounds.items()), choice.operators, choice.route),
+            options_key(
+                sorted(_BOUNDS.items()),
+                choice.operators,
+                choice.route,
+                describe_gpu() if here else None,
+            ),
         )
-        path = make_engine_folder() / f"{'-'.join(parts)}.engine"
+        path = require_own_folder() / f"{'-'.join(parts)}.engine"
 
         def build(network: Path) -> None:
             _LOG.warning("building %s for %s, once", path, target)
-            if backend == "tensorrt":
-                build_engine(network, path, bounds=bounds)
+            if here:
+                build_engine(network, path, bounds=_BOUNDS, outputs=_OUTPUTS)
             else:
-                build_rtx_engine(network, path, target=target, bounds=bounds)
+                build_rtx_engine(network, path, target=target, bounds=_BOUNDS, outputs=_OUTPUTS)
 
         return _use_kept(path, lambda: use_cached_network(checkpoint, build), use)
 
@@ -178,6 +186,8 @@ def _use_kept(path: Path, make: Callable[[], None], use: Callable[[Path], _Resul
                 make()
     try:
         return use(path)
+    except NotVouchedForError:  # what a build cannot mend
+        raise
     except CheckpointError as error:
         _LOG.warning("making %s again, since it cannot be used: %s", path, error)
     with _alone(path):
@@ -204,16 +214,6 @@ def _alone(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _bounds(checkpoint: Checkpoint) -> dict[str, Bounds]:
-    """Rows of a whole batch, and no more frames than the network knows positions of."""
-    usual = FAMILIES[checkpoint.family].frames
-    known = getattr(checkpoint.unet.config, "motion_max_seq_length", None) or 2 * usual
-    return {
-        "rows": Bounds(1, 2, _MOST_ROWS),
-        "frames": Bounds(1, min(usual, known), min(2 * usual, known)),
-    }
 
 
 def _load_engine(
@@ -243,4 +243,9 @@ def _require_same(
             f"network {network}: must be an export of {checkpoint.name}, fingerprint "
             f"{checkpoint.fingerprint[:_NAMED]}, got one of {metadata.checkpoint}, "
             f"{metadata.fingerprint[:_NAMED]}"
+        )
+    if metadata.precision != (wanted := precision_of(checkpoint.dtype)):
+        raise RequestError(
+            f"network {network}: its {metadata.precision} must be the model's, got {wanted}; load "
+            f"the model with dtype {metadata.precision!r}, or export it in {wanted}"
         )

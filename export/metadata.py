@@ -23,7 +23,7 @@ from kinetiq.export.packages import require_packages
 from kinetiq.families import FAMILIES, Family, Site, SiteKind
 
 KEY = "kinetiq"
-FORMAT = 1
+FORMAT = 2
 PRECISIONS = ("float32", "float16", "bfloat16")
 _PIECE = 1 << 24  # bytes that are hashed at a time
 
@@ -57,6 +57,7 @@ class NetworkMetadata:
         controls: the kinds of control that it carries, of `kinetiq.export.nodes.KINDS`.
         tap: module path of the block whose features it returns, or None.
         levels: resolutions of the network; each halves the one before, rounding up.
+        positions: how many frames temporal attention can tell apart; None where it knows no place.
         sites: all attention sites, in the order in which control tensors name them.
         inputs: in order.
         outputs: in order.
@@ -73,6 +74,7 @@ class NetworkMetadata:
     controls: tuple[str, ...]
     tap: str | None
     levels: int
+    positions: int | None
     sites: tuple[Site, ...]
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]

@@ -40,7 +40,7 @@ from kinetiq.taps import DEFAULT_TAP, find_tap
 OPSETS = (OPSET,)
 """The opsets that a network can be exported with; 23 is the first with `Attention`."""
 
-PACKAGES = ("kinetiq", "torch", "diffusers", "onnx", "onnxscript")
+PACKAGES = ("kinetiq", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
 """Those whose versions decide what an export is."""
 
 _INSIDE_BYTES = 1 << 26  # of weights; a network with more keeps them in a file beside it
@@ -133,6 +133,7 @@ def export_onnx(
             controls=kinds,
             tap=tap,
             levels=graph.levels,
+            positions=getattr(checkpoint.unet.config, "motion_max_seq_length", None),
             sites=graph.sites,
             inputs=inputs,
             outputs=outputs,
@@ -328,7 +329,8 @@ def _write(model: Any, metadata: NetworkMetadata, path: Path) -> ExportedNetwork
         former = _weights_beside(path) - set(files)
         for name in files:
             (Path(folder) / name).replace(path.with_name(name))
-    for name in former:
+    # Another may have written meanwhile: what is there now keeps its weights.
+    for name in former - _weights_beside(path):
         path.with_name(name).unlink(missing_ok=True)
     return ExportedNetwork(path, metadata, (path, *(path.with_name(name) for name in files)))
 

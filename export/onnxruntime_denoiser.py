@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinetiq.errors import MissingDependencyError, RequestError, WorkError
-from kinetiq.export.engine_log import says_no_room
+from kinetiq.errors import MissingDependencyError, RequestError
 from kinetiq.export.packages import require_packages
-from kinetiq.export.specialising_denoiser import SpecialisingDenoiser, first_line
+from kinetiq.export.specialising_denoiser import SpecialisingDenoiser, explained
 
 _NAME = "onnxruntime"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -66,7 +65,7 @@ class OnnxruntimeDenoiser(SpecialisingDenoiser):
                 model.SerializeToString(), options, providers=[provider_of(self.device)]
             )
         except Exception as error:  # onnxruntime's own classes share no base of their own
-            raise explained(error, "take the network", self.device) from error
+            raise explained(error, _NAME, "take the network", self.device) from error
         check_session(session, self.device)
         return session
 
@@ -89,38 +88,30 @@ class OnnxruntimeDenoiser(SpecialisingDenoiser):
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's own classes share no base of their own
             what = f"run the network on inputs of latents {list(inputs['latents'].shape)}"
-            raise explained(error, what, self.device) from error
+            raise explained(error, _NAME, what, self.device) from error
         binding.synchronize_outputs()
         return out
 
     def run_model(self, model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All outputs; see `SpecialisingDenoiser.run_model`."""
+        """All outputs; see `SpecialisingDenoiser.run_model`.
+
+        Raises:
+            OutOfMemoryError: of PyTorch; the variant does not fit.
+            WorkError: onnxruntime failed.
+        """
         session = self.compile(model, self._folder)
         given = {value.name: inputs[value.name].cpu().numpy() for value in session.get_inputs()}
         names = [value.name for value in session.get_outputs()]
-        outputs = session.run(names, given)
+        try:
+            outputs = session.run(names, given)
+        except Exception as error:  # onnxruntime's own classes share no base of their own
+            raise explained(error, _NAME, "run a variant of the network", self.device) from error
         return dict(zip(names, map(torch.from_numpy, outputs), strict=True))
 
     def _wait(self) -> None:
         """Finish what PyTorch was asked, since onnxruntime's stream does not wait for it."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-
-
-def explained(error: Exception, what: str, device: torch.device) -> Exception:
-    """The error to raise; PyTorch's own where memory ran out, for which a batch is split.
-
-    Args:
-        error: of onnxruntime.
-        what: it must do.
-        device: where.
-    """
-    if says_no_room(str(error)):
-        return torch.OutOfMemoryError(
-            f"{_NAME}: must {what} in the memory of {device}, and it does not suffice: "
-            f"{first_line(error)}"
-        )
-    return WorkError(f"{_NAME}: must {what}, and failed: {first_line(error)}")
 
 
 def require_runtime(device: torch.device) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinetiq.errors import OutputError, RequestError, WorkError
+from kinetiq.errors import OutputError, RequestError
 from kinetiq.export.metadata import outside_files
 from kinetiq.export.openvino_split import split_timesteps
 from kinetiq.export.packages import require_packages
-from kinetiq.export.specialising_denoiser import SpecialisingDenoiser, first_line
+from kinetiq.export.specialising_denoiser import SpecialisingDenoiser, explained
 
 _NAME = "openvino"
+_FAILURES = (RuntimeError, MemoryError)  # the latter is what its binding makes of std::bad_alloc
 _HINTS = {"float32": "f32", "float16": "f32", "bfloat16": "bf16"}  # no CPU is sure to have f16
 _ELEMENTS = {"bf16": "BFLOAT16"}  # of onnx.TensorProto, by hint
 _TYPES = {
@@ -50,7 +51,13 @@ class OpenvinoDenoiser(SpecialisingDenoiser):
         super().__init__(path, _NAME, place)
 
     def compile(self, model: Any, folder: Path) -> Any:
-        """What runs a model; see `SpecialisingDenoiser.compile`."""
+        """What runs a model; see `SpecialisingDenoiser.compile`.
+
+        Raises:
+            OutOfMemoryError: of PyTorch; the weights do not fit.
+            OutputError: the folder of the weights cannot be written.
+            WorkError: OpenVINO refuses the graph.
+        """
         import onnx.inliner
         import openvino
 
@@ -71,7 +78,10 @@ class OpenvinoDenoiser(SpecialisingDenoiser):
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
         }
-        return core.compile_model(self._read(core, model, folder), "CPU", properties)
+        try:
+            return core.compile_model(self._read(core, model, folder), "CPU", properties)
+        except _FAILURES as error:
+            raise explained(error, _NAME, "take the network", self.device) from error
 
     def _read(self, core: Any, model: Any, folder: Path) -> Any:
         data = model.SerializeToString()
@@ -91,25 +101,36 @@ class OpenvinoDenoiser(SpecialisingDenoiser):
             ) from error
 
     def run(self, inputs: Mapping[str, Tensor], kinds: frozenset[str], output: str) -> Tensor:
-        """One output; see `GraphDenoiser.run`."""
+        """One output; see `GraphDenoiser.run`.
+
+        Raises:
+            OutOfMemoryError: of PyTorch; the batch does not fit.
+            WorkError: OpenVINO failed.
+        """
         program: _Program = self.program(kinds, output)
         out = torch.empty(self.output_shape(output, inputs), dtype=self._dtype)
         try:
             request = program.start(inputs)
             request.set_tensor(program.compiled.output(0), _share(out))
             request.infer()
-        except RuntimeError as error:
-            raise WorkError(
-                f"{_NAME}: the network must run on inputs of latents "
-                f"{list(inputs['latents'].shape)}, and failed: {first_line(error)}"
-            ) from error
+        except _FAILURES as error:
+            what = f"run the network on inputs of latents {list(inputs['latents'].shape)}"
+            raise explained(error, _NAME, what, self.device) from error
         return out
 
     def run_model(self, model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All outputs; see `SpecialisingDenoiser.run_model`."""
+        """All outputs; see `SpecialisingDenoiser.run_model`.
+
+        Raises:
+            OutOfMemoryError: of PyTorch; the variant does not fit.
+            WorkError: OpenVINO failed.
+        """
         program: _Program = self.compile(model, self._folder)
-        request = program.start(inputs)
-        request.infer()
+        try:
+            request = program.start(inputs)
+            request.infer()
+        except _FAILURES as error:
+            raise explained(error, _NAME, "run a variant of the network", self.device) from error
         return {
             name: torch.from_numpy(request.get_tensor(port).data.copy())
             for port in program.compiled.outputs

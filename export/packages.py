@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import re
 from typing import Any
 
 import torch
@@ -21,6 +22,16 @@ def require_packages(*names: str) -> None:
         raise MissingDependencyError(
             f'export: needs {", ".join(missing)}, and it is not installed: pip install ".[export]"'
         )
+
+
+def is_older(version: str, than: str) -> bool:
+    """Whether a version comes before another, by the numbers that it begins with."""
+
+    def numbers(text: str) -> list[int]:
+        found = re.match(r"\d+(\.\d+)*", text)
+        return [int(number) for number in found[0].split(".")] if found else []
+
+    return numbers(version) < numbers(than)
 
 
 def load_gpu_runtime(runtime: str, where: str, without_gpu: str | None = None) -> Any:

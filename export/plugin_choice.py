@@ -14,7 +14,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kinetiq.errors import InputError, RequestError, WorkError
+import torch
+
+from kinetiq.errors import InputError, RequestError, ShapeError, WorkError
 from kinetiq.export.plugin_layers import KINDS
 from kinetiq.files import write_text
 
@@ -110,7 +112,7 @@ def measure_choices(
     def measure(choice: PluginChoice) -> None:
         try:
             seconds[choice] = seconds_of(choice)
-        except (RequestError, WorkError) as error:
+        except (RequestError, ShapeError, WorkError, torch.OutOfMemoryError) as error:
             refused[choice.name] = str(error)
 
     worth = _WORTH * seconds[FUNCTIONS]

@@ -5,6 +5,7 @@ that have been used so far, since a kind that a graph has takes time also where 
 are taken out of the one file and share its weights on the disk.
 """
 
+import re
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,9 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinetiq.errors import WorkError
 from kinetiq.export.denoiser import GraphDenoiser
+from kinetiq.export.engine_log import says_no_room
 from kinetiq.export.metadata import read_network
 from kinetiq.export.specialisation import keep_controls
+
+_PLACE = re.compile(r"Exception from |Check '.*' failed at ")
+_SAID = 4  # lines of an error; OpenVINO names an operator that it does not know in the fourth
 
 
 class SpecialisingDenoiser(GraphDenoiser):
@@ -63,6 +69,25 @@ class SpecialisingDenoiser(GraphDenoiser):
         return self._programs[kinds, output]
 
 
-def first_line(error: Exception) -> str:
-    """What a runtime says first."""
-    return str(error).strip().partition("\n")[0]
+def explained(error: Exception, where: str, what: str, device: torch.device) -> Exception:
+    """The error to raise; PyTorch's own where memory ran out, for which a batch is split.
+
+    Args:
+        error: of a runtime.
+        where: what messages call the runtime.
+        what: it must do.
+        device: where.
+    """
+    said = first_words(error)
+    if isinstance(error, MemoryError) or says_no_room(str(error)):
+        return torch.OutOfMemoryError(
+            f"{where}: must {what} in the memory of {device}, and it does not suffice: {said}"
+        )
+    return WorkError(f"{where}: must {what}, and failed: {said}")
+
+
+def first_words(error: Exception) -> str:
+    """What a runtime says first, but for the places in its own source that OpenVINO begins with."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if not _PLACE.match(line)] or lines
+    return " ".join(said[:_SAID]) or type(error).__name__

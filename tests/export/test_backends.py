@@ -1,5 +1,6 @@
 """Back ends behind `Engine.load`: the same requests, with the same results."""
 
+import ast
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -26,15 +27,27 @@ from kinetiq.backends import BACKENDS, EXPORTED, ON_GPU  # noqa: E402
 from kinetiq.errors import (  # noqa: E402
     CheckpointError,
     MissingDependencyError,
+    OutputError,
     RequestError,
     WorkError,
 )
-from kinetiq.export import cache_key, engine_rtx, loading, onnxruntime_denoiser  # noqa: E402
+from kinetiq.export import (  # noqa: E402
+    cache_key,
+    engine_rtx,
+    graph,
+    loading,
+    network,
+    onnxruntime_denoiser,
+)
 from kinetiq.export.cache_key import code_key, options_key  # noqa: E402
+from kinetiq.export.engine_file import NotVouchedForError, engine_folder  # noqa: E402
 from kinetiq.export.engine_profile import Bounds  # noqa: E402
+from kinetiq.export.gpu import Gpu  # noqa: E402
 from kinetiq.export.onnxruntime_denoiser import OnnxruntimeDenoiser  # noqa: E402
 from kinetiq.export.openvino_denoiser import OpenvinoDenoiser  # noqa: E402
 from kinetiq.export.plugin_choice import PluginChoice  # noqa: E402
+from kinetiq.export.specialisation import keep_controls  # noqa: E402
+from kinetiq.export.specialising_denoiser import explained  # noqa: E402
 from kinetiq.generation import is_out_of_memory  # noqa: E402
 
 SHAPE = {"frames": 4, "height": 16, "width": 16, "steps": 3}
@@ -111,12 +124,39 @@ def test_other_code_has_another_key(monkeypatch, tmp_path):
     assert options_key({"rows": Bounds(1, 2, 4)}) != options_key({"rows": Bounds(1, 2, 5)})
 
 
+def test_all_that_the_graph_is_made_of_is_in_the_key():
+    tree = ast.parse(Path(graph.__file__).read_text())
+    read = {
+        node.module.removeprefix("kinetiq.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kinetiq.")
+    }
+    own = {name for name in read if not name.startswith("export.")}
+    assert own - {"errors"} == set(cache_key.ENGINE_MODULES)
+    names = {path.name for path in cache_key.deciding_files()}
+    assert {"graph.py", "frame_attention.py", "launch.json", "skips.py"} <= names
+    assert "onnx-ir" in network.PACKAGES
+
+
 def test_a_given_network_must_be_of_the_model(exported):
     other = small_checkpoint("unet3d")
     with pytest.raises(
         CheckpointError, match=r"must be an export of small-unet3d, fingerprint 0+, got"
     ):
         loading.load_denoiser("onnxruntime", other, network=exported())
+
+
+def test_a_given_network_must_compute_in_the_type_of_the_model(exported, gpu):
+    for dtype in ("bfloat16", "float16"):
+        checkpoint = small_checkpoint("animatediff", dtype)
+        for backend, path in (
+            ("onnxruntime", exported()),
+            ("openvino", exported()),
+            ("tensorrt", Path("a.engine")),
+        ):
+            words = rf"its float32 must be the model's, got {dtype}; load the model with dtype 'flo"
+            with pytest.raises(RequestError, match=words):
+                loading.load_denoiser(backend, checkpoint, network=path)
 
 
 def test_options_without_a_meaning_are_refused_before_anything_loads():
@@ -155,8 +195,9 @@ def gpu(monkeypatch):
     """A GPU for which engines can be built, but do not run; what was built, and opened."""
     builds, opened = [], []
 
-    def build(network, path, *, bounds, target="the GPU at hand"):
-        assert bounds == {"rows": Bounds(1, 2, 16), "frames": Bounds(1, 16, 32)}
+    def build(network, path, *, bounds, outputs, target="the GPU at hand"):
+        assert bounds == {"rows": Bounds(1, 2, 16)}
+        assert outputs == ("prediction",)
         builds.append((network.name, path.name, target))
         path.write_bytes(b"plan")
 
@@ -165,13 +206,16 @@ def gpu(monkeypatch):
         checkpoint = small_checkpoint("animatediff")
         return types.SimpleNamespace(
             metadata=types.SimpleNamespace(
-                fingerprint=checkpoint.fingerprint, checkpoint=checkpoint.name
+                fingerprint=checkpoint.fingerprint,
+                checkpoint=checkpoint.name,
+                precision="float32",
             )
         )
 
     package = types.SimpleNamespace(__version__="1.7")
     monkeypatch.setattr(loading, "require_gpu", lambda *_: package)
     monkeypatch.setattr(loading, "find_gpu", lambda: "sm_89")
+    monkeypatch.setattr(loading, "describe_gpu", lambda: Gpu("a GPU", 76))
     monkeypatch.setattr(
         engine_rtx, "targets", lambda given: {"sm_89": 1} if given is package else {}
     )
@@ -207,6 +251,13 @@ def test_an_engine_is_built_once_for_a_gpu_and_a_version(cache, gpu, exported, m
     monkeypatch.setattr(loading, "choose_by_record", lambda _: PluginChoice((), None))
     loading.load_denoiser("tensorrt", checkpoint)
     assert gpu.builds[2][1] != engine
+    # So is one for another model of the architecture, but not where no GPU is timed.
+    monkeypatch.setattr(loading, "describe_gpu", lambda: Gpu("a smaller GPU", 20))
+    loading.load_denoiser("tensorrt", checkpoint)
+    assert len({path for _, path, _ in gpu.builds}) == 4
+    gpu.package.__version__ = "1.8"
+    loading.load_denoiser("tensorrt-rtx", checkpoint)
+    assert len(gpu.builds) == 4
     # What TensorRT for RTX does not build for is refused before a model is exported.
     monkeypatch.setattr(loading, "find_gpu", lambda: "sm_90")
     monkeypatch.setattr(loading, "export_onnx", None)
@@ -238,15 +289,22 @@ def test_an_engine_that_is_broken_is_built_again_once(cache, gpu, exported, monk
     assert len(gpu.builds) == 3
 
 
-@pytest.mark.parametrize(
-    ("known", "frames"), [(None, (1, 16, 32)), (32, (1, 16, 32)), (24, (1, 16, 24)), (8, (1, 8, 8))]
-)
-def test_an_engine_takes_no_more_frames_than_the_network_knows(known, frames):
-    config = types.SimpleNamespace(motion_max_seq_length=known)
-    checkpoint = types.SimpleNamespace(
-        family="animatediff", unet=types.SimpleNamespace(config=config)
-    )
-    assert loading._bounds(checkpoint) == {"rows": Bounds(1, 2, 16), "frames": Bounds(*frames)}
+def test_what_no_build_can_mend_is_not_built(cache, gpu, exported, monkeypatch):
+    checkpoint = small_checkpoint("animatediff")
+    monkeypatch.setattr(loading, "export_onnx", lambda _, path, **__: shutil.copy(exported(), path))
+    folder = engine_folder()
+    folder.mkdir(parents=True, mode=0o700)
+    folder.chmod(0o775)
+    with pytest.raises(OutputError, match=rf"must be a folder that you own .*; chmod 700 {folder}"):
+        loading.load_denoiser("tensorrt", checkpoint)
+    assert not gpu.builds
+    folder.chmod(0o700)
+    error = NotVouchedForError("nobody vouches for it")
+    monkeypatch.setattr(loading, "open_engine", lambda *_, **__: (_ for _ in ()).throw(error))
+    for _ in range(2):
+        with pytest.raises(NotVouchedForError):
+            loading.load_denoiser("tensorrt", checkpoint)
+    assert len(gpu.builds) == 1
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch, exported):
@@ -301,10 +359,41 @@ def test_a_provider_that_cannot_be_loaded_is_not_another_in_silence():
     ],
 )
 def test_memory_that_runs_out_splits_the_batch(words):
-    error = onnxruntime_denoiser.explained(RuntimeError(words), "run", torch.device("cuda"))
+    cuda = torch.device("cuda")
+    error = explained(RuntimeError(words), "onnxruntime", "run", cuda)
     assert is_out_of_memory(error) and words in str(error)
-    error = onnxruntime_denoiser.explained(RuntimeError("a shape"), "run", torch.device("cuda"))
+    assert is_out_of_memory(explained(MemoryError(), "openvino", "run", cuda))
+    error = explained(RuntimeError("a shape"), "onnxruntime", "run", cuda)
     assert type(error) is WorkError and "onnxruntime: must run, and failed: a shape" in str(error)
+    said = "Exception from src/a.cpp:1:\nCheck 'b' failed at src/c.cpp:2:\nNo rule for Norm\n\n"
+    error = explained(RuntimeError(said), "openvino", "run", cuda)
+    assert str(error) == "openvino: must run, and failed: No rule for Norm"
+
+
+@pytest.mark.parametrize("runtime", [OnnxruntimeDenoiser, OpenvinoDenoiser])
+def test_what_a_runtime_refuses_is_said_in_its_words(exported, runtime):
+    denoiser = runtime(exported())
+    latents, text = torch.zeros(1, 4, 2, 4, 4), torch.zeros(1, 5, 3)
+    inputs = {"latents": latents, "timesteps": torch.ones(1), "text": text}
+    name = denoiser._where
+    with pytest.raises(WorkError, match=rf"^{name}: must run the network on inputs of latents \["):
+        denoiser.run(inputs, frozenset(), "prediction")
+    plain = keep_controls(denoiser._model, (), outputs=("prediction",))
+    with pytest.raises(WorkError, match=rf"^{name}: must run a variant of the network, and failed"):
+        denoiser.run_model(plain, inputs)
+    plain.graph.node[0].op_type = "Unheard"
+    with pytest.raises(
+        WorkError, match=rf"^{name}: must take the network, and failed: (?!Exception from)"
+    ):
+        denoiser.run_model(plain, inputs)
+
+
+def test_memory_that_runs_out_under_openvino(exported, monkeypatch):
+    denoiser = OpenvinoDenoiser(exported())
+    program = types.SimpleNamespace(start=lambda _: (_ for _ in ()).throw(MemoryError("bad")))
+    monkeypatch.setattr(denoiser, "program", lambda *_: program)
+    with pytest.raises(torch.OutOfMemoryError, match=r"in the memory of cpu, .* not suffice: bad"):
+        denoiser.run({"latents": torch.zeros(1, 4, 2, 4, 4)}, frozenset(), "prediction")
 
 
 def test_openvino_is_for_cpus(exported):

@@ -9,8 +9,14 @@ from one_node import make_metadata
 
 from kinetiq.errors import CheckpointError, KinetiqWarning, OutputError, RequestError, ShapeError
 from kinetiq.export import engine_file
-from kinetiq.export.engine_file import EngineRecord, read_engine, write_engine
+from kinetiq.export.engine_file import (
+    EngineRecord,
+    NotVouchedForError,
+    read_engine,
+    write_engine,
+)
 from kinetiq.export.engine_profile import Bounds, Profile, make_profile
+from kinetiq.export.gpu import Gpu
 from kinetiq.export.metadata import TensorInfo
 
 LATENTS = TensorInfo("latents", "float16", ("rows", 4, "frames", "height", "width"))
@@ -39,6 +45,8 @@ def record():
         route="sm_80",
         attentions=2,
         fused=2,
+        left_out={"motion_feature": "why"},
+        gpu=Gpu("a GPU", 82),
     )
 
 
@@ -54,7 +62,7 @@ def test_nobody_vouches_for_what_came_from_elsewhere(tmp_path, record, cache):
     written = write_engine(tmp_path / "net.engine", b"plan", record)
     (cache / "kinetiq" / "engines" / "trusted.txt").unlink()
     with pytest.raises(
-        CheckpointError, match=rf"vouches for.*give its checksum: {written.checksum}"
+        NotVouchedForError, match=rf"vouches for.*give its checksum: {written.checksum}"
     ):
         read_engine(tmp_path / "net.engine")
     with pytest.raises(CheckpointError, match="vouches for"):
@@ -108,7 +116,7 @@ def test_a_tampered_engine(tmp_path, record, change, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 3}, "format 2, got 3"),
+        ({"format": 4}, "format 3, got 4"),
         ({"network": "{}"}, "metadata must be what"),
         ({"profile": {}}, "record must be what"),
     ],
@@ -148,6 +156,24 @@ def test_two_that_write_one_engine_at_a_time_leave_one_that_is_whole(tmp_path, r
     write_engine(path, b"plan", record)
     found, plan = read_engine(path)
     assert (found.record, plan) == (record, b"plan")
+
+
+def test_who_comes_back_before_the_former_is_removed_keeps_its_record(
+    tmp_path, record, monkeypatch
+):
+    path, look = tmp_path / "net.engine", engine_file._record_of
+    write_engine(path, b"one", record)
+    looks = []
+
+    def overtaken(file):
+        looks.append(file)
+        if len(looks) == 2:  # the second engine is there, and the record of the first still is
+            write_engine(path, b"one", record)
+        return look(file)
+
+    monkeypatch.setattr(engine_file, "_record_of", overtaken)
+    write_engine(path, b"two", record)
+    assert read_engine(path)[1] == b"one"
 
 
 def test_an_engine_in_the_place_of_another_leaves_nothing_of_it(tmp_path, record):
@@ -209,7 +235,34 @@ def test_a_profile_follows_from_what_is_asked():
     assert profile.bounds["tokens_1"] == Bounds(1, 2, 15)
     assert profile.bounds["motion_tokens_1"] == Bounds(1, 1, 15)
     assert profile.shapes(LATENTS) == ([1, 4, 1, 2, 2], [2, 4, 8, 4, 2], [4, 4, 8, 6, 10])
-    assert profile.shapes(VALUE) == ([1, 1, 1, 8], [1, 8, 1, 8], [4, 8, 15, 8])
+    assert profile.shapes(VALUE) == ([1, 1, 1, 8], [1, 8, 1, 8], [5, 8, 15, 8])
+
+
+@pytest.mark.parametrize(("family", "frames"), [("animatediff", 16), ("unet3d", 24)])
+def test_what_is_not_asked_for_is_what_our_kernels_can_be(family, frames):
+    metadata = replace(make_metadata((LATENTS, VALUE), ()), levels=2, family=family)
+    assert make_profile(metadata, {}).bounds["frames"] == Bounds(1, frames, 32)
+
+
+@pytest.mark.parametrize(
+    ("known", "frames"), [(None, (1, 16, 32)), (48, (1, 16, 32)), (24, (1, 16, 24)), (8, (1, 8, 8))]
+)
+def test_an_engine_takes_no_more_frames_than_the_network_knows(known, frames):
+    metadata = replace(make_metadata((LATENTS,), ()), positions=known)
+    assert make_profile(metadata, {}).bounds["frames"] == Bounds(*frames)
+    asked = {"frames": Bounds(1, 8, 64)}
+    if known is None:
+        assert make_profile(metadata, asked).bounds["frames"] == asked["frames"]
+    else:
+        with pytest.raises(RequestError, match=rf"frames must be at most {known}, .*\(1, 8, 64\)"):
+            make_profile(metadata, asked)
+
+
+def test_each_row_may_have_a_motion_of_its_own():
+    metadata = replace(make_metadata((LATENTS, VALUE), ()), levels=2)
+    for rows in (Bounds(1, 2, 4), Bounds(1, 2, 16)):
+        slots = make_profile(metadata, {"rows": rows}).bounds["motion_slots"]
+        assert slots == Bounds(1, 1, rows.most + 1)  # the first is that of no motion
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ METADATA = NetworkMetadata(
     controls=("query", "skip"),
     tap=None,
     levels=3,
+    positions=32,
     sites=(Site("mid_block.attn1", SiteKind.SPATIAL, "mid", 16),),
     inputs=(TensorInfo("x", "float32", ("rows", 4)),),
     outputs=(TensorInfo("y", "float32", ("rows", 4)),),
@@ -204,7 +205,8 @@ def test_foreign_and_broken_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"format": 1}', json.dumps({"format": 1, "x": 2})]
+    "text",
+    ["{", "[]", "{}", json.dumps({"format": FORMAT}), json.dumps({"format": FORMAT, "x": 2})],
 )
 def test_metadata_that_is_none_is_refused(text):
     with pytest.raises(CheckpointError, match=r"^here: its metadata must be what"):
@@ -214,7 +216,7 @@ def test_metadata_that_is_none_is_refused(text):
 def test_another_format_is_named():
     said = json.loads(encode_metadata(METADATA)) | {"format": 7}
     with pytest.raises(
-        CheckpointError, match=r"^here: must be an exported network of format 1, got 7"
+        CheckpointError, match=r"^here: must be an exported network of format 2, got 7"
     ):
         decode_metadata(json.dumps(said), "here")
 

@@ -121,6 +121,21 @@ def test_bfloat16_errs_no_more_than_twice_as_much_as_eager(family, exported):
     assert not wrong, wrong
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_onnxruntime_computes_the_same_with_cuda(family, precision, exported):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has no CUDA: pip install onnxruntime-gpu")
+    comparisons = list(
+        check_network(exported(family, precision), small_checkpoint(family), device="cuda")
+    )
+    assert {one.runtime for one in comparisons} == {"onnxruntime"}
+    wrong = [one for one in comparisons if not one.passed]
+    assert not wrong, wrong
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_file_is_valid_and_says_its_axes(family, exported):
     path = exported(family)
@@ -188,6 +203,28 @@ def test_many_weights_lie_beside_the_file(exported, runtime, tmp_path, monkeypat
     assert sorted(tmp_path.iterdir()) == sorted(other.files)  # nothing is left of the former
 
 
+def test_who_comes_back_before_the_former_is_removed_keeps_its_weights(
+    exported, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(network, "_INSIDE_BYTES", 0)
+    path, look, looks = tmp_path / "net.onnx", network._weights_beside, []
+
+    def write(family):
+        source = exported(family)
+        return network._write(onnx_ir.load(source), read_metadata(source), path)
+
+    def overtaken(given):
+        looks.append(given)
+        if len(looks) == 2:  # the second network is there, and the weights of the first still are
+            write("animatediff")
+        return look(given)
+
+    first = write("animatediff")
+    monkeypatch.setattr(network, "_weights_beside", overtaken)
+    write("unet3d")
+    assert read_metadata(path) == first.metadata
+
+
 def test_exporting_leaves_the_network_as_it_was(tmp_path):
     checkpoint = small_checkpoint("unet3d")
     before = dict(checkpoint.unet.state_dict(keep_vars=True))
@@ -221,6 +258,8 @@ def test_what_a_network_cannot_do_is_refused_with_words(exported):
     latents, given = example.latents, (example.timesteps, example.text, example.controls)
     with pytest.raises(ShapeError, match=r"^onnxruntime: latents must be \[rows, 4, frames, h"):
         denoiser.predict(latents[:, :3], *given)
+    with pytest.raises(ShapeError, match=r"latents must have at most 32 frames, of .*, got 33$"):
+        denoiser.predict(torch.zeros(3, 4, 33, 4, 4), *given)
     with pytest.raises(ShapeError, match=r"must be multiples of 2, got 4x5$"):
         denoiser.predict(latents[..., :5], *given)
     with pytest.raises(ShapeError, match=r"must have as many rows, got 2, 3 and 3$"):
@@ -270,4 +309,5 @@ def test_metadata_says_what_the_network_is(exported):
     assert metadata.sites == EagerDenoiser(checkpoint.unet).sites
     assert (metadata.family, metadata.precision, metadata.tap) == ("unet3d", "float32", TAP)
     assert metadata.controls == KINDS and metadata.multiple == 2
+    assert (metadata.positions, read_metadata(exported()).positions) == (None, 32)
     assert {"torch", "onnx", "onnxscript", "kinetiq"} <= metadata.versions.keys()

@@ -7,7 +7,7 @@ import torch
 
 from kinetiq.errors import MissingDependencyError
 from kinetiq.export.metadata import read_metadata
-from kinetiq.export.packages import load_gpu_runtime, require_packages
+from kinetiq.export.packages import is_older, load_gpu_runtime, require_packages
 
 
 def test_what_is_missing_is_named_with_the_command_that_brings_it():
@@ -46,3 +46,8 @@ def test_all_that_a_gpus_runtime_lacks_is_named(monkeypatch, runtime, words):
         load_gpu_runtime(runtime, "here", "do that")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert load_gpu_runtime(runtime, "here", "do that") is package
+
+
+def test_versions_are_compared_by_number():
+    assert is_older("10.14.1.48", "11.4") and is_older("11.3.9", "11.4") and is_older("9.0", "11.4")
+    assert not any(is_older(new, "11.4") for new in ("11.4", "11.4.0.1", "11.10", "12.0.0rc1"))

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from one_node import write_one_node
 
-from kinetiq.errors import InputError, RequestError, WorkError
+from kinetiq.errors import InputError, RequestError, ShapeError, WorkError
 from kinetiq.export import command, plugin_tuning
 from kinetiq.export.engine_profile import make_profile
 from kinetiq.export.plugin_choice import (
@@ -80,6 +80,18 @@ def test_what_cannot_be_built_is_kept_with_its_reason():
     assert record.refused["query_attention by old"] == "no query_attention by old"
     with pytest.raises(WorkError, match="no functions"):
         measure({})
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), ShapeError("too wide")])
+def test_a_choice_that_does_not_run_costs_no_other_its_result(error):
+    def seconds_of(choice):
+        if choice.operators == ("frame_attention",):
+            raise error
+        return 0.5 if choice.operators else 1.0
+
+    record = measure_choices(ATTENTIONS, ("old",), seconds_of, {"gpu": "one"})
+    assert record.choice == PluginChoice(("query_attention",), "old")
+    assert record.refused == {"frame_attention by old": str(error)}
 
 
 RECORD = PluginRecord(

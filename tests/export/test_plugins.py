@@ -18,7 +18,9 @@ from one_node import write_one_node
 from kinetiq.errors import KinetiqWarning, MissingDependencyError, RequestError, WorkError
 from kinetiq.export import command, engine_tensorrt, plugins
 from kinetiq.export.engine_file import read_engine
+from kinetiq.export.engine_profile import Bounds
 from kinetiq.export.engine_tensorrt import build_engine, find_gpu
+from kinetiq.export.gpu import Gpu
 from kinetiq.export.plugin_choice import PluginChoice
 from kinetiq.export.plugin_compiler import PluginCompiler
 from kinetiq.export.plugin_launch import TACTICS
@@ -236,6 +238,7 @@ def gpu(tensorrt, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(engine_tensorrt, "load_tensorrt", lambda: tensorrt)
     monkeypatch.setattr(engine_tensorrt, "find_gpu", lambda: "sm_90")
+    monkeypatch.setattr(engine_tensorrt, "describe_gpu", lambda: Gpu("a GPU", 132))
     tensorrt.built.clear()
     return tensorrt
 
@@ -250,6 +253,7 @@ def test_an_engine_has_our_kernels_inside(gpu, tmp_path):
         "sm_90",
         "tensorrt",
     )
+    assert record.gpu == Gpu("a GPU", 132)
     assert record.network == metadata
     (built,) = gpu.built
     assert ".target sm_80\n" in built.ptx  # the route that every later GPU takes
@@ -320,6 +324,14 @@ def test_the_command_says_the_checksum_to_vouch_with(gpu, tmp_path):
             assert last == f"checksum, to vouch for it elsewhere: {checksum}"
 
 
+def test_an_engine_has_the_outputs_that_are_asked_for(gpu, tmp_path):
+    network, path = tmp_path / "net.onnx", tmp_path / "net.engine"
+    write_one_node(network, "query_attention")
+    record = build_engine(network, path, controls=["query"], outputs=["prediction"]).record
+    assert [tensor.name for tensor in record.network.outputs] == ["prediction"]
+    assert (record.plugins, gpu.built) == ((), [])  # of which nobody reads anything
+
+
 def test_queries_that_no_kernel_makes_are_left_out(gpu, tmp_path):
     network, path = tmp_path / "net.onnx", tmp_path / "net.engine"
     write_one_node(network, "query_attention_reduced")
@@ -367,6 +379,18 @@ def test_an_operator_without_a_kernel_is_left_out_where_nobody_named_it(gpu, tmp
     assert read_engine(path)[0].record == record
 
 
+def test_nodes_of_more_frames_than_a_kernel_holds_are_said(gpu, tmp_path):
+    network, path = tmp_path / "net.onnx", tmp_path / "net.engine"
+    write_one_node(network, "frame_attention_deviation")
+    record = build_engine(network, path).record
+    assert (record.plugins, record.left_out) == (("frame_attention_deviation",), {})
+    words = "frame_attention_deviation must be one kernel of at most 32 frames, and the profile has"
+    with pytest.warns(KinetiqWarning, match=words):
+        record = build_engine(network, path, bounds={"frames": Bounds(1, 16, 33)}).record
+    assert (record.plugins, record.route) == ((), None)
+    assert words in record.left_out["frame_attention"]
+
+
 def test_a_fault_that_is_no_plugins_is_not_tried_again(gpu, tmp_path, monkeypatch):
     write_one_node(tmp_path / "net.onnx", "query_attention")
     gpu.configs.clear()
@@ -384,6 +408,7 @@ def test_a_gpu_without_a_route_runs_function_bodies(gpu, tmp_path, monkeypatch, 
     assert build_engine(network, path, plugins=()).record.plugins == ()
     with pytest.warns(KinetiqWarning, match=f"no kernel of ours is made for {target}"):
         record = build_engine(network, path).record
+    assert record.left_out == {"query_attention": f"no kernel of ours is made for {target}"}
     assert (record.plugins, record.route, record.target) == ((), None, target)
     with pytest.raises(RequestError, match=f"target must be one of sm_80, .*, got '{target}'"):
         build_engine(network, path, plugins=["query_attention"])
@@ -416,6 +441,10 @@ def test_a_tensorrt_that_is_too_old_is_named(gpu, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "tensorrt.plugin", None)
         with pytest.raises(MissingDependencyError, match=words):
+            build_engine(tmp_path / "net.onnx", tmp_path / "net.engine")
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu, "__version__", "10.14.1.48")  # which has all that is looked for
+        with pytest.raises(MissingDependencyError, match=r"11\.4 or newer, got 10\.14\.1\.48: pip"):
             build_engine(tmp_path / "net.onnx", tmp_path / "net.engine")
     monkeypatch.setattr(gpu, "NetworkDefinitionCreationFlag", gpu.ProfilingVerbosity)
     with pytest.raises(MissingDependencyError, match=words):

@@ -13,7 +13,14 @@ import pytest
 import torch
 from one_node import make_metadata, write_one_node
 
-from kinetiq.control_tensors import ControlTensors, QueryControl
+from kinetiq.control_tensors import (
+    ControlTensors,
+    LoraBank,
+    LoraControl,
+    MotionBank,
+    MotionControl,
+    QueryControl,
+)
 from kinetiq.errors import (
     CheckpointError,
     KinetiqWarning,
@@ -32,9 +39,11 @@ from kinetiq.export import (
 from kinetiq.export.engine_file import FORMAT, EngineRecord, write_engine
 from kinetiq.export.engine_profile import Bounds, Profile, make_profile
 from kinetiq.export.engine_runtime import EngineDenoiser, check_engine, open_engine
-from kinetiq.export.metadata import TensorInfo
+from kinetiq.export.gpu import Gpu
+from kinetiq.export.metadata import TensorInfo, read_metadata
 from kinetiq.export.plugin_choice import OPERATORS
 from kinetiq.export.plugin_layers import KINDS
+from kinetiq.families import Site, SiteKind
 from kinetiq.generation import is_out_of_memory
 
 LATENTS = TensorInfo("latents", "float32", ("rows", 4, "frames", "height", "width"))
@@ -104,6 +113,18 @@ def test_nodes_that_are_left_to_their_functions(tmp_path):
     engine_source.leave_to_functions(model, {"query_attention"})
     assert [given.name for given in node.attribute] == ["heads"]
     onnx.checker.check_model(model, full_check=True)
+
+
+def test_outputs_that_are_dropped_cost_nothing(tmp_path, exported):
+    model, metadata = engine_source.read_source(exported(), None, outputs=("prediction",))
+    assert [value.name for value in model.graph.output] == ["prediction"]
+    assert [tensor.name for tensor in metadata.outputs] == ["prediction"]
+    assert [value.name for value in model.graph.input] == [one.name for one in metadata.inputs]
+    assert "feature_channels" not in {tensor.name for tensor in metadata.inputs}
+    assert metadata.tap is None and metadata.controls == read_metadata(exported()).controls
+    assert "motion_feature" not in engine_source.node_names(model)
+    with pytest.raises(RequestError, match=r"outputs must be among prediction, .*, got feelings$"):
+        engine_source.read_source(exported(), None, outputs=("feelings",))
 
 
 class Context:
@@ -234,6 +255,54 @@ def test_an_engine_predicts_in_place(file, package, cpu_rng):
         assert addresses["latents"] == latents.data_ptr()
         assert addresses["text"] == text.data_ptr()
         assert addresses["prediction"] == got.data_ptr()
+
+
+BANKED = (
+    *INPUTS,
+    TensorInfo("motion_slot", "int64", ("rows",)),
+    TensorInfo("motion_scale", "float32", ("rows",)),
+    TensorInfo("motion.a.value", "float32", ("motion_slots", "frames", "motion_tokens_0", 8)),
+    TensorInfo("lora_slot", "int64", ("rows",)),
+    TensorInfo("lora_scale", "float32", ("rows",)),
+    TensorInfo("lora.a.down", "float32", ("lora_slots", "lora_rank", 8)),
+    TensorInfo("lora.a.up", "float32", ("lora_slots", 8, "lora_rank")),
+    TensorInfo("feature_channels", "int64", ("feature_channels",)),
+)
+
+
+def test_banks_are_filled_up_to_the_least_of_the_profile(tmp_path, package):
+    metadata = replace(
+        make_metadata(BANKED, (replace(LATENTS, name="prediction"),), "float32"),
+        controls=("motion", "lora"),
+        sites=(Site("a", SiteKind.TEMPORAL, "mid", 8),),
+    )
+    asked = {"motion_slots": 3, "lora_slots": 2, "lora_rank": 16, "feature_channels": 64}
+    bounds = {axis: Bounds(least, least, 64) for axis, least in asked.items()}
+    record = make_record(network=metadata, profile=make_profile(metadata, bounds))
+    denoiser = make_denoiser(write_engine(tmp_path / "a.engine", b"plan", record), package)
+    latents, timesteps, text = torch.zeros(1, 4, 2, 4, 4), torch.ones(1), torch.zeros(1, 5, 8)
+    denoiser.predict(latents, timesteps, text)
+    shapes, *_ = package.runs[-1]
+    assert shapes["motion.a.value"] == (3, 2, 1, 8)
+    assert (shapes["lora.a.down"], shapes["lora.a.up"]) == ((2, 16, 8), (2, 8, 16))
+    assert shapes["feature_channels"] == (64,)
+    controls = ControlTensors(
+        motion=MotionControl(
+            torch.ones(1, dtype=torch.int64),
+            torch.ones(1),
+            {0: MotionBank(value=torch.ones(2, 2, 16, 8))},
+        ),
+        lora=LoraControl(
+            torch.ones(1, dtype=torch.int64),
+            torch.ones(1),
+            {"a": LoraBank(down=torch.ones(3, 8, 8), up=torch.ones(3, 8, 8))},
+        ),
+    )
+    given = denoiser.inputs_of(latents, timesteps, text, controls, ("motion", "lora"))
+    value = given["motion.a.value"]
+    assert value.shape == (3, 2, 16, 8) and bool((value[:2] == 1).all()) and not value[2].any()
+    up = given["lora.a.up"]
+    assert up.shape == (3, 8, 16) and bool((up[..., :8] == 1).all()) and not up[..., 8:].any()
 
 
 def test_a_shape_outside_the_profile(file, package):
@@ -476,6 +545,29 @@ def test_an_engine_runs_where_it_was_built_for(file):
         check_engine(file, "11.4", "sm_89")
     with pytest.raises(CheckpointError, match=r"11\.4, got 11\.5 and a GPU of architecture sm_90"):
         check_engine(file, "11.5", "sm_80")
+
+
+def test_what_makes_an_engine_slower_is_said_whenever_it_is_opened(file):
+    large, small = Gpu("large", 82), Gpu("small", 16)
+    engine_runtime.say_what_is_slower(file, small)  # built without a GPU, and nothing left out
+    own = replace(file, record=make_record(gpu=large))
+    engine_runtime.say_what_is_slower(own, large)
+    with pytest.warns(KinetiqWarning, match=r"built on large of 82 multi.* runs on small of 16 mu"):
+        engine_runtime.say_what_is_slower(own, small)
+    without = replace(file, record=make_record(left_out={"frame_attention": "too wide"}))
+    with pytest.warns(KinetiqWarning, match=r"frame_attention runs function bodies .*: too wide$"):
+        engine_runtime.say_what_is_slower(without, small)
+
+
+def test_opening_says_what_is_slower(file, package, monkeypatch):
+    said = []
+    monkeypatch.setattr(engine_runtime, "require_gpu", lambda *_: package)
+    monkeypatch.setattr(engine_runtime, "with_index", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(engine_runtime, "describe_gpu", lambda _: "a GPU")
+    monkeypatch.setattr(engine_runtime, "say_what_is_slower", lambda *given: said.append(given))
+    open_engine(file.path)
+    assert said == [(file, "a GPU")]
 
 
 @needs_no_gpu

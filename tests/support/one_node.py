@@ -50,6 +50,7 @@ def make_metadata(
         controls=controls,
         tap=None,
         levels=1,
+        positions=None,
         sites=(),
         inputs=inputs,
         outputs=outputs,
