@@ -428,6 +428,5 @@ def test_the_whole_grid():
             [a for a in accounts if a.error or a.spill_bytes or a.misses_matrix_units]
         )
     for account in accounts:
-        query = account.request.operator == "query_attention" and account.request.forward
-        if query and account.request.target == "sm_90" and account.dots:
-            assert "HGMMA" in account.matrix_instructions, account
+        if account.request.shape != "embedded_4x4":  # whose 16 tokens fill no warp group
+            assert not bench.misses_hgmma(account), account
