@@ -64,7 +64,6 @@ GRIDS: dict[Entry, Mapping[str, Sequence[int]]] = {  # key "*" is every key not 
     ("query_attention_return_gradient", "*"): {"BLOCK": (512, 1024, 2048), "num_warps": (4, 8)},
     ("frame_attention", "*"): _FRAMES,
     ("frame_attention_controlled", "*"): _FRAMES,
-    ("frame_attention_controlled_with_motion", "*"): _FRAMES,
     ("frame_attention_backward", "*"): _FRAMES,
     ("frame_attention_backward_controlled", "*"): _FRAMES,
     ("temporal_block", "*"): {
