@@ -126,7 +126,7 @@ def count(accounts: Sequence[Account]) -> dict[str, Figure]:
 def misses_hgmma(account: Account) -> bool:
     """Whether a forward `query_attention` on sm_90 has no product of a whole warp group.
 
-    Its tiles are large enough for them; the older HMMA would leave half of the unit's rate.
+    The older HMMA leaves half of the unit's rate. Fewer than 64 tokens fill no warp group.
     """
     request = account.request
     if account.error or not account.dots or request.target != "sm_90" or not request.forward:
