@@ -17,6 +17,7 @@ from kinetiq.options import (
     PATH,
     backend_options,
     beta_option,
+    clip_options,
     device_option,
     fit_option,
     fps_option,
@@ -33,34 +34,13 @@ from kinetiq.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import numpy as np
-
     from kinetiq.clip import Clip
-    from kinetiq.controls import Control, LearnedMotion
-    from kinetiq.moft_guidance import MoftGuidance
 
 # `python -m kinetiq` puts the working directory on the path; in a checkout our folder `kernels`
 # would then answer for the package of that name that transformers and diffusers probe for. They
 # are imported later, when they are used.
 _OWN_KERNELS = Path(kinetiq.kernels.__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry, "kernels").resolve() != _OWN_KERNELS]
-
-CONTROLS = ("motion", "query", "both", "none")
-_SHARED = ("until", "halves", "region")
-_LEARNED = ("until", "halves", "motion_scale", "noise_prior")
-_GUIDING = ("moft_weight", "moft_step_size", "moft_window", "moft_tap")
-_SWITCHES = {  # of each kind of control: the options that it takes
-    "motion": (*_SHARED, "parts"),
-    "query": (*_SHARED, "sites", "reduce_leak"),
-    "embedding": (*_LEARNED, "value_scale", "debias"),
-    "lora": (*_LEARNED, "highway", "beta"),
-    "guidance": ("region", "speed", *_GUIDING),
-}
-_SITE_WORDS = ("spatial", "temporal", "both")
-_DIRECTIONS = ("left", "right", "up", "down")
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
 
 class MainGroup(PlainGroup):
@@ -121,11 +101,12 @@ def demo(
     trust: tuple[str, ...],
 ) -> None:
     """Move three subjects like one reference, and measure how well."""
+    from kinetiq.clip_options import parse_size
     from kinetiq.demo import DemoOptions, check_folder, describe, run_demo
     from kinetiq.engine import Engine
     from kinetiq.progress import progress_bars
 
-    height, width = _parse_size("demo", size)
+    height, width = parse_size("demo", size)
     if height != width:
         raise RequestError(f"demo: --size must be a square such as 48x48, got {size!r}")
     options = DemoOptions(
@@ -154,177 +135,19 @@ def demo(
 
 
 @main.command()
-@click.option("--prompt", required=True, help="What the clip shows.")
-@click.option(
-    "--reference",
-    type=PATH,
-    help="Clip whose motion is wanted: a video, a gif, a webp or a folder of images.",
-)
 @click.option(
     "--out",
     required=True,
     type=PATH,
     help=".mp4, .webm, .gif, .webp, or no suffix for a folder of images.",
 )
-@click.option(
-    "--control",
-    type=click.Choice(CONTROLS),
-    help="motion (default with a reference): motion injection; query: query injection, "
-    "the paper's; both; none (default without).",
-)
-@until_option
-@click.option(
-    "--sites",
-    help="spatial (default), temporal, both, or names of sites, comma-separated (query injection).",
-)
-@click.option(
-    "--reduce-leak",
-    is_flag=True,
-    default=None,
-    help="Keep the clip's own mean of the queries over frames (query injection).",
-)
-@click.option(
-    "--parts", help="Which of q, k and v are injected; qkv by default (motion injection)."
-)
-@click.option(
-    "--halves",
-    type=click.Choice(("both", "cond")),
-    help="Which halves of guidance are steered; both by default.",
-)
-@click.option(
-    "--moft",
-    type=PATH,
-    help="Clip whose motion gradients on the latents follow, step by step (MOFT guidance).",
-)
-@click.option(
-    "--direction",
-    type=click.Choice(_DIRECTIONS),
-    help="Where gradients move everything, without a clip.",
-)
-@click.option(
-    "--speed",
-    type=float,
-    help="Factor on the motion of a direction; 1 by default, 0 for stillness.",
-)
-@click.option(
-    "--drag",
-    "drags",
-    multiple=True,
-    metavar="X,Y:X,Y",
-    help="Gradients move what is at the first point to the second, in pixels from the top left; "
-    "as often as wanted.",
-)
-@click.option(
-    "--region",
-    "regions",
-    multiple=True,
-    metavar="MASK[:MOTION]",
-    help="Image, or for a --reference clip of as many frames, white where the motion is wanted. "
-    "With a motion of its own, a direction or a clip (mask.png:right), gradients move that "
-    "region; as often as wanted. For gradients a mask should hug the shape and the path that it "
-    "is to take.",
-)
-@click.option("--moft-weight", type=float, help="How hard gradients pull; 10 by default.")
-@click.option("--moft-step-size", type=float, help="Of gradients; 0.5 by default.")
-@click.option(
-    "--moft-window",
-    metavar="A,B[,C]",
-    help="Shares of the steps between which gradients act, such as 0.12,0.48 (default). Of a "
-    "--drag three shares of the steps that remain: motion acts down to B, and that points look "
-    "the same from A to C; 0.76,0.72,0.2 by default.",
-)
-@click.option(
-    "--moft-tap",
-    metavar="PATH",
-    help="Block or temporal attention whose output gradients compare; up_blocks.1 by default.",
-)
-@fit_option("How clips to move like are brought to the clip's size; crop by default.")
-@motions_option(
-    "A motion that was learned before, such as dance.safetensors or -0.5*dance.safetensors; "
-    "several of a kind are added up, at the frames and the size of the first. Of an embedding and "
-    "a LoRA, the first that has noise brings it, and the other's --noise-prior is 0."
-)
-@click.option(
-    "--motion-scale",
-    type=float,
-    help="Factor on what --motion adds; 1 by default. Below 0 an embedding's motion is reversed; "
-    "of a LoRA it is arithmetic on weights alone.",
-)
-@click.option(
-    "--value-scale", type=float, help="Further factor on the value part of a motion embedding."
-)
-@click.option(
-    "--debias",
-    type=click.Choice(("difference", "none", "mean", "drop")),
-    help="How appearance is kept out of a motion embedding: difference by default; drop leaves "
-    "motions of the camera.",
-)
-@click.option(
-    "--noise-prior",
-    type=float,
-    help="Share of the learned reference's own noise at the start, 0 to 1; by default what the "
-    "motion's file says, else 0.5 for a motion embedding, 0.2 for a LoRA, of what noise there is.",
-)
-@click.option(
-    "--highway",
-    type=click.Choice(("all", "released", "none")),
-    help="Let skip connections bypass a LoRA's changes; as it was trained by default.",
-)
-@beta_option
-@click.option("--negative-prompt", default="", help="What the clip does not show.")
-@sampling_options
-@click.option("--sampler", help="ddim, ddpm, euler, dpm++2m or lcm.")
-@click.option("--eta", type=float, default=0.0, show_default=True, help="Noise of DDIM.")
-@size_options("Frames of the clip.", "HEIGHTxWIDTH in pixels.")
-@fps_option
-@click.option(
-    "--scale",
-    type=click.IntRange(1, 64),
-    default=1,
-    show_default=True,
-    help="Enlarge what is written by a whole number.",
-)
+@clip_options
 @json_option("Print what was made as one JSON object.")
 @source_options
 @backend_options
 @network_options
 def generate(
-    prompt: str,
-    reference: Path | None,
     out: Path,
-    control: str | None,
-    until: float | None,
-    sites: str | None,
-    reduce_leak: bool | None,
-    parts: str | None,
-    halves: str | None,
-    moft: Path | None,
-    direction: str | None,
-    speed: float | None,
-    drags: tuple[str, ...],
-    regions: tuple[str, ...],
-    moft_weight: float | None,
-    moft_step_size: float | None,
-    moft_window: str | None,
-    moft_tap: str | None,
-    fit: str | None,
-    motions: tuple[str, ...],
-    motion_scale: float | None,
-    value_scale: float | None,
-    debias: str | None,
-    noise_prior: float | None,
-    highway: str | None,
-    beta: float | None,
-    negative_prompt: str,
-    seed: int,
-    steps: int | None,
-    guidance: float | None,
-    sampler: str | None,
-    eta: float,
-    frames: int | None,
-    size: str | None,
-    fps: float | None,
-    scale: int,
     as_json: bool,
     model: str,
     motion_adapter: str | None,
@@ -333,65 +156,19 @@ def generate(
     backend: str,
     network: Path | None,
     trust: tuple[str, ...],
+    **said: Any,
 ) -> None:
     """Generate one clip that moves as it is told to."""
-    from kinetiq.clip import Clip, check_write, peek
+    from kinetiq.clip import check_write
+    from kinetiq.clip_options import ClipOptions
     from kinetiq.engine import Engine
     from kinetiq.progress import progress_bars
-    from kinetiq.request import Request
 
     # All that can be wrong with the options is said before a model loads.
-    height, width = _parse_size("generate", size)
-    options: dict[str, Any] = {
-        "seed": seed,
-        "negative_prompt": negative_prompt,
-        "steps": steps,
-        "guidance_scale": guidance,
-        "sampler": sampler,
-        "eta": eta,
-        "frames": frames,
-        "height": height,
-        "width": width,
-        "fps": fps,
-    }
-    Request.from_options(prompt, options)
-    check_write(out, frames=frames, fps=fps)
-    region, moving = _parse_regions(regions)
-    clips = [path for path in (reference, moft, *moving.values()) if isinstance(path, Path)]
-    if not clips and fit is not None:
-        raise RequestError("generate: --fit needs --reference, got none, and no --moft either")
-    # The whole reference is read once the size is known that it is needed at, which the model says.
-    start = None if reference is None else peek(reference)
-    switches = {
-        "until": until,
-        "sites": sites,
-        "reduce_leak": reduce_leak,
-        "parts": parts,
-        "halves": halves,
-        "region": region,
-        "speed": speed,
-        "moft_weight": moft_weight,
-        "moft_step_size": moft_step_size,
-        "moft_window": None if moft_window is None else _parse_window(moft_window, bool(drags)),
-        "moft_tap": moft_tap,
-        "motion_scale": motion_scale,
-        "value_scale": value_scale,
-        "debias": debias,
-        "noise_prior": noise_prior,
-        "highway": highway,
-        "beta": beta,
-    }
-    given: dict[str, Any] = {n: value for n, value in switches.items() if value is not None}
-    if highway == "none":
-        given["highway"] = None
-    learned = _read_motions(motions, given)
-    asked = {
-        "reference": None if moft is None else peek(moft),
-        "direction": direction,
-        "regions": moving,
-        "points": [_parse_drag(drag) for drag in drags],
-    }
-    controls = _build_controls(start, control, learned, asked, given)
+    asked = ClipOptions(**said)
+    asked.request_options()
+    check_write(out, frames=asked.frames, fps=asked.fps)
+    plan = asked.plan()
     with progress_bars() as progress:
         progress("loading", 0, 1)
         with Engine.load(
@@ -404,38 +181,26 @@ def generate(
             trust=trust,
         ) as engine:
             defaults = engine.defaults
-            check_write(out, frames=frames or defaults.frames, fps=fps or defaults.fps)
-
-            def read(path: Path) -> Clip:
-                return Clip.read(
-                    path,
-                    height=height or defaults.height,
-                    width=width or defaults.width,
-                    fit=fit or "crop",
-                )
-
-            if clips and controls:
+            check_write(out, frames=asked.frames or defaults.frames, fps=asked.fps or defaults.fps)
+            if plan.reads_clips:
                 progress("reading", 0, 1)
-                controls = [
-                    _with_whole_clips(control, reference, moft, moving, read)
-                    for control in controls
-                ]
-            made = engine.generate(prompt, controls, progress=progress, **options)
-    made.write(out, scale=scale)
-    said = {
+            controls = plan.read_controls(defaults)
+            made = engine.generate(asked.prompt, controls, progress=progress, **plan.options)
+    made.write(out, scale=asked.scale)
+    written = {
         "out": str(out),
         "frames": made.num_frames,
-        "height": made.height * scale,
-        "width": made.width * scale,
+        "height": made.height * asked.scale,
+        "width": made.width * asked.scale,
         "fps": made.fps,
-        "seed": seed,
+        "seed": asked.seed,
     }
     if as_json:
-        click.echo(json.dumps(said))
+        click.echo(json.dumps(written))
         return
     count = "1 frame" if made.num_frames == 1 else f"{made.num_frames} frames"
     click.echo(
-        f"{click.format_filename(out)}: {count} of {said['height']}x{said['width']} "
+        f"{click.format_filename(out)}: {count} of {written['height']}x{written['width']} "
         f"(height x width), {made.fps:g} a second"
     )
 
@@ -838,13 +603,14 @@ def motion(motions: tuple[str, ...], frames: int | None, out: Path, as_json: boo
     """
     import attrs
 
+    from kinetiq.clip_options import read_motions
     from kinetiq.files import check_target
     from kinetiq.motion_embedding import MotionEmbedding
 
     if out.suffix != ".safetensors":
         raise RequestError(f"motion: --out must end in .safetensors, got {str(out)!r}")
     check_target(out, "motion")
-    learned = _read_motions(motions, {})
+    learned = read_motions(motions)
     if len(learned) > 1:
         raise RequestError("motion: all --motion must be of one kind, got an embedding and a LoRA")
     (made,) = learned.values()
@@ -906,13 +672,14 @@ def analyze_temporal(
     """
     from kinetiq import temporal_analysis
     from kinetiq.clip import Clip, peek
+    from kinetiq.clip_options import parse_size, read_motions
     from kinetiq.drawing import prepare_folder
     from kinetiq.engine import Engine
     from kinetiq.files import write_text
     from kinetiq.progress import progress_bars
     from kinetiq.request import Request
 
-    height, width = _parse_size("analyze", size)
+    height, width = parse_size("analyze", size)
     wanted = {"frames": frames, "height": height, "width": width}
     Request.from_options(prompt or temporal_analysis.NO_PROMPT, wanted)
     if reference is None and fit is not None:
@@ -921,7 +688,7 @@ def analyze_temporal(
         raise ClipError(
             f"analyze: {reference} must have at least 2 frames, got 1; give a clip that moves"
         )
-    learned = _read_motions(motions, {})
+    learned = read_motions(motions)
     if "lora" in learned:
         raise RequestError(
             "analyze: --motion must be a motion embedding, got a motion LoRA, which has no "
@@ -1006,13 +773,14 @@ def analyze_moft(
     """Show what a model knows of a clip's motion, and by which channels it knows it."""
     from kinetiq import moft, moft_analysis
     from kinetiq.clip import Clip, peek
+    from kinetiq.clip_options import parse_size, read_region
     from kinetiq.drawing import prepare_folder
     from kinetiq.engine import Engine
     from kinetiq.files import write_text
     from kinetiq.progress import progress_bars
     from kinetiq.request import Request
 
-    height, width = _parse_size("analyze", size)
+    height, width = parse_size("analyze", size)
     wanted = {"frames": frames, "height": height, "width": width}
     Request.from_options(moft_analysis.ANY_PROMPT, wanted)
     if reference is None and not calibrate:
@@ -1034,7 +802,7 @@ def analyze_moft(
         raise ClipError(
             f"analyze: {reference} must have at least 2 frames, got 1; give a clip that moves"
         )
-    masks = {str(path): _read_region(path, "analyze") for path in regions}
+    masks = {str(path): read_region(path, "analyze") for path in regions}
     stills = None
     if pictures is not None:
         stills = [Clip.from_array(picture[None]) for picture in Clip.read(pictures).frames]
@@ -1171,260 +939,6 @@ def doctor(as_json: bool) -> None:
 
     findings = examine()
     click.echo(json.dumps(findings, indent=2) if as_json else render(findings))
-
-
-def _build_controls(
-    reference: "Clip | None",
-    control: str | None,
-    learned: "Mapping[str, LearnedMotion]",
-    guided: Mapping[str, Any],
-    given: Mapping[str, Any],
-) -> "list[Control]":
-    """The controls that were asked for, with the switches `given` to them.
-
-    What `guided` holds says what motion gradients are to follow; its regions are what
-    `_parse_regions` made. A clip starts from one noise: that of the first learned motion that has
-    any, and a share that is `given` is of that.
-
-    Raises:
-        RequestError: a switch belongs to no control that was asked for, or is out of range.
-    """
-    from kinetiq.learned_motion import use_with
-    from kinetiq.motion_injection import MotionInjection
-    from kinetiq.query_injection import QueryInjection
-
-    if reference is None and control not in (None, "none"):
-        raise RequestError(f"generate: --control {control} needs --reference, got none")
-    chosen = control or ("none" if reference is None else "motion")
-    kinds = {"none": (), "both": ("query", "motion")}.get(chosen, (chosen,))
-    guiding = ("guidance",) if any(guided.values()) else ()
-    _require_takers(given, chosen, (*kinds, *learned, *guiding))
-    values = {name: value for name, value in given.items() if name != "region"}
-    if "region" in given:
-        values["region"] = _read_region(given["region"])
-    if "sites" in given:
-        names = tuple(name.strip() for name in given["sites"].split(","))
-        values["sites"] = names[0] if names[0] in _SITE_WORDS and len(names) == 1 else names
-    controls: list[Control] = []
-    makers = {"motion": MotionInjection, "query": QueryInjection}
-    for kind in kinds if reference is not None else ():
-        taken = {name: value for name, value in values.items() if name in _SWITCHES[kind]}
-        controls.append(makers[kind](reference, **taken))
-    noise_is_brought = False
-    for kind, motion in learned.items():
-        taken = {
-            name.removeprefix("motion_"): value
-            for name, value in values.items()
-            if name in _SWITCHES[kind]
-        }
-        if motion.noise is None and any(one.noise is not None for one in learned.values()):
-            taken.pop("noise_prior", None)  # it is the other's
-        elif noise_is_brought:
-            taken["noise_prior"] = 0.0
-        noise_is_brought |= motion.noise is not None
-        controls.append(use_with(motion, **taken))
-    if guiding:
-        taken = {
-            name.removeprefix("moft_"): value
-            for name, value in values.items()
-            if name in _SWITCHES["guidance"]
-        }
-        if guided["points"] and "window" in taken:
-            taken["drag_window"] = taken.pop("window")
-        if guided["regions"] and controls:
-            taken.pop("region", None)  # it is theirs: each region of a guidance has its own
-        controls.append(_build_guidance(guided, taken))
-    return controls
-
-
-def _build_guidance(guided: Mapping[str, Any], taken: Mapping[str, Any]) -> "MoftGuidance":
-    from kinetiq.clip import peek
-    from kinetiq.moft_guidance import MoftGuidance, MoftRegion
-
-    moving: Mapping[Path, Path | str] = guided["regions"]
-    if not moving:
-        return MoftGuidance(**{**guided, "regions": ()}, **taken)
-    taken = dict(taken)
-    speed = {"speed": taken.pop("speed")} if "speed" in taken else {}
-    if speed and not any(isinstance(motion, str) for motion in moving.values()):
-        raise RequestError("generate: --speed acts with a direction, and each --region has a clip")
-    regions = [
-        MoftRegion(_read_region(mask), reference=peek(motion))
-        if isinstance(motion, Path)
-        else MoftRegion(_read_region(mask), direction=motion, **speed)
-        for mask, motion in moving.items()
-    ]
-    return MoftGuidance(**{**guided, "regions": regions}, **taken)
-
-
-def _with_whole_clips(
-    control: "Control",
-    reference: Path | None,
-    moft: Path | None,
-    moving: "Mapping[Path, Path | str]",
-    read: "Callable[[Path], Clip]",
-) -> "Control":
-    """A control that was made with the first frames of its clips, with all of them."""
-    import attrs
-
-    from kinetiq.injection import Injection
-    from kinetiq.moft_guidance import MoftGuidance
-
-    if isinstance(control, Injection) and reference is not None:
-        return attrs.evolve(control, reference=read(reference))
-    if not isinstance(control, MoftGuidance):
-        return control
-    regions = [
-        attrs.evolve(region, reference=read(motion)) if isinstance(motion, Path) else region
-        for region, motion in zip(control.regions, moving.values(), strict=True)
-    ]
-    whole = None if moft is None else read(moft)
-    return attrs.evolve(control, reference=whole, regions=regions)
-
-
-def _require_takers(given: Mapping[str, Any], chosen: str, kinds: tuple[str, ...]) -> None:
-    """Raise unless each switch that is `given` is one of a control of these kinds."""
-    for name in given:
-        takers = [kind for kind, switches in _SWITCHES.items() if name in switches]
-        if set(takers) & set(kinds):
-            continue
-        option = f"generate: --{name.replace('_', '-')} acts with"
-        if takers == ["guidance"]:
-            guides = "--moft, --direction, --drag or --region MASK:MOTION"
-            if name == "speed":
-                guides = "--direction or --region MASK:DIRECTION"
-            raise RequestError(f"{option} {guides}, got none of them")
-        steered = [kind for kind in takers if kind in CONTROLS]
-        if steered:
-            raise RequestError(
-                f"{option} a --reference and --control {', '.join(steered)} or both, "
-                f"got --control {chosen}"
-                + ("; or with --moft, --direction or --drag" if "guidance" in takers else "")
-            )
-        got = [kind for kind in kinds if kind in ("embedding", "lora")]
-        raise RequestError(
-            f"{option} a --motion that is of kind {' or '.join(takers)}, "
-            f"got {' and '.join(got) or 'no --motion'}"
-        )
-
-
-def _read_motions(asked: tuple[str, ...], given: Mapping[str, Any]) -> "dict[str, LearnedMotion]":
-    """The sum of the learned motions of each kind, "embedding" or "lora".
-
-    Switches that are `given` are for the sum, so what files say of them does not count, and need
-    not be the same in all.
-
-    Raises:
-        CheckpointError: a file is no motion.
-        RequestError: two motions cannot be added up.
-    """
-    from kinetiq.learned_motion import default_switches, use_with
-    from kinetiq.motion_embedding import MotionEmbedding
-    from kinetiq.motion_file import read_info
-    from kinetiq.motion_lora import MotionLora
-
-    total: dict[str, LearnedMotion] = {}
-    for words in asked:
-        weight, path = _parse_weight(words)
-        kind = read_info(path).kind
-        made: Any = MotionLora if kind == "lora" else MotionEmbedding
-        names = [name.removeprefix("motion_") for name in given if name in _SWITCHES[kind]]
-        defaults = default_switches(made)
-        motion: Any = use_with(made.read(path), **{name: defaults[name] for name in names})
-        before: Any = total.get(kind)
-        if isinstance(before, MotionEmbedding):
-            shape = before.info
-            motion = motion.resample(frames=shape.frames)
-            motion = motion.resize(height=shape.height, width=shape.width)
-        motion = motion if weight == 1.0 else weight * motion
-        total[kind] = motion if before is None else before + motion
-    return total
-
-
-def _parse_weight(words: str) -> tuple[float, str]:
-    """The weight and the file of [WEIGHT*]FILE; a minus before a name that is no file is -1."""
-    found = re.fullmatch(rf"({_NUMBER})\s*\*\s*(.+)", words)
-    if found is not None:
-        return float(found[1]), found[2]
-    if words.startswith("-") and not _exists(words):
-        return -1.0, words[1:].strip()
-    return 1.0, words
-
-
-def _parse_regions(asked: tuple[str, ...]) -> "tuple[Path | None, dict[Path, Path | str]]":
-    """The mask that comes without a motion, and of each other its clip or its direction.
-
-    Raises:
-        RequestError: a motion is neither, a mask comes twice, or two come without a motion.
-    """
-    plain: Path | None = None
-    moving: dict[Path, Path | str] = {}
-    for words in asked:
-        start, colon, motion = words.rpartition(":")
-        if not colon or _exists(words):
-            if plain is not None:
-                raise RequestError(
-                    f"generate: --region without a motion must come at most once, got {plain} and "
-                    f"{words}; each further one needs its own, such as {words}:right"
-                )
-            plain = Path(words)
-        elif not start or not (motion in _DIRECTIONS or _exists(motion)):
-            raise RequestError(
-                "generate: --region must be MASK, or MASK:MOTION with a motion that is a file or "
-                f"one of {', '.join(_DIRECTIONS)}, got {words!r}"
-            )
-        elif Path(start) in moving:
-            raise RequestError(f"generate: --region must name each mask once, got {start} twice")
-        else:
-            moving[Path(start)] = motion if motion in _DIRECTIONS else Path(motion)
-    return plain, moving
-
-
-def _exists(path: str) -> bool:
-    try:
-        return bool(path) and Path(path).exists()
-    except OSError:  # no file can have this name
-        return False
-
-
-def _parse_drag(words: str) -> tuple[tuple[float, float], tuple[float, float]]:
-    point = rf"({_NUMBER}),({_NUMBER})"
-    found = re.fullmatch(f"{point}:{point}", words)
-    if found is None:
-        raise RequestError(f"generate: --drag must be X,Y:X,Y such as 20,30:40,30, got {words!r}")
-    x0, y0, x1, y1 = map(float, found.groups())
-    return (x0, y0), (x1, y1)
-
-
-def _parse_window(words: str, drags: bool) -> tuple[float, ...]:
-    count, form = (3, "A,B,C such as 0.76,0.72,0.2") if drags else (2, "A,B such as 0.12,0.48")
-    shares = words.split(",")
-    if len(shares) != count or not all(re.fullmatch(_NUMBER, share) for share in shares):
-        of = "with --drag" if drags else "without --drag"
-        raise RequestError(f"generate: --moft-window must be {form} {of}, got {words!r}")
-    return tuple(map(float, shares))
-
-
-def _read_region(path: Path, where: str = "generate") -> "np.ndarray":
-    """How bright a picture is, 0 to 1: [height, width], or [frames, height, width] of a clip."""
-    from kinetiq.clip import Clip
-
-    clip = Clip.read(path)
-    mask: np.ndarray = clip.frames.astype("float32").mean(axis=-1) / 255.0
-    if not mask.any():
-        raise RequestError(
-            f"{where}: --region must be white where the motion is wanted, and {path} is all black"
-        )
-    return mask[0] if clip.is_still_image else mask
-
-
-def _parse_size(where: str, size: str | None) -> tuple[int | None, int | None]:
-    if size is None:
-        return None, None
-    found = re.fullmatch(r"([0-9]{1,6})[xX]([0-9]{1,6})", size)
-    if found is None:
-        raise RequestError(f"{where}: --size must be HEIGHTxWIDTH such as 320x512, got {size!r}")
-    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import click
 
 PATH = click.Path(path_type=Path)
+CONTROLS = ("motion", "query", "both", "none")
+DIRECTIONS = ("left", "right", "up", "down")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -186,5 +188,135 @@ motion_training_options = joined(
         "--weights",
         help="Type that the frozen model is held in: float32 (default), or that of --dtype "
         "for less memory.",
+    ),
+)
+
+# Of one clip: of `generate`, and of each line of a file of `batch`.
+clip_options = joined(
+    click.option("--prompt", required=True, help="What the clip shows."),
+    click.option(
+        "--reference",
+        type=PATH,
+        help="Clip whose motion is wanted: a video, a gif, a webp or a folder of images.",
+    ),
+    click.option(
+        "--control",
+        type=click.Choice(CONTROLS),
+        help="motion (default with a reference): motion injection; query: query injection, "
+        "the paper's; both; none (default without).",
+    ),
+    until_option,
+    click.option(
+        "--sites",
+        help="spatial (default), temporal, both, or names of sites, comma-separated (query "
+        "injection).",
+    ),
+    click.option(
+        "--reduce-leak",
+        is_flag=True,
+        default=None,
+        help="Keep the clip's own mean of the queries over frames (query injection).",
+    ),
+    click.option(
+        "--parts", help="Which of q, k and v are injected; qkv by default (motion injection)."
+    ),
+    click.option(
+        "--halves",
+        type=click.Choice(("both", "cond")),
+        help="Which halves of guidance are steered; both by default.",
+    ),
+    click.option(
+        "--moft",
+        type=PATH,
+        help="Clip whose motion gradients on the latents follow, step by step (MOFT guidance).",
+    ),
+    click.option(
+        "--direction",
+        type=click.Choice(DIRECTIONS),
+        help="Where gradients move everything, without a clip.",
+    ),
+    click.option(
+        "--speed",
+        type=float,
+        help="Factor on the motion of a direction; 1 by default, 0 for stillness.",
+    ),
+    click.option(
+        "--drag",
+        "drags",
+        multiple=True,
+        metavar="X,Y:X,Y",
+        help="Gradients move what is at the first point to the second, in pixels from the top "
+        "left; as often as wanted.",
+    ),
+    click.option(
+        "--region",
+        "regions",
+        multiple=True,
+        metavar="MASK[:MOTION]",
+        help="Image, or for a --reference clip of as many frames, white where the motion is "
+        "wanted. With a motion of its own, a direction or a clip (mask.png:right), gradients "
+        "move that region; as often as wanted. For gradients a mask should hug the shape and "
+        "the path that it is to take.",
+    ),
+    click.option("--moft-weight", type=float, help="How hard gradients pull; 10 by default."),
+    click.option("--moft-step-size", type=float, help="Of gradients; 0.5 by default."),
+    click.option(
+        "--moft-window",
+        metavar="A,B[,C]",
+        help="Shares of the steps between which gradients act, such as 0.12,0.48 (default). Of a "
+        "--drag three shares of the steps that remain: motion acts down to B, and that points look "
+        "the same from A to C; 0.76,0.72,0.2 by default.",
+    ),
+    click.option(
+        "--moft-tap",
+        metavar="PATH",
+        help="Block or temporal attention whose output gradients compare; up_blocks.1 by default.",
+    ),
+    fit_option("How clips to move like are brought to the clip's size; crop by default."),
+    motions_option(
+        "A motion that was learned before, such as dance.safetensors or -0.5*dance.safetensors; "
+        "several of a kind are added up, at the frames and the size of the first. Of an embedding "
+        "and a LoRA, the first that has noise brings it, and the other's --noise-prior is 0."
+    ),
+    click.option(
+        "--motion-scale",
+        type=float,
+        help="Factor on what --motion adds; 1 by default. Below 0 an embedding's motion is "
+        "reversed; of a LoRA it is arithmetic on weights alone.",
+    ),
+    click.option(
+        "--value-scale", type=float, help="Further factor on the value part of a motion embedding."
+    ),
+    click.option(
+        "--debias",
+        type=click.Choice(("difference", "none", "mean", "drop")),
+        help="How appearance is kept out of a motion embedding: difference by default; drop leaves "
+        "motions of the camera.",
+    ),
+    click.option(
+        "--noise-prior",
+        type=float,
+        help="Share of the learned reference's own noise at the start, 0 to 1; by default what "
+        "the motion's file says, else 0.5 for a motion embedding, 0.2 for a LoRA, of what "
+        "noise there is.",
+    ),
+    click.option(
+        "--highway",
+        type=click.Choice(("all", "released", "none")),
+        help="Let skip connections bypass a LoRA's changes; as it was trained by default.",
+    ),
+    beta_option,
+    click.option("--negative-prompt", default="", help="What the clip does not show."),
+    sampling_options,
+    click.option("--sampler", help="ddim, ddpm, euler, dpm++2m or lcm."),
+    click.option("--eta", type=float, default=0.0, show_default=True, help="Noise of DDIM."),
+    size_options("Frames of the clip.", "HEIGHTxWIDTH in pixels."),
+    fps_option,
+    click.option(
+        "--scale",
+        type=click.IntRange(1, 64),
+        default=1,
+        show_default=True,
+        help="Enlarge what is written by a whole number.",
     ),
 )
