@@ -206,6 +206,94 @@ def generate(
 
 
 @main.command()
+@click.argument("manifest", type=PATH)
+@click.option("--out", required=True, type=PATH, help="Folder for the clips and the log.")
+@click.option(
+    "--max-clips",
+    type=click.IntRange(1, 1024),
+    default=8,
+    show_default=True,
+    help="Clips that the network sees at a time.",
+)
+@click.option(
+    "--part",
+    default="1/1",
+    metavar="K/N",
+    help="Make lines K, K + N and so on, so that N runs share a manifest, one a GPU.",
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Replace clips that are not what their line asks for."
+)
+@json_option("Print what was made as one JSON object.")
+@source_options
+@backend_options
+@network_options
+def batch(
+    manifest: Path,
+    out: Path,
+    max_clips: int,
+    part: str,
+    overwrite: bool,
+    as_json: bool,
+    model: str,
+    motion_adapter: str | None,
+    device: str | None,
+    dtype: str | None,
+    backend: str,
+    network: Path | None,
+    trust: tuple[str, ...],
+) -> int:
+    """Generate a clip for each line of a file of JSON lines.
+
+    \b
+    {"prompt": "a red circle", "reference": "zigzag.mp4", "seed": 7}
+    {"prompt": "a blue ring", "motion": ["dance.safetensors", "-0.5*zoom.safetensors"]}
+    {"prompt": "a gold star", "direction": "left", "out": "stars/left.webm"}
+
+    Keys are the options of `kinetiq generate`, with _ for -, and the file's name in the folder,
+    clip_000001.mp4 and so on by default. A run that was stopped is continued: what is there is not
+    made again. A line that fails does not keep others from it; batch_log.jsonl says what became of
+    each.
+    """  # noqa: D301  click's mark that lines stay as they are
+    from kinetiq.batch_folder import BatchOptions, Part, make_batch
+    from kinetiq.engine import Engine
+    from kinetiq.progress import progress_bars, say_above_bar
+
+    options = BatchOptions(part=Part.parse(part), max_clips=max_clips, overwrite=overwrite)
+    with progress_bars() as progress:
+
+        def load() -> Engine:
+            progress("loading", 0, 1)
+            return Engine.load(
+                model,
+                motion_adapter=motion_adapter,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+                network=network,
+                trust=trust,
+            )
+
+        made = make_batch(
+            manifest,
+            out,
+            load,
+            options,
+            model={"model": model, "motion_adapter": motion_adapter, "dtype": dtype},
+            report=lambda words: say_above_bar(f"kinetiq: failed: {words}"),
+            progress=progress,
+        )
+    if as_json:
+        click.echo(json.dumps(made))
+    else:
+        counts = (
+            f"{len(made['made'])} made, {made['kept']} there before, {len(made['failed'])} failed"
+        )
+        click.echo(f"{click.format_filename(out)}: {counts}")
+    return 1 if made["failed"] else 0
+
+
+@main.command()
 @click.argument("storyboard", type=PATH)
 @click.option("--out", required=True, type=PATH, help="Folder for the shots and sheet.png.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="In place of the storyboard's.")

@@ -285,7 +285,7 @@ class Clip:
         check_count("Clip.write: scale", scale)
         rate = self.fps if fps is None else _checked_fps("Clip.write", fps, RequestError)
         target = as_target(path, _WRITE)
-        suffix = _write_suffix(target)
+        suffix = write_suffix(target)
         check_format(target, frames=self.num_frames, fps=rate)
         frames = self.frames
         if scale > 1:
@@ -320,7 +320,7 @@ def check_write(
             by what is never replaced, or the format cannot hold such a clip.
     """
     target = as_target(path, _WRITE)
-    check_target(target, _WRITE, folder=not _write_suffix(target))
+    check_target(target, _WRITE, folder=not write_suffix(target))
     check_format(target, frames=frames, fps=fps)
 
 
@@ -379,7 +379,7 @@ def check_count(what: str, value: object) -> None:
         raise RequestError(f"{what} must be a whole number of at least 1, got {value!r}")
 
 
-def _write_suffix(target: Path) -> str:
+def write_suffix(target: Path) -> str:
     """The suffix that says the format, "" for a folder."""
     suffix = target.suffix.lower()
     if suffix not in ("", *WRITE_SUFFIXES):

@@ -22,6 +22,7 @@ from kinetiq.motion_embedding import MotionEmbedding
 from kinetiq.motion_file import read_info
 from kinetiq.motion_injection import MotionInjection
 from kinetiq.motion_lora import MotionLora
+from kinetiq.named_files import is_there
 from kinetiq.options import CONTROLS, DIRECTIONS
 from kinetiq.query_injection import QueryInjection
 from kinetiq.request import Request
@@ -461,11 +462,8 @@ def _parse_regions(
     return plain, moving
 
 
-def _exists(path: str, folder: Path) -> bool:
-    try:
-        return bool(path) and (folder / path).exists()
-    except OSError:  # no file can have this name
-        return False
+def _exists(words: str, folder: Path) -> bool:
+    return bool(words) and is_there(folder / words)
 
 
 def _parse_drag(words: str) -> tuple[tuple[float, float], tuple[float, float]]:

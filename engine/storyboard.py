@@ -20,7 +20,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,12 +28,13 @@ import attrs
 import numpy as np
 import yaml
 
-from kinetiq.clip import IMAGE_SUFFIXES, Clip, peek
-from kinetiq.errors import ClipError, InputError, RequestError
+from kinetiq.clip import Clip, peek
+from kinetiq.errors import InputError, RequestError
 from kinetiq.motion_embedding import MotionEmbedding
 from kinetiq.motion_file import read_info
 from kinetiq.motion_injection import MotionInjection
 from kinetiq.motion_lora import MotionLora
+from kinetiq.named_files import content_digest, is_there, list_inside
 from kinetiq.query_injection import QueryInjection
 from kinetiq.sampler import resolve_sampler
 from kinetiq.shots import ConsistentShots, Shot
@@ -161,7 +162,7 @@ class Storyboard:
         that it names.
         """
         said = json.dumps(Entry(dict(self.entries), 1).plain, sort_keys=True)
-        parts = [said, *map(_digest, self._read_files())]
+        parts = [said, *map(content_digest, self._read_files())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @contextlib.contextmanager
@@ -307,7 +308,7 @@ class Storyboard:
                     f"{entry.shown}",
                 )
             with self.located("masks"):
-                paths = _inside(folder)
+                paths = list_inside(folder)
         with self.located("masks"):
             return [read_mask(path) for path in paths]
 
@@ -332,7 +333,7 @@ class Storyboard:
         """The same with the masks in a folder in its place."""
         masks = self._named_masks()
         if "masks" in self.entries and not isinstance(self.entries["masks"].value, list):
-            masks = [mask for folder in masks for mask in _inside(folder)]
+            masks = [mask for folder in masks for mask in list_inside(folder)]
         return [*self._clips_and_motions(), *masks]
 
     def _clips_and_motions(self) -> list[Path]:
@@ -360,56 +361,6 @@ def read_mask(path: Path) -> np.ndarray:
     """
     grey: np.ndarray = Clip.read(path).frames.astype(np.float32).mean(axis=-1) / 255.0
     return grey[0] if len(grey) == 1 else grey
-
-
-def is_there(path: Path) -> bool:
-    """Whether there is such a file or folder, which of a name that none can have there is not."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
-
-
-def natural_order(paths: Iterable[Path]) -> list[Path]:
-    """Paths by name, 2 before 10."""
-
-    def key(path: Path) -> list[tuple[int, str]]:
-        parts = re.findall("[0-9]+|[^0-9]+", path.name)
-        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
-
-    return sorted(paths, key=key)
-
-
-def _inside(folder: Path) -> list[Path]:
-    """What a folder holds, in natural order, but for what is hidden.
-
-    Raises:
-        ClipError: it cannot be read.
-    """
-    try:
-        return natural_order(each for each in folder.iterdir() if not each.name.startswith("."))
-    except OSError as error:
-        raise ClipError(f"{folder} must be a folder that can be read: {error.strerror}") from error
-
-
-def _digest(path: Path) -> str:
-    """Of a file's contents, or of the pictures in a folder, which are what is read of it.
-
-    Raises:
-        ClipError: it cannot be read.
-    """
-    if path.is_dir():
-        pictures = [
-            each
-            for each in _inside(path)
-            if each.suffix.lower() in IMAGE_SUFFIXES and each.is_file()
-        ]
-        return hashlib.sha256("\n".join(map(_digest, pictures)).encode()).hexdigest()
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ClipError(f"{path} must be a file that can be read: {error.strerror}") from error
 
 
 def _read_entries(path: Path) -> _Entries:

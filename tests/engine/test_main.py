@@ -137,7 +137,17 @@ class TestMain:
         result = run()
         assert (result.exit_code, result.stderr) == (0, "")
         listed = [line.split()[0] for line in result.stdout.split("Commands:\n")[1].splitlines()]
-        before = ["demo", "generate", "shots", "train", "motion", "analyze", "convert", "doctor"]
+        before = [
+            "demo",
+            "generate",
+            "batch",
+            "shots",
+            "train",
+            "motion",
+            "analyze",
+            "convert",
+            "doctor",
+        ]
         assert listed == [*before, "export", "bench"]
         assert "..." not in result.stdout.split("Commands:\n")[1]
         assert run("--help").stdout == run("-h").stdout == result.stdout
