@@ -211,18 +211,26 @@ def _probe(denoiser: EagerDenoiser) -> None:
 @contextlib.contextmanager
 def cast_weights(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Let the weights be of another type; behind the block they are the very ones they were."""
-    kept = [
-        (tensor, tensor.data)
-        for tensor in (*network.parameters(), *network.buffers())
-        if tensor.is_floating_point()
+    weights = [(one, one.data) for one in network.parameters() if one.is_floating_point()]
+    # Where one of these is a view, as of the file that it was read from, what it is a view of
+    # would keep its type, and tracing refuses that: so another tensor takes its place.
+    buffers = [
+        (module, name, buffer)
+        for module in network.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_floating_point()
     ]
     try:
-        for tensor, data in kept:
-            tensor.data = data.to(dtype)
+        for weight, data in weights:
+            weight.data = data.to(dtype)
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer.to(dtype))
         yield
     finally:
-        for tensor, data in kept:
-            tensor.data = data
+        for weight, data in weights:
+            weight.data = data
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)
 
 
 def _example_inputs(

@@ -6,12 +6,14 @@ import hashlib
 import pytest
 import torch
 from exported import FAMILIES, TAP, small_checkpoint
+from torch._subclasses import FakeTensorMode
 
 onnx = pytest.importorskip("onnx", reason="the extra 'export' is not installed")
 onnx_ir = pytest.importorskip("onnx_ir", reason="the extra 'export' is not installed")
 pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
 
 import kinetiq as kq  # noqa: E402
+from kinetiq.checkpoint import load_checkpoint  # noqa: E402
 from kinetiq.denoiser import EagerDenoiser  # noqa: E402
 from kinetiq.errors import OutputError, RequestError, ShapeError  # noqa: E402
 from kinetiq.export import network  # noqa: E402
@@ -237,6 +239,22 @@ def test_exporting_leaves_the_network_as_it_was(tmp_path):
     assert {name: type(module) for name, module in checkpoint.unet.named_modules()} == modules
     assert made.metadata.controls == () and made.metadata.precision == "float16"
     assert [info.name for info in made.metadata.inputs] == ["latents", "timesteps", "text"]
+
+
+def test_weights_that_are_views_of_a_file_can_be_cast_and_traced(tiny_folder):
+    unet = load_checkpoint(tiny_folder()).unet
+    before = dict(unet.named_buffers())
+    assert any(buffer._is_view() for buffer in before.values())
+    with network.cast_weights(unet, torch.float16):
+        cast = dict(unet.named_buffers())
+        assert {buffer.dtype for buffer in cast.values()} == {torch.float16}
+        assert {weight.dtype for weight in unet.parameters()} == {torch.float16}
+        with FakeTensorMode() as fake:
+            for tensor in (*cast.values(), *unet.parameters()):
+                fake.from_tensor(tensor, static_shapes=True)
+    after = dict(unet.named_buffers())
+    assert all(after[name] is buffer for name, buffer in before.items())
+    assert {tensor.dtype for tensor in (*after.values(), *unet.parameters())} == {torch.float32}
 
 
 def test_an_engine_that_compiles_is_looked_at_without_compiling(tiny_folder):
