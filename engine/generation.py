@@ -28,6 +28,7 @@ from kinetiq.inversion import blend_noise
 from kinetiq.kernels import guided_step
 from kinetiq.moft_guidance import GuidedClip, ResolvedMoftGuidance, guide
 from kinetiq.motion_injection import ResolvedMotionInjection
+from kinetiq.precision import exact_float32
 from kinetiq.profiling import begin, end, span
 from kinetiq.query_injection import ResolvedQueryInjection
 from kinetiq.recomputation import Recomputation
@@ -423,6 +424,7 @@ class _Guiding:
         denoiser, tap = self.model.denoiser, self.guidances[part[0].index].tap
         with (
             span("network"),
+            exact_float32(),
             torch.inference_mode(),
             denoiser.keeping(self._sites(part), batch.conditional) as kept,
         ):
@@ -630,7 +632,7 @@ def _predict(batch: Batch, model: _Model) -> tuple[Tensor, Tensor]:
     most, rows = model.denoiser.most_rows, len(batch.latents)
     if most is not None and rows > most:
         raise _TooManyRows(rows, most)
-    with span("network"), torch.inference_mode():
+    with span("network"), exact_float32(), torch.inference_mode():
         output = model.denoiser.predict(batch.latents, batch.timesteps, batch.text, batch.controls)
     return output[batch.conditional], output[batch.unconditional]
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from kinetiq.denoiser import NO_CONTROLS, Denoiser, EagerDenoiser
 from kinetiq.errors import KinetiqWarning, NonFiniteError, RequestError, ShapeError
+from kinetiq.precision import exact_float32
 from kinetiq.sampler import SamplerRow, SamplerTable, build_sampler_table
 from kinetiq.text import TextParts, encode_prompts
 
@@ -116,6 +117,7 @@ def invert(
         return run(torch.float32)
 
 
+@exact_float32()
 def _invert(
     parts: InversionParts,
     denoiser: Denoiser,

@@ -57,6 +57,7 @@ from kinetiq.files import check_target, make_cache, replacing, write_tensors
 from kinetiq.inversion import step_back
 from kinetiq.kernels import motion_feature
 from kinetiq.motion_losses import read_diffusion
+from kinetiq.precision import exact_float32
 from kinetiq.sampler import SamplerRow, build_sampler_table
 from kinetiq.sprites import world
 from kinetiq.sprites.world import Scene
@@ -341,6 +342,7 @@ def reference_features(
     return _in_parts(latents, read)
 
 
+@exact_float32()
 def _read_features(
     checkpoint: Checkpoint,
     denoiser: Denoiser,

@@ -56,6 +56,7 @@ from kinetiq.families import Site, SiteKind
 from kinetiq.injection import check_reference, freeze_region, one_of
 from kinetiq.kernels import motion_feature
 from kinetiq.moft import DIRECTIONS, SHARE, MotionChannels, middle_area
+from kinetiq.precision import exact_float32
 from kinetiq.profiling import span
 from kinetiq.taps import Tap
 
@@ -839,7 +840,7 @@ def guidance_gradients(
     """
     # Whoever calls this may be in inference mode, whose tensors autograd must not save. What a
     # forward pass is given is made here (stacked, gathered), so it is made of ordinary tensors.
-    with torch.inference_mode(False), torch.enable_grad():
+    with exact_float32(), torch.inference_mode(False), torch.enable_grad():
         given = torch.stack([clip.input_scale * clip.sample for clip in clips])
         given = given.detach().requires_grad_()
         states = [
