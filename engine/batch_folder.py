@@ -208,7 +208,7 @@ class _Run:
 
         Clips are written by another thread, beside the next ones' generation.
         """
-        drawn: deque[_Task] = deque()
+        drawn: list[_Task] = []
         writing: deque[Future[None]] = deque()
         done = 0
 
@@ -227,12 +227,13 @@ class _Run:
         def within(stage: str, steps: int, total: int) -> None:
             progress(f"{done}/{len(tasks)} {stage}", steps, total)
 
-        results = engine.generate_many(
-            requests(), on_error="return", max_clips=self._options.max_clips, progress=within
+        # In the order in which they are done: one that waited for its turn would be lost in a kill.
+        results = engine.generate_as_completed(
+            requests(), max_clips=self._options.max_clips, progress=within
         )
         with ThreadPoolExecutor(max_workers=1) as writer:
-            for result in results:
-                task = drawn.popleft()
+            for place, result in results:
+                task = drawn[place]
                 done += 1
                 if isinstance(result, KinetiqError):
                     self._fail(task.line.number, task.line.locate(result))

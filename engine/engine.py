@@ -273,28 +273,46 @@ class Engine:
         if on_error not in ("raise", "return"):
             raise RequestError(f"on_error: must be 'raise' or 'return', got {on_error!r}")
         for sampled, request in in_order(self._sample(requests, max_clips, progress, kinds)):
-            result = sampled
-            if not isinstance(sampled, KinetiqError):
-                try:
-                    result = self._decode_result(sampled, request, progress)
-                except KinetiqError as error:
-                    result = error
+            result = self._decode_result(sampled, request, progress)
             if on_error == "raise" and isinstance(result, KinetiqError):
                 raise result
             yield result
 
+    def generate_as_completed(
+        self,
+        requests: Iterable[Request],
+        *,
+        max_clips: int = MAX_CLIPS,
+        progress: Progress = no_progress,
+    ) -> Iterator[tuple[int, Clip | KinetiqError]]:
+        """Generate clips in batches and yield each, or what goes wrong with it, once it is done.
+
+        The arguments are those of `generate_many`.
+
+        Yields:
+            The place of the request, from 0, and what came of it.
+        """
+        for place, (sampled, request) in self._sample(requests, max_clips, progress, (Request,)):
+            result = self._decode_result(sampled, request, progress)
+            yield place, result  # type: ignore[misc]  # requests in, clips out
+
     def _decode_result(
         self,
-        sampled: Tensor | BoardLatents,
+        sampled: Tensor | BoardLatents | KinetiqError,
         request: Any,  # what it was sampled from
         progress: Progress,
-    ) -> Clip | ShotBoard:
-        if isinstance(sampled, Tensor):
-            return self.decode(sampled, request.fps, progress)
-        clips = tuple(
-            self.decode(latents, shot.fps, progress)
-            for latents, shot in zip(sampled.latents, request.requests, strict=True)
-        )
+    ) -> Clip | ShotBoard | KinetiqError:
+        if isinstance(sampled, KinetiqError):
+            return sampled
+        try:
+            if isinstance(sampled, Tensor):
+                return self.decode(sampled, request.fps, progress)
+            clips = tuple(
+                self.decode(latents, shot.fps, progress)
+                for latents, shot in zip(sampled.latents, request.requests, strict=True)
+            )
+        except KinetiqError as error:
+            return error
         return ShotBoard(clips, None if sampled.masks is None else sampled.masks.numpy())
 
     def generate_shots(

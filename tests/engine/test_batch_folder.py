@@ -41,18 +41,17 @@ class Painter:
     def __exit__(self, *_):
         pass
 
-    def generate_many(self, requests, *, on_error, max_clips, progress):
-        assert on_error == "return"
+    def generate_as_completed(self, requests, *, max_clips, progress):
         self.max_clips = max_clips
-        for request in requests:
+        for place, request in enumerate(requests):
             self.asked.append(request.prompt)
             progress("denoising", 1, 2)
             if request.prompt == self.fails_at:
-                yield NonFiniteError("step 3: latents must be finite")
+                yield place, NonFiniteError("step 3: latents must be finite")
                 continue
             frames = np.full((4, 16, 24, 3), 20 * request.seed, np.uint8)
             frames += np.arange(4, dtype=np.uint8)[:, None, None, None]
-            yield Clip(frames, 8.0)
+            yield place, Clip(frames, 8.0)
 
 
 @pytest.fixture
@@ -115,6 +114,19 @@ class TestMaking:
         clip = Clip.read(tmp_path / "out" / "stars" / "b.webp")
         assert clip.frames.shape == (4, 16, 24, 3)
 
+    def test_clips_may_be_done_in_another_order(self, make, painter, tmp_path, monkeypatch, log):
+        paint = painter.generate_as_completed
+        monkeypatch.setattr(
+            painter,
+            "generate_as_completed",
+            lambda requests, **settings: reversed(list(paint(requests, **settings))),
+        )
+        lines = [{"prompt": "a", "seed": seed, "out": f"{seed}.webp"} for seed in range(3)]
+        assert make(lines)["made"] == ["2.webp", "1.webp", "0.webp"]
+        for seed in range(3):
+            assert Clip.read(tmp_path / "out" / f"{seed}.webp").frames[0, 0, 0, 0] == 20 * seed
+        assert [entry["seed"] for entry in log()] == [2, 1, 0]
+
     def test_scale_enlarges(self, make, tmp_path, log):
         make([{"prompt": "a", "scale": 2, "out": "a.webp"}])
         assert Clip.read(tmp_path / "out" / "a.webp").frames.shape == (4, 32, 48, 3)
@@ -140,14 +152,14 @@ class TestMaking:
             moving[index, :, index] = 255
         Clip(moving, 8).write(tmp_path / "good.gif")
         seen = []
-        paint = painter.generate_many
+        paint = painter.generate_as_completed
 
         def spy(requests, **settings):
             requests = list(requests)
             seen.extend(requests)
             return paint(iter(requests), **settings)
 
-        monkeypatch.setattr(painter, "generate_many", spy)
+        monkeypatch.setattr(painter, "generate_as_completed", spy)
         reads = []
         monkeypatch.setattr(
             batch_folder.Clip,
@@ -370,14 +382,14 @@ class TestStops:
             make(THREE)
 
     def test_a_second_run_at_the_same_time_is_refused(self, make, painter, monkeypatch):
-        paint = painter.generate_many
+        paint = painter.generate_as_completed
 
         def inner(requests, **settings):
             with pytest.raises(OutputError, match="another is at work on it"):
                 make(THREE)
             return paint(requests, **settings)
 
-        monkeypatch.setattr(painter, "generate_many", inner)
+        monkeypatch.setattr(painter, "generate_as_completed", inner)
         assert make(THREE)["made"] == NAMES
 
     def test_a_manifest_with_the_name_of_a_log_is_refused(self, tmp_path, painter):

@@ -155,6 +155,17 @@ def test_a_bad_request_leaves_the_others_alone(engine):
         next(clips)
 
 
+def test_clips_come_as_they_are_completed_with_their_place(engine):
+    slow, quick = (kq.Request("a ring", frames=3, steps=steps) for steps in (4, 1))
+    bad = kq.Request("a ring", frames=3, steps=2, height=15)
+    results = list(engine.generate_as_completed([slow, quick, bad]))
+    assert [place for place, _ in results] == [2, 1, 0]
+    assert isinstance(results[0][1], kq.RequestError)
+    for request, (_, clip) in ((quick, results[1]), (slow, results[2])):
+        (alone,) = engine.generate_many([request])
+        assert abs(clip.frames.astype(int) - alone.frames).max() <= 1
+
+
 class Fragile:
     """A denoiser that runs out of memory above some rows, or answers NaN to one row's latents.
 
