@@ -1,8 +1,9 @@
 """The test suite on the GPU at hand: what passed, what failed, what was not come to.
 
-Two selections: tests that are marked `gpu`, of all folders; then all other tests of the kernels,
-which run compiled where there is a GPU, and are compared with float64 there as elsewhere. They run
-in a process of their own, which a crash of the driver may take with it.
+Three selections: tests that are marked `gpu`, of all folders, those of the kernels first; then all
+other tests of the kernels, which run compiled where there is a GPU, and are compared with float64
+there as elsewhere; then those that watch each access to memory, which take longest and say least.
+They run in processes of their own, which a crash of the driver may take with it.
 """
 
 import contextlib
@@ -31,6 +32,8 @@ _TIME_UP = "no time was left for this test"
 _RANK = ("passed", "skipped", "failed")  # of a test with several verdicts the last counts
 _OPTIONS = (  # the project's own, less those of plugins that a bare machine may lack
     *("-o", "addopts=", "--import-mode=importlib", "--strict-markers", "-q", "-ra", "--tb=short"),
+    # What packages of that machine warn of is no verdict on ours.
+    *("-o", "filterwarnings="),
     *("-p", "no:cacheprovider", "--continue-on-collection-errors"),
 )
 
@@ -43,9 +46,11 @@ class Selection:
         name: of the selection.
         stem: of its figures.
         marks: expression over marks.
-        path: folder or file in the checkout.
+        path: folder in the checkout.
         seconds: without which it is not begun.
-        rest: seconds that it leaves to what comes after it.
+        rest: share of the time left that it leaves to what comes after it.
+        processes: that share its tests, where pytest-xdist is installed.
+        marked: whether its tests are marked `gpu`, so that other files need not be read.
     """
 
     name: str
@@ -54,15 +59,35 @@ class Selection:
     path: str
     seconds: float = 30.0
     rest: float = 0.0
+    processes: int = 1
+    marked: bool = True
 
     def limit(self, left: float) -> float:
         """Seconds that it may take when so many are left."""
-        return max(self.seconds, left - self.rest)
+        return max(self.seconds, left * (1.0 - self.rest))
+
+    def files(self, root: Path) -> list[str]:
+        """What pytest is to look into."""
+        if not self.marked:
+            return [self.path]
+        found = [
+            path
+            for path in (root / self.path).rglob("test_*.py")
+            if "mark.gpu" in path.read_text("utf-8")
+        ]
+        found.sort(key=lambda path: ("kernels" not in path.parts, path))
+        return [str(path.relative_to(root)) for path in found] or [self.path]
 
 
 SELECTIONS = (
-    Selection("gpu", "gpu.tests", "gpu and not slow", "tests", rest=150.0),
-    Selection("kernels", "gpu.tests.kernels", "not gpu and not slow", "tests/kernels"),
+    Selection("gpu", "gpu.tests", "gpu and not slow", "tests", rest=0.5),
+    Selection(
+        *("kernels", "gpu.tests.kernels", "not gpu and not slow", "tests/kernels"),
+        rest=0.2,
+        processes=8,  # most of the time is Triton's compiling
+        marked=False,
+    ),
+    Selection("memory", "gpu.tests.memory", "gpu and slow", "tests/kernels"),
 )
 
 
@@ -78,7 +103,7 @@ class Verdict:
 def measure_tests(
     options: BenchOptions, budget: Budget, progress: Progress, keep: Keep = lambda *_: None
 ) -> Outcome:
-    """Run both selections on the GPU of `options`."""
+    """Run the selections on the GPU of `options`."""
     root = package_checkout()
     names = [f"tests: {selection.name}" for selection in SELECTIONS]
     outcome = Outcome()
@@ -143,7 +168,9 @@ def run_selection(
     """
     path = folder.resolve() / VERDICTS.format(selection.name)
     words = [sys.executable, "-P", "-m", "pytest", "-p", _PLUGIN, "--verdicts", str(path)]
-    words += [*_OPTIONS, "-m", selection.marks, selection.path]
+    words += [*_OPTIONS, "-m", selection.marks, *selection.files(root)]
+    if selection.processes > 1 and importlib.util.find_spec("xdist") is not None:
+        words += ["--numprocesses", str(selection.processes)]
     with (folder / LOG).open("ab") as log:
         ended = run_in_time(words, root, _environment(device), log, seconds)
     collected, verdicts = read_verdicts(path)

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 
 def pytest_addoption(parser: Any) -> None:
     """Add `--verdicts`."""
@@ -18,7 +20,7 @@ def pytest_addoption(parser: Any) -> None:
 def pytest_configure(config: Any) -> None:
     """Begin to write, if asked to."""
     path = config.getoption("verdicts")
-    if path:
+    if path and not hasattr(config, "workerinput"):  # workers of xdist report to who writes
         config.pluginmanager.register(Verdicts(Path(path)), "kinetiq-verdicts")
 
 
@@ -27,10 +29,16 @@ class Verdicts:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w", encoding="utf-8", buffering=1)  # each line is out at once
+        self._collected = False
 
     def pytest_collection_finish(self, session: Any) -> None:
         """Say which tests will run."""
-        self._write(collected=[item.nodeid for item in session.items])
+        self._say_collected([item.nodeid for item in session.items])
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        """Say which tests will run, once: all workers collect the same."""
+        self._say_collected(ids)
 
     def pytest_collectreport(self, report: Any) -> None:
         """Say what could not be collected."""
@@ -45,6 +53,11 @@ class Verdicts:
     def pytest_unconfigure(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _say_collected(self, tests: list[str]) -> None:
+        if tests and not self._collected:
+            self._write(collected=tests)
+            self._collected = True
 
     def _write(self, **entry: object) -> None:
         self._file.write(json.dumps(entry) + "\n")

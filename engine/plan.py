@@ -11,6 +11,7 @@ import gc
 import logging
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from kinetiq.plan_inputs import Path, PlanInput, build_controls, build_prompts
 Compile = Callable[[torch.fx.GraphModule, list[Tensor]], Callable[..., Any]]
 _WARM_UPS = 2  # before a capture: the first compiles and tunes, the second has its memory
 _NO_COMPILER = ("InvalidCxxCompiler", "Failed to find C compiler", "CppCompileError")
-_LOGS = {logging.Logger.info}  # diffusers says that it forces a size, which is no operation
+_LOGS = frozenset({logging.Logger.info})  # diffusers says that it forces a size: no operation
 _ADVICE = "load the model with backend='eager'"
 
 
@@ -110,7 +111,7 @@ class Plan:
         """Compile, and on a GPU capture; see the class for what may go wrong."""
         before = self._compiler.seen.count
         try:
-            with torch._dynamo.config.patch(ignore_logger_methods=_LOGS):  # noqa: SLF001  its name
+            with self._silent():
                 if self._pool is None:
                     self._predict()
                 else:
@@ -161,6 +162,20 @@ class Plan:
             f"{rows} rows of {frames} frames of {channels}x{height}x{width} latents in "
             f"{self._buffers['latents',].dtype} with {', '.join(kinds) or 'no controls'}"
         )
+
+    def _silent(self) -> AbstractContextManager[None]:
+        """Let Dynamo pass over what diffusers logs of a size that its levels do not halve evenly.
+
+        Only where there is such a size: PyTorch before 2.13 cannot write this setting into its
+        own log of compilations, and prints an exception in its place.
+        """
+        halvings = 2 ** getattr(self._network, "num_upsamplers", 0)
+        if all(side % halvings == 0 for side in self._buffers["latents",].shape[-2:]):
+            return nullcontext()
+        silent: AbstractContextManager[None] = torch._dynamo.config.patch(  # noqa: SLF001  its name
+            ignore_logger_methods=_LOGS
+        )
+        return silent
 
     def _predict(self) -> Tensor:
         signal = self._signal

@@ -176,7 +176,8 @@ def suite(tmp_path):
 
 def test_every_verdict_is_counted(suite, tmp_path):
     outcome = suite(
-        "pass", files={"test_it.py": SUITE.format(last="pass"), "test_no.py": "import no_such"}
+        "pass",
+        files={"test_it.py": SUITE.format(last="pass"), "test_no.py": "import no_such  # mark.gpu"},
     )
     values = {name: figure.value for name, figure in outcome.figures.items()}
     assert values == {
@@ -238,9 +239,53 @@ def test_no_tests_are_no_measurement(suite):
 
 
 def test_tests_leave_time_to_those_of_the_kernels():
-    first, last = device_tests.SELECTIONS
-    assert (first.limit(440.0), last.limit(150.0)) == (290.0, 150.0)
+    first, kernels, last = device_tests.SELECTIONS
+    assert (first.limit(440.0), kernels.limit(220.0), last.limit(44.0)) == (220.0, 176.0, 44.0)
     assert first.limit(50.0) == first.seconds
+
+
+@pytest.mark.slow
+def test_marked_tests_are_all_in_the_files_that_are_read(tmp_path):
+    """And the kernels' are first, since all else stands on them."""
+    root = device_tests.package_checkout()
+    selection = device_tests.SELECTIONS[0]
+    files = selection.files(root)
+    kernels = [file.startswith("tests/kernels/") for file in files]
+    assert kernels[0] and kernels == sorted(kernels, reverse=True)
+    words = [sys.executable, "-P", "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    words += ["-o", "addopts=", "--import-mode=importlib", "-m", "gpu and not slow"]
+    found = [
+        [line for line in done.stdout.splitlines() if "::" in line]
+        for done in (
+            subprocess.run([*words, *where], cwd=root, capture_output=True, text=True, check=True)
+            for where in (["tests"], files)
+        )
+    ]
+    assert found[0]
+    assert sorted(found[0]) == sorted(found[1])
+    (tmp_path / "tests").mkdir()
+    assert selection.files(tmp_path) == ["tests"]
+
+
+def test_several_processes_share_the_tests_and_report_to_one_file(tmp_path):
+    pytest.importorskip("xdist")
+    (tmp_path / "tests" / "kernels").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.pytest.ini_options]\nmarkers = ["gpu: x", "slow: y"]\n'
+    )
+    lines = ["import os", "def test_bad(): assert 1 == 2", "def test_dies(): os._exit(3)"]
+    lines += [f"def test_{number}(): pass" for number in range(6)]
+    (tmp_path / "tests" / "kernels" / "test_it.py").write_text("\n".join(lines))
+    selection = replace(device_tests.SELECTIONS[1], processes=2)
+    outcome = Outcome()
+    device_tests.run_selections(
+        tmp_path, tmp_path, "cuda", Budget(60.0), outcome, SILENT, [selection]
+    )
+    values = {name.rpartition(".")[2]: figure.value for name, figure in outcome.figures.items()}
+    assert values == {"passed": 6, "failed": 2, "skipped": 0, "not_run": 0}
+    failed = {v["test"].rpartition("::")[2]: v["why"] for v in outcome.details["kernels"]["failed"]}
+    assert failed["test_bad"] == "assert 1 == 2"
+    assert "crashed" in failed["test_dies"]
 
 
 def test_tests_see_the_gpu_that_was_asked_for(monkeypatch):
@@ -990,7 +1035,8 @@ def test_targets_are_of_figures_that_parts_have():
     known |= {f"{selection.stem}.failed" for selection in device_tests.SELECTIONS}
     known |= {f"gpu.{case.name}" for case in control_costs.CASES}
     known |= {f"gpu.agreement.{word}" for word in ("disagreeing", "not_compared")}
-    known |= {"gpu.tests.not_run", "gpu.animatediff.compiled.same_bits"}
+    known |= {f"{selection.stem}.not_run" for selection in device_tests.SELECTIONS}
+    known.add("gpu.animatediff.compiled.same_bits")
     for model in (models.ANIMATEDIFF, models.ZEROSCOPE):
         for dtype in (torch.float16, torch.bfloat16):
             stem = clips.stem_of(model, dtype)

@@ -816,8 +816,8 @@ def on_gpu(part):
         return part.cuda()
     if isinstance(part, dict):
         return {key: on_gpu(value) for key, value in part.items()}
-    if part is None:
-        return None
+    if part is None or part == ():  # boards, which none of these has
+        return part
     return replace(
         part, **{field.name: on_gpu(getattr(part, field.name)) for field in fields(part)}
     )

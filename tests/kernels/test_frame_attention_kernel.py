@@ -947,6 +947,7 @@ def test_more_elements_than_32_bits_count():
         torch.testing.assert_close(got[:, :, -1:], alone)
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_touches_no_memory_but_its_own(memory_check):
     memory_check(__file__, "kernel_agrees or kernel_mixes or kernel_takes")

@@ -288,8 +288,8 @@ class Step(torch.nn.Module):
         return guided_step(*inputs)
 
 
-def test_exports_as_one_node_and_compiles_whole(rng):
-    tensors, *numbers = sample((2, 3, 4), "cpu", rng)
+def test_exports_as_one_node_and_compiles_whole(cpu_rng):
+    tensors, *numbers = sample((2, 3, 4), "cpu", cpu_rng)
     inputs = (*tensors, *numbers)
     clips = torch.export.Dim("clips")
     program = torch.export.export(Step(), inputs, dynamic_shapes=(({0: clips},) * 7,))
@@ -393,6 +393,7 @@ def test_more_elements_than_32_bits_count():
     assert torch.equal(got[:, -8:], wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_touches_no_memory_but_its_own(memory_check):
     memory_check(__file__, "agree")

@@ -338,10 +338,10 @@ def test_launches_on_the_device_of_its_tensors(kind, monkeypatch, kernel_device,
     assert asked == [[x.shape]] * len(asked)
 
 
-def test_gradcheck(rng):
+def test_gradcheck(cpu_rng):
     for kind in KINDS:
         x, channels, projection, weights = double(
-            *sample((2, 3, 4, 5), kind, torch.float64, "cpu", rng)
+            *sample((2, 3, 4, 5), kind, torch.float64, "cpu", cpu_rng)
         )
         x.requires_grad_()
         if projection is not None:
@@ -371,9 +371,9 @@ class Feature(torch.nn.Module):
         return motion_feature(x, channels, region=region)
 
 
-def test_exports_as_one_node_and_compiles_whole(rng):
+def test_exports_as_one_node_and_compiles_whole(cpu_rng):
     x, channels, _, weights = sample(
-        (2, 3, 4, 5), "channels in a region", torch.float32, "cpu", rng
+        (2, 3, 4, 5), "channels in a region", torch.float32, "cpu", cpu_rng
     )
     rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens")
     dynamic = {"x": {0: rows, 2: tokens}, "channels": None, "region": {0: rows, 1: tokens}}
@@ -602,6 +602,7 @@ def test_more_elements_than_32_bits_count(kind):
     torch.testing.assert_close(dx, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_touches_no_memory_but_its_own(memory_check):
     memory_check(__file__, "kernel_agrees")

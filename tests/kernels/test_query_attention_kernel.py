@@ -791,6 +791,7 @@ def test_more_elements_than_32_bits_count():
         assert torch.equal(got[-1:], alone)
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_touches_no_memory_but_its_own(memory_check):
     memory_check(__file__, "agree or read_rows or gradient_of_the_operator_for")

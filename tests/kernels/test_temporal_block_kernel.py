@@ -582,6 +582,7 @@ def test_is_captured_and_replayed(controlled):
         torch.testing.assert_close(got, wanted, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_touches_no_memory_but_its_own(memory_check):
     memory_check(__file__, "kernel_agrees")
