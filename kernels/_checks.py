@@ -23,9 +23,10 @@ def check_type(where: str, name: str, tensor: Tensor) -> None:
         )
 
 
-def is_count(number: object) -> bool:
-    """Whether this is a whole number above zero, such as one of heads."""
-    return isinstance(number, int) and not isinstance(number, bool) and number > 0
+def check_heads(where: str, heads: object) -> None:
+    """Require an int above zero."""
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+        raise ShapeError(f"{where}: heads must be an int above 0, got {heads!r}")
 
 
 def check_kind(where: str, name: str, tensor: Tensor, query: Tensor) -> None:
@@ -101,7 +102,8 @@ def check_blend(where: str, name: str, blend: Tensor | None, full: tuple[int, in
     """Require `blend` to be floating [rows] or [rows, frames, tokens]."""
     if blend is None:
         return
-    if tuple(blend.shape) not in (full[:1], full):
+    # Compared one by one: a trace puts no guard on sizes in a tuple.
+    if tuple(blend.shape) != full[:1] and tuple(blend.shape) != full:
         raise ShapeError(
             f"{where}: {name} must be [rows] or [rows, frames, tokens] = {list(full)}, "
             f"got {list(blend.shape)}"

@@ -77,8 +77,7 @@ class CompileCase:
         shape: name of the shape, such as "animatediff_64x64".
         forward: whether this is the forward direction.
         launch: launches on "meta" tensors of the given type; may launch several kernels.
-        padded_work: multiplications that the kernel does for each one that the formula asks for;
-            1 where nothing is padded.
+        count_padded: counts `padded_work`, from the launch settings, which are not read before.
         padded_head_dim: columns of a head that the kernel multiplies for each one that there is,
             which is one factor of `padded_work`; 1 where there are no heads.
     """
@@ -87,8 +86,16 @@ class CompileCase:
     shape: str
     forward: bool
     launch: Callable[[torch.dtype], None]
-    padded_work: float = 1.0
+    count_padded: Callable[[], float] = lambda: 1.0
     padded_head_dim: float = 1.0
+
+    @property
+    def padded_work(self) -> float:
+        """Multiplications that the kernel does for each one that the formula asks for.
+
+        It is 1 where nothing is padded.
+        """
+        return self.count_padded()
 
 
 @dataclass(frozen=True)

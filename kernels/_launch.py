@@ -16,17 +16,25 @@ import contextlib
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
-from kinetiq.errors import InputError, WorkError
+from kinetiq.errors import InputError
 
 LAUNCH_FILE = Path(__file__).with_name("launch.json")
 VARIABLE = "KINETIQ_LAUNCH"  # of the environment: another file in its place
 DEFAULT = "default"
+_ARCHITECTURE = re.compile(r"default|sm_[0-9]{2,3}|gfx[0-9a-f]+")
+_POWER = "a power of two"
+_RANGES = {  # of settings that are no powers of two
+    "WHOLE": "a number of elements",
+    "POSITIONS": "a number of positions",
+    "num_stages": "a number above 0",
+}
 Table = dict[str, dict[str, dict[str, dict[str, int]]]]
 _asked: list[str] = []
 _choosers: list[Callable[[str, str, dict[str, int]], dict[str, int]]] = []
@@ -40,7 +48,7 @@ def settings(operator: str, key: str = "*") -> dict[str, int]:
         key: what the settings depend on, such as "d40"; an operator chooses its own words.
 
     Raises:
-        WorkError: the file has no entry for this operator, nor a "*" for this key.
+        InputError: the file has no entry for this operator, nor a "*" for this key.
     """
     found = dict(_settings(operator, key, architecture()))
     for choose in _choosers:
@@ -100,7 +108,8 @@ def read_table(path: Path) -> Table:
     """The settings of a launch file.
 
     Raises:
-        InputError: it is not operator → architecture → key → settings.
+        InputError: it is not operator → architecture → key → settings, each of them a number
+            that the operator knows and can have.
     """
     advice = "write one by `kinetiq bench tune --path FILE`"
     if path != LAUNCH_FILE and path == launch_file():
@@ -114,13 +123,43 @@ def read_table(path: Path) -> Table:
             f"{path}: must be a launch file, operator → architecture → key → settings, got "
             f"something else; {advice}"
         )
+    if path != LAUNCH_FILE:
+        for wrong in _wrong_entries(table, read_table(LAUNCH_FILE)):
+            raise InputError(f"{path}: {wrong}; {advice}")
     return table
+
+
+def _wrong_entries(table: Table, known: Table) -> Iterator[str]:
+    """What is wrong with entries, measured by those of the package."""
+    for operator, places in table.items():
+        if operator not in known:
+            yield f"operators must be among {', '.join(known)}, got {operator!r}"
+            return
+        forms = {frozenset(e) for entries in known[operator].values() for e in entries.values()}
+        for place, entries in places.items():
+            if not _ARCHITECTURE.fullmatch(place):
+                yield f'"{operator}" must be for default, sm_<number> or gfx<name>, got {place!r}'
+            for key, entry in entries.items():
+                where = f'"{operator}" for "{key}" under "{place}"'
+                if frozenset(entry) not in forms:
+                    named = " or ".join(sorted(", ".join(sorted(form)) for form in forms))
+                    yield f"{where} must have {named}, got {', '.join(sorted(entry))}"
+                for name, value in entry.items():
+                    if not _fits(name, value):
+                        wanted = _RANGES.get(name, _POWER)
+                        yield f"{where} must have {wanted} as {name}, got {value}"
+
+
+def _fits(name: str, value: int) -> bool:
+    if name in _RANGES:
+        return value >= (1 if name == "num_stages" else 0)
+    return value > 0 and not value & (value - 1)
 
 
 def _is_nested(entries: object, depth: int) -> bool:
     """Whether these are numbers by name, `depth` names deep."""
     if depth < 0:
-        return isinstance(entries, int)
+        return isinstance(entries, int) and not isinstance(entries, bool)
     return isinstance(entries, dict) and all(_is_nested(e, depth - 1) for e in entries.values())
 
 
@@ -129,14 +168,20 @@ def _table() -> Table:
     return read_table(launch_file())
 
 
+def file_entries(operator: str) -> Mapping[str, Mapping[str, Mapping[str, int]]]:
+    """All that the file says of an operator, by architecture and key."""
+    return _table().get(operator, {})
+
+
 @functools.cache
 def _settings(operator: str, key: str, name: str) -> Mapping[str, int]:
     entries = _table().get(operator, {})
     found = find_entry(name, key, entries)
     if found is None:
-        raise WorkError(
-            f'{launch_file().name}: must have settings of "{operator}" for "{key}" or "*" under '
-            f'"{name}" or "{DEFAULT}", got none'
+        raise InputError(
+            f'{launch_file()}: must have settings of "{operator}" for "{key}" or "*" under '
+            f'"{name}" or "{DEFAULT}", got none; write a whole file by `kinetiq bench tune --path '
+            "FILE`"
         )
     place, word = found
     return MappingProxyType(entries[place][word])

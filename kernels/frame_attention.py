@@ -42,12 +42,12 @@ from kinetiq.kernels._autograd import differentiate, keep_types, make_room
 from kinetiq.kernels._checks import (
     check_blend,
     check_device,
+    check_heads,
     check_kind,
     check_range,
     check_rows,
     check_tensor,
     check_type,
-    is_count,
     require_index,
 )
 from kinetiq.kernels._compile import CompileCase
@@ -573,7 +573,7 @@ def _chosen(
         own = _moved(operand, 0, row, place, frame, D, FROM, WIDTH, SHARE)
         share = _share(choice[1], row, place, frame, CHOICE)
         far, near = chosen.to(tl.float32), own.to(tl.float32)
-        way = far - near  # as torch.lerp: exact at both ends
+        way = far - near  # as torch.lerp: exact at both ends of finite numbers
         chosen = tl.where(share < 0.5, near + share * way, far - (1.0 - share) * way)
     return chosen
 
@@ -1221,11 +1221,16 @@ def _backward_with_motion(ctx, grad: Tensor, grad_motion: Tensor):
     needed = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:])
     of_projection = None
     others: list[Tensor | None] = [None] * len(tensors)
+    # In float32, as forward: what stays may be much larger than what moves, and costs no digits.
+    wide = torch.promote_types(out.dtype, torch.float32)
     with keep_types(out):
         if ctx.needs_input_grad[3]:
-            of_projection = _centred(out).flatten(0, 2).mT @ grad_motion.flatten(0, 2)
+            moving = _centred(out.to(wide)).flatten(0, 2)
+            product = moving.mT @ grad_motion.to(wide).flatten(0, 2)
+            of_projection = product.to(projection.dtype)
         if any(needed):
-            grad = grad + _centred(grad_motion @ projection.mT)
+            of_motion = _centred(grad_motion.to(wide) @ projection.to(wide).mT)
+            grad = (grad + of_motion).to(grad.dtype)
             others = _gradients(grad, tensors, needed, ctx.heads)
     return *others[:3], of_projection, *others[3:], None
 
@@ -1350,7 +1355,7 @@ def _case(
     frames, d = shape[1], shape[4]
     head = sum(split_head_dim(d)) / d
     return CompileCase(
-        "frame_attention", full, forward, launch, _padded_frames(frames) * head, head
+        "frame_attention", full, forward, launch, lambda: _padded_frames(frames) * head, head
     )
 
 
@@ -1439,7 +1444,8 @@ def check_motion(
 def _check(query: Tensor, key: Tensor, value: Tensor, heads: int, controls: _Ordered) -> None:
     for name, tensor in {"query": query, "key": key, "value": value}.items():
         check_tensor(_WHERE, name, tensor)
-    if query.ndim != 4 or not is_count(heads) or query.shape[-1] % heads:
+    check_heads(_WHERE, heads)
+    if query.ndim != 4 or query.shape[-1] % heads:
         raise ShapeError(
             f"{_WHERE}: query must be [rows, frames, tokens, heads * d] with heads = "
             f"{heads}, got {list(query.shape)}"

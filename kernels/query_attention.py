@@ -35,12 +35,12 @@ from kinetiq.kernels._autograd import differentiate, keep_types, make_room
 from kinetiq.kernels._checks import (
     check_blend,
     check_device,
+    check_heads,
     check_kind,
     check_range,
     check_rows,
     check_tensor,
     check_type,
-    is_count,
 )
 from kinetiq.kernels._compile import NVIDIA, CompileCase
 from kinetiq.kernels._cost import Cost
@@ -380,7 +380,7 @@ def _choose_part(
     D: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     part = _load_part(other, places, inside, D, FROM, WIDTH, EVEN)
-    if share is not None:  # as torch.lerp: exact at both ends
+    if share is not None:  # as torch.lerp: exact at both ends of finite numbers
         far = part.to(tl.float32)
         near = _load_part(own, places, inside, D, FROM, WIDTH, EVEN).to(tl.float32)
         way, share = far - near, share[:, None]
@@ -1283,7 +1283,8 @@ def _check(inputs: Inputs) -> None:
     query, key, value, query_row, query_blend, key_rows, key_log_mask, heads = inputs
     for name, tensor in {"query": query, "key": key, "value": value}.items():
         check_tensor(where, name, tensor)
-    if query.ndim != 4 or not is_count(heads) or query.shape[-1] % heads:
+    check_heads(where, heads)
+    if query.ndim != 4 or query.shape[-1] % heads:
         raise ShapeError(
             f"{where}: query must be [rows, frames, tokens, heads * d] with heads = {heads}, "
             f"got {list(query.shape)}"
@@ -1298,7 +1299,8 @@ def _check(inputs: Inputs) -> None:
                 f"{where}: {name} must be [rows = {rows}, frames or 1, keys, {width}] to match "
                 f"query {list(query.shape)}, got {list(tensor.shape)}"
             )
-        if tensor.shape[1] not in (1, frames):
+        # Compared one by one: a trace puts no guard on sizes in a tuple.
+        if tensor.shape[1] != 1 and tensor.shape[1] != frames:
             raise ShapeError(
                 f"{where}: {name} must have {frames} frames or 1, got {tensor.shape[1]}"
             )
@@ -1383,8 +1385,12 @@ def _compile_case(
         _launch_empty, (3, frames, tokens, heads * d), heads, keys, blend, further, backward
     )
     head = sum(split_head_dim(d)) / d
-    pairs = _padded_pairs(tokens, tokens if keys is None else keys, d, backward=backward)
-    return CompileCase("query_attention", shape, not backward, launch, pairs * head, head)
+    seen = tokens if keys is None else keys
+
+    def count_padded() -> float:
+        return head * _padded_pairs(tokens, seen, d, backward=backward)
+
+    return CompileCase("query_attention", shape, not backward, launch, count_padded, head)
 
 
 def _padded_pairs(queries: int, keys: int, d: int, *, backward: bool) -> float:

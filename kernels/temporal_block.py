@@ -30,8 +30,7 @@ Source: Guo et al., "AnimateDiff", arXiv:2307.04725, sec. 4.2; motion embeddings
 """
 
 import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,10 +39,10 @@ from torch import Tensor
 
 from kinetiq.errors import ShapeError
 from kinetiq.kernels._autograd import differentiate, keep_types, make_room
-from kinetiq.kernels._checks import check_tensor, check_type, is_count
+from kinetiq.kernels._checks import check_heads, check_tensor, check_type
 from kinetiq.kernels._compile import NVIDIA, CompileCase
 from kinetiq.kernels._cost import Cost
-from kinetiq.kernels._launch import architecture, launch_file, pretend, read_table, settings
+from kinetiq.kernels._launch import architecture, file_entries, pretend, settings
 from kinetiq.kernels._triton import tl, triton
 from kinetiq.kernels.frame_attention import (
     CACHED,
@@ -59,17 +58,10 @@ MAX_FRAMES = 128  # all frames of a position must fit on the chip, in the separa
 MAX_HEAD_DIM = 256
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # on a GPU
 _CONTROLS_OF_ROWS = CONTROLS.index("motion_slot")  # before those of motion, and not used here
+_MOST_EPS = torch.finfo(torch.float32).max
 _LONGEST = 32  # frames; beyond, q, k, v and scores of one position fill the registers
 _WIDEST = 80  # columns of a head; beyond, two tiles of each of q, k and v do
 _TILE = 16  # the least side of a product on the matrix units
-
-
-def _read_wins() -> Mapping[str, Mapping[str, Mapping[str, int]]]:
-    return read_table(launch_file()).get("temporal_block_wins", {})
-
-
-# Read when this is imported: `torch.compile`, which traces `wins`, cannot read a file.
-_MEASURED = _read_wins()
 
 
 def temporal_block(
@@ -183,18 +175,22 @@ def wins(
     """
     if device.type != "cuda":
         return False
-    measured = _MEASURED.get(_architecture_of(device))
-    if measured is None or dtype not in _NAMES:
+    if dtype not in _NAMES:
         return False
-    entry = measured.get(f"frames{frames}_heads{heads}_d{d}_{_NAMES[dtype]}", {"POSITIONS": 0})
-    return 0 < entry["POSITIONS"] <= rows * tokens
+    least = _least_positions(f"frames{frames}_heads{heads}_d{d}_{_NAMES[dtype]}", device)
+    return 0 < least <= rows * tokens
 
 
-@torch.compiler.assume_constant_result  # a graph is compiled for the GPU that is there
-def _architecture_of(device: torch.device) -> str:
+def _least_positions(key: str, device: torch.device) -> int:
     index: int | None = device.index
     with torch.cuda.device(-1 if index is None else index):  # -1: no change
-        return architecture()
+        measured = file_entries("temporal_block_wins").get(architecture(), {})
+    return measured.get(key, {"POSITIONS": 0})["POSITIONS"]
+
+
+# A graph is compiled for the GPU that is there, and its tracer can read no file. This is all that
+# `torch.compiler.assume_constant_result` does, but for loading the whole compiler (torch 2.13).
+_least_positions._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def temporal_block_reference(
@@ -269,12 +265,26 @@ def cost(
     return Cost(bytes=itemsize * moved, flops=elements * 2 * (4 * width + 2 * frames))
 
 
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over channels.
+
+    On a CPU PyTorch adds up the gradients of weight and bias in their own type, over all positions
+    (torch 2.13), which leaves one digit of them in bfloat16: where they are wanted it gets float32.
+    """
+    trained = weight.requires_grad or bias.requires_grad
+    if x.device.type != "cpu" or not trained:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normed = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    return normed.to(x.dtype)
+
+
 def _separate(*inputs: Any, attend: Callable[..., Tensor]) -> Tensor:
     """The same by the separate operators, of which `attend` is the attention."""
     x, norm_weight, norm_bias, *weights, out_weight, out_bias, position = inputs[:9]
     *motion, heads, eps = inputs[9:]
     with keep_types(x):
-        normed = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+        normed = _norm(x, norm_weight, norm_bias, eps)
         if position is not None:
             normed = normed + position[: x.shape[1], None].to(normed.dtype)
         attended = attend(*(F.linear(normed, weight) for weight in weights), *motion, heads)
@@ -441,7 +451,7 @@ def _temporal_block_kernel(
         at = x_ptr + rows[:, None] + channel[None, :] * x_channel
         centred = tl.load(at, mask=known, other=0.0).to(tl.float32) - mean[:, None]
         total += tl.sum(tl.where(known, centred * centred, 0.0), axis=1)
-    rstd = tl.rsqrt(total / width + EPS)
+    rstd = tl.rsqrt(tl.where(mask, total / width + EPS, 1.0))  # no line varies, and EPS may be 0
 
     slot = 0
     scale = 1.0
@@ -652,14 +662,17 @@ def _check(
     eps: object,
 ) -> None:
     check_tensor("temporal_block", "x", x)
-    if x.ndim != 4 or min(x.shape[1:]) < 1 or not is_count(heads) or x.shape[-1] % heads:
+    check_heads("temporal_block", heads)
+    if x.ndim != 4 or min(x.shape[1:]) < 1 or x.shape[-1] % heads:
         raise ShapeError(
             f"temporal_block: x must be [rows, frames, tokens, heads * d] with heads = {heads} "
             f"and at least one frame and token, got {list(x.shape)}"
         )
     check_type("temporal_block", "x", x)
-    if not isinstance(eps, int | float) or not 0 <= eps < math.inf:
-        raise ShapeError(f"temporal_block: eps must be a number of at least 0, got {eps!r}")
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps <= _MOST_EPS:
+        raise ShapeError(
+            f"temporal_block: eps must be a number of at least 0 that float32 holds, got {eps!r}"
+        )
     if x.device.type == "cuda":
         _check_kernel(x, heads)
     width = x.shape[-1]
@@ -725,7 +738,8 @@ def _case(shape: str) -> CompileCase:
 
     d = _SHAPES[shape][4]
     head = sum(split_head_dim(d)) / d
-    return CompileCase("temporal_block", shape, True, launch, _padded_work(*_SHAPES[shape]), head)
+    count_padded = functools.partial(_padded_work, *_SHAPES[shape])
+    return CompileCase("temporal_block", shape, True, launch, count_padded, head)
 
 
 def _padded_work(rows: int, frames: int, tokens: int, heads: int, d: int) -> float:

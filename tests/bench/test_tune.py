@@ -324,14 +324,17 @@ def test_where_a_layer_wins_is_read_from_the_file_that_is_named(tmp_path, monkey
     table = tune.with_entry(tune.load_table(path), entry, "sm_90", {"POSITIONS": 77})
     tune.write_table(path, table)
     monkeypatch.setenv("KINETIQ_LAUNCH", str(path))
-    assert block._read_wins()["sm_90"] == {entry[1]: {"POSITIONS": 77}}
+    _launch._table.cache_clear()
+    assert _launch.file_entries(tune.WINS)["sm_90"] == {entry[1]: {"POSITIONS": 77}}
     assert tune.load_table(tmp_path / "new.json") == table  # begins as a copy of what is in use
     path.unlink()
     said = (
         r"own\.json: must be a launch file, got: .* or unset KINETIQ_LAUNCH, which names this one$"
     )
+    _launch._table.cache_clear()
     with pytest.raises(InputError, match=said):
-        block._read_wins()
+        _launch.file_entries(tune.WINS)
+    _launch._table.cache_clear()
 
 
 def test_a_file_keeps_its_form(tmp_path):

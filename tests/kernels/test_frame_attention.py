@@ -253,7 +253,7 @@ ROW = torch.zeros(2, dtype=torch.int64)
     [
         ({"query": torch.zeros(2, 4, 6)}, r"query must be .* with heads = 2, got \[2, 4, 6\]"),
         ({"heads": 4}, r"with heads = 4, got \[2, 3, 4, 6\]"),
-        ({"heads": 0}, r"with heads = 0, got \[2, 3, 4, 6\]"),
+        ({"heads": 0}, "heads must be an int above 0, got 0"),
         (
             dict.fromkeys(("query", "key", "value"), ZEROS.long()),
             r"query must be float32, float16, bfloat16 or float64, got torch.int64$",

@@ -521,6 +521,28 @@ def test_kernel_returns_the_motion_of_what_it_returns(
     torch.testing.assert_close(public[1], motion_feature(public[0], projection=projection))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_gradient_of_a_projection_costs_no_digits_either(dtype, cpu_rng):
+    """What is left of the values' mean over frames is as large as what moves."""
+    query, key, value = sample((2, 16, 10, 2, 8), dtype, "cpu", cpu_rng)
+    projection = torch.randn(16, 5, generator=cpu_rng).to(dtype).requires_grad_()
+    grad = torch.randn(2, 16, 10, 5, generator=cpu_rng).to(dtype)
+    none = [None] * len(NAMES)
+    for still in (0, 20, 200):
+        out, motion = torch.ops.kinetiq.frame_attention_with_motion(
+            query, key, value + still, projection, *none, 2
+        )
+        (got,) = torch.autograd.grad(motion, projection, grad)
+        moving = out.double() - out.double().mean(1, keepdim=True)  # all that is left to know
+        wanted = moving.flatten(0, 2).mT @ grad.double().flatten(0, 2)
+        terms = moving.abs().flatten(0, 2).mT @ grad.double().abs().flatten(0, 2)
+        # One rounding to the type; in float32 means of what stays, and sums over all positions.
+        exact = torch.finfo(torch.float32).eps
+        of_means = 16 * exact * out.double().abs().max() * grad.double().abs().flatten(0, 2).sum(0)
+        allowed = torch.finfo(dtype).eps * wanted.abs() + len(grad) * 160 * exact * terms + of_means
+        assert ((got.double() - wanted).abs() <= allowed).all()
+
+
 def test_kernel_with_motion_takes_long_sequences_in_parts(kernel_device, kernel_rng, monkeypatch):
     monkeypatch.setattr(operator, "settings", lambda *_: dict(SMALL))
     inputs = sample((1, 17, 2, 2, 8), torch.float32, kernel_device, kernel_rng)

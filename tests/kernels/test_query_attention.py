@@ -356,8 +356,8 @@ ZEROS = torch.zeros(2, 3, 4, 6)
     [
         ({"query": torch.zeros(2, 4, 6)}, r"query must be .* with heads = 2, got \[2, 4, 6\]"),
         ({"heads": 4}, r"with heads = 4, got \[2, 3, 4, 6\]"),
-        ({"heads": 0}, r"with heads = 0, got \[2, 3, 4, 6\]"),
-        ({"heads": 2.0}, r"with heads = 2.0, got \[2, 3, 4, 6\]"),
+        ({"heads": 0}, "heads must be an int above 0, got 0"),
+        ({"heads": 2.0}, "heads must be an int above 0, got 2.0"),
         ({"query_row": [0, 1]}, r"query_row must be a tensor, got \[0, 1\]"),
         (
             {"key": ZEROS[:1]},

@@ -49,11 +49,11 @@ def sample(shape, device, rng, dtype=torch.float32, *, controlled=True):
     return [*inputs, 0.3 * make(frames + 3, width), slot, scale, *banks]
 
 
-def plain(inputs, heads):
+def plain(inputs, heads, eps=1e-5):
     """The formula, one row, position and head at a time, in the type of the input."""
     x, weight, bias, *matrices, out_bias, position, slot, scale = inputs[:11]
     banks, d = inputs[11:], x.shape[-1] // heads
-    normed = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias)
+    normed = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
     if position is not None:
         normed = normed + position[: x.shape[1], None]
     parts = [normed @ matrix.T for matrix in matrices[:3]]
@@ -76,16 +76,17 @@ def double(inputs):
     return [t.double() if t is not None and t.is_floating_point() else t for t in inputs]
 
 
-def run_operator(inputs, heads):
-    return temporal_block(*inputs[:8], heads=heads, **dict(zip(NAMES[8:], inputs[8:], strict=True)))
+def run_operator(inputs, heads, eps=1e-5):
+    others = dict(zip(NAMES[8:], inputs[8:], strict=True))
+    return temporal_block(*inputs[:8], heads=heads, eps=eps, **others)
 
 
-def run_kernel(inputs, heads):
+def run_kernel(inputs, heads, eps=1e-5):
     x = inputs[0]
     memory = torch.full((x.numel() + 64,), float("nan"), dtype=x.dtype, device=x.device)
     memory[x.numel() :] = 7
     y = memory[: x.numel()].view(x.shape)
-    operator._launch(*inputs, heads, 1e-5, y)
+    operator._launch(*inputs, heads, eps, y)
     assert (memory[x.numel() :] == 7).all()
     return y
 
@@ -119,7 +120,7 @@ MUTANTS = [
     ("_temporal_block_kernel", "== line[None, :] // FRAMES) & (frame < frames)[None, :]",
      "== line[None, :] // FRAMES)"),
     ("_temporal_block_kernel", "(line[:, None] // FRAMES == line[None, :] // FRAMES) &", ""),
-    ("_temporal_block_kernel", "tl.rsqrt(total / width + EPS)", "tl.rsqrt(total + EPS)"),
+    ("_temporal_block_kernel", "total / width + EPS", "total + EPS"),
     ("_temporal_block_kernel", "of_token[:, None] + out[None, :], there", "of_frame[:, None] + out[None, :], there"),
     ("_temporal_block_kernel", "y += tl.load(out_bias_ptr", "y -= tl.load(out_bias_ptr"),
     ("_normed", "bias[None, :]", "0.0"),
@@ -233,9 +234,55 @@ def test_a_value_that_is_not_finite_never_reaches_another_row(kernel_device, ker
         assert finite.sum() == 39 and not finite[2]
 
 
-def run_registered(inputs, heads):
+def run_registered(inputs, heads, eps=1e-5):
     """The operator below the public function: another forward pass, and a gradient of its own."""
-    return torch.ops.kinetiq.temporal_block(*inputs, heads, 1e-5)
+    return torch.ops.kinetiq.temporal_block(*inputs, heads, eps)
+
+
+# Also where nothing is added: frames and tokens that fill up a tile do not vary at all.
+@pytest.mark.parametrize("eps", [0.0, 0.5])
+@pytest.mark.parametrize("run", [run_operator, run_registered, run_kernel])
+@pytest.mark.parametrize("controlled", [False, True], ids=["plain", "motion"])
+def test_any_eps_agrees_with_float64(controlled, run, eps, kernel_device, kernel_rng):
+    inputs = sample((3, 3, 5, 2, 16), kernel_device, kernel_rng, controlled=controlled)
+    got = run(inputs, 2, eps)
+    assert_as_good_as(got, plain(inputs, 2, eps), plain(double(inputs), 2, eps))
+    usual = run(inputs, 2)
+    assert eps == 0 or (got - usual).abs().max() > 0.1
+
+
+def test_an_eps_that_is_not_given_on_is_found(kernel_device, kernel_rng, mutate):
+    inputs = sample((3, 3, 2, 1, 8), kernel_device, kernel_rng)
+    mutate(operator, "_temporal_block_kernel", "total / width + EPS", "total / width + 1e-5")
+    with pytest.raises(AssertionError):
+        assert_as_good_as(
+            run_kernel(inputs, 1, 0.5), plain(inputs, 1, 0.5), plain(double(inputs), 1, 0.5)
+        )
+
+
+def test_gradients_with_another_eps(cpu_rng):
+    inputs = double(sample((2, 3, 1, 2, 2), "cpu", cpu_rng, controlled=False))
+    copies, leaves = with_leaves(inputs)
+    wanted = torch.autograd.grad(plain(copies, 2, 0.5).square().sum(), leaves)
+    for run in (run_operator, run_registered):
+        got = torch.autograd.grad(run(copies, 2, 0.5).square().sum(), leaves)
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("run", [run_operator, run_registered])
+def test_gradients_of_the_norm_are_added_up_in_float32_on_a_cpu(run, dtype, cpu_rng):
+    """Over thousands of positions, where sums in the type itself keep one digit."""
+    inputs = sample((2, 16, 128, 2, 16), "cpu", cpu_rng, dtype, controlled=False)
+    grad = torch.randn(inputs[0].shape, generator=cpu_rng).to(dtype)
+    copies, leaves = with_leaves(inputs)
+    exact_copies, exact_leaves = with_leaves(double(inputs))
+    got = torch.autograd.grad(run(copies, 2), leaves[1:3], grad)
+    exact = torch.autograd.grad(plain(exact_copies, 2), exact_leaves[1:3], grad.double())
+    # The residual branch goes through five roundings to the type, each of half its precision.
+    allowed = 5 * torch.finfo(dtype).eps / 2
+    for one, wanted in zip(got, exact, strict=True):
+        assert (one.double() - wanted).norm() <= allowed * wanted.norm()
 
 
 @pytest.mark.parametrize("run", [run_operator, run_registered, run_kernel])
@@ -351,7 +398,7 @@ def test_wins_only_where_that_was_measured(monkeypatch):
     shape = (2, 16, 4096, 8, 40, torch.float16, here)
     for name in ("default", *_compile.SHARED_LIMITS):
         with _launch.pretend(name):
-            measured = operator._MEASURED.get(name, {})
+            measured = _launch.file_entries("temporal_block_wins").get(name, {})
             assert operator.wins(*shape) == (
                 0 < measured.get("frames16_heads8_d40_fp16", {"POSITIONS": 0})["POSITIONS"] <= 8192
             )
@@ -363,7 +410,7 @@ def test_wins_only_where_that_was_measured(monkeypatch):
             "frames16_heads8_d40_bf16": {"POSITIONS": 0},
         },
     }
-    monkeypatch.setattr(operator, "_MEASURED", table)
+    monkeypatch.setattr(operator, "file_entries", lambda _: table)
     with _launch.pretend("sm_80"):
         assert operator.wins(*shape)
         assert operator.wins(1, 16, 8192, 8, 40, torch.float16, here)
@@ -388,7 +435,7 @@ def test_wins_on_the_gpu_of_the_tensor_and_not_on_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(operator, "architecture", lambda: ("sm_80", "sm_90")[current[-1]])
     table = {"sm_90": {"frames16_heads8_d40_fp16": {"POSITIONS": 1}}}
-    monkeypatch.setattr(operator, "_MEASURED", table)
+    monkeypatch.setattr(operator, "file_entries", lambda _: table)
     wins = lambda place: operator.wins(2, 16, 64, 8, 40, torch.float16, torch.device(place))
     assert wins("cuda:1") and not wins("cuda:0")
 
@@ -397,7 +444,7 @@ def test_wins_on_the_gpu_of_the_tensor_and_not_on_the_current_one(monkeypatch):
 def test_wins_nowhere_but_on_a_gpu(place, monkeypatch):
     """Whatever the GPU beside it is good at."""
     table = {"sm_90": {"frames16_heads8_d40_fp16": {"POSITIONS": 1}}}
-    monkeypatch.setattr(operator, "_MEASURED", table)
+    monkeypatch.setattr(operator, "file_entries", lambda _: table)
     wins = lambda name: operator.wins(2, 16, 64, 8, 40, torch.float16, torch.device(name))
     with _launch.pretend("sm_90"):
         assert wins("cuda")
@@ -505,9 +552,11 @@ def test_trains_compiled_whole(cpu_rng):
         ("x", [1], r"x must be a tensor, got \[1\]"),
         ("out_weight", 3, "out_weight must be a tensor, got 3"),
         ("query_bank", [1], r"query_bank must be a tensor, got \[1\]"),
-        ("eps", -100, "eps must be a number of at least 0, got -100"),
-        ("eps", math.nan, "eps must be a number of at least 0, got nan"),
-        ("eps", "1e-5", "eps must be a number of at least 0, got '1e-5'"),
+        ("eps", -100, "eps must be a number of at least 0 that float32 holds, got -100"),
+        ("eps", math.nan, "eps must be a number of at least 0 that float32 holds, got nan"),
+        ("eps", "1e-5", "eps must be a number of at least 0 that float32 holds, got '1e-5'"),
+        ("eps", True, "eps must be a number of at least 0 that float32 holds, got True"),
+        ("eps", 10**400, "eps must be a number of at least 0 that float32 holds, got 1000"),
         ("motion_slot", torch.zeros(2), r"motion_slot must be int64 \[rows = 2\], got .*float32"),
         ("motion_slot", None, "motion_scale and banks need motion_slot, got none"),
         (
