@@ -199,6 +199,8 @@ def cost(subject: Subject, *, case: Case, stem: str, repeats: int) -> dict[str, 
     controls = case.controls(subject)
     controlled = subject.resolve(subject.requests(case.clips, controls, steps=case.steps))
     plain = subject.resolve(subject.requests(case.clips, steps=case.steps))
+    for requests in (controlled, plain):  # what compiles at first needs memory of its own
+        subject.sample(requests)
     peaks = {
         name: peak_of(functools.partial(subject.sample, requests), subject.device)
         for name, requests in (("controlled", controlled), ("plain", plain))

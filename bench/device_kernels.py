@@ -6,7 +6,7 @@ other models' first cases, then fp16. Contestants that are compiled first take p
 target while there is time for all further ones of that kind, and in any other while there is time
 for all that follows: there are so many that a target would else never meet them.
 
-A launch setting is tuned where the launch file has an entry for this very architecture and key,
+A launch setting is its own where the launch file has an entry for this very architecture and key,
 taken over where it has one for an older architecture of the generation, else the rule's, which
 every GPU can run.
 """
@@ -89,17 +89,23 @@ def run_plans(
         asked[operator, key] = None
         return found
 
+    begun: list[str] = []
     affordable = within(in_order(plans), budget, outcome, keep)
     shown = progress.track(affordable, "kernels", len(plans))
     with choosing(note):
-        cases = kernels._run_all(shown, machine, roof, _TIMED)  # noqa: SLF001  one bench, two ways
-        for found in kernels._follow(cases, options.out):  # noqa: SLF001
-            lines += found
-            failed += [line for line in found if line.failed]
-            outcome.figures |= kernels.figures_of(found)
-    for line in failed:
-        name = f"kernels: {line.operator} {line.shape} {line.element}"
-        outcome.fail([name], f"{line.contestant}: {line.failed}")
+        cases = kernels._run_all(_noted(shown, begun), machine, roof, _TIMED)  # noqa: SLF001  one bench, two ways
+        try:
+            for found in kernels._follow(cases, options.out):  # noqa: SLF001
+                lines += found
+                outcome.figures |= kernels.figures_of(found)
+                for line in (line for line in found if line.failed):
+                    failed.append(line)
+                    name = f"kernels: {line.operator} {line.shape} {line.element}"
+                    outcome.fail([name], f"{line.contestant}: {line.failed}")
+        except RuntimeError as error:  # a GPU that is lost refuses even to give memory back
+            outcome.fail(begun[-1:], f"the run ended here: {in_short(error)}")
+            left = {describe(plan) for plan in plans} - {*begun, *outcome.unmeasured}
+            outcome.leave_out(sorted(left), "the run ended before")
     if lines:
         outcome.figures["kernels.failed"] = Figure(
             len({(line.operator, line.shape, line.element) for line in failed}), n=len(plans)
@@ -115,6 +121,13 @@ def run_plans(
     outcome.details["launch"] = settings
     for word, names in settings.items():
         outcome.figures[f"gpu.launch.{word}"] = Figure(len(names), n=max(1, len(asked)))
+
+
+def _noted(plans: Iterator[Plan], begun: list[str]) -> Iterator[Plan]:
+    """The same plans; `begun` names those that were asked for."""
+    for plan in plans:
+        begun.append(describe(plan))
+        yield plan
 
 
 def in_order(plans: Sequence[Plan]) -> list[Plan]:
@@ -193,17 +206,19 @@ def _partial(plan: Plan) -> functools.partial[object]:
 
 
 def sort_settings(asked: Sequence[Asked], table: Table, name: str) -> dict[str, list[str]]:
-    """Which entries are tuned for this architecture, which are another's, which are the rule's.
+    """Which entries are of this architecture, which are another's, which are the rule's.
+
+    One of its own need not be tuned: what the package says was written without a GPU.
 
     Args:
         asked: operators and keys that launches asked for.
         table: the launch file.
         name: of the architecture.
     """
-    found: dict[str, list[str]] = {"tuned": [], "taken_over": [], "by_rule": []}
+    found: dict[str, list[str]] = {"own": [], "taken_over": [], "by_rule": []}
     for operator, key in sorted(asked):
         entry = find_entry(name, key, table.get(operator, {}))
         place = DEFAULT if entry is None else entry[0]
-        word = {DEFAULT: "by_rule", name: "tuned"}.get(place, "taken_over")
+        word = {DEFAULT: "by_rule", name: "own"}.get(place, "taken_over")
         found[word].append(f"{operator} {key}")
     return found

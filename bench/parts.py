@@ -182,9 +182,14 @@ def _made(record: Record) -> dict[str, Any]:
         "dirty": environment["dirty"],
         "device": environment.get("device"),
         "GPU": environment["machine"].get("gpu"),
-        "driver": environment["machine"].get("driver"),
+        "driver": _branch(environment["machine"].get("driver")),
         "versions": environment["versions"],
     }
+
+
+def _branch(driver: str | None) -> str | None:
+    """The branch and the release of a driver; machines of one kind differ in what follows."""
+    return None if driver is None else ".".join(driver.split(".")[:2])
 
 
 def _said(record: Record, wanted: Record) -> str:

@@ -362,7 +362,7 @@ def test_a_case_gives_figures_and_its_settings_are_sorted(monkeypatch, tmp_path)
     assert outcome.figures["kernels.roof.copy"].value == 10.0
     assert (tmp_path / "kernels.ndjson").read_text().count("\n") >= 2
     assert outcome.unmeasured == {} and set(outcome.details["launch"]) == {
-        "tuned",
+        "own",
         "taken_over",
         "by_rule",
     }
@@ -382,7 +382,74 @@ def test_a_case_gives_figures_and_its_settings_are_sorted(monkeypatch, tmp_path)
     assert outcome.failed == ["kernels: guided_step embedded fp32"]
 
 
-def test_settings_are_tuned_taken_over_or_the_rules():
+def test_a_gpu_that_is_lost_leaves_what_was_found_and_names_the_rest(monkeypatch, tmp_path):
+    plans = [p for p in kernels.plan("cpu", quick=True) if p.element == "fp32"][:3]
+    ordered = [device_kernels.describe(plan) for plan in device_kernels.in_order(plans)]
+
+    def run_all(shown, *_):
+        for number, _plan in enumerate(shown):
+            if number == 1:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            yield []
+
+    monkeypatch.setattr(kernels, "_run_all", run_all)
+    monkeypatch.setattr(kernels, "figures_of", lambda _: {})
+    monkeypatch.setattr(kernels, "_write", lambda *_: None)
+    outcome, roof = Outcome(), kernels.Roof(1e10, {"fp32": 1e11})
+    device_kernels.run_plans(
+        *(plans, kernels.Machine("cpu"), roof, BenchOptions(out=tmp_path), Budget(60.0)),
+        *(outcome, SILENT),
+    )
+    assert outcome.failed == [ordered[1]]
+    assert "illegal memory access" in outcome.unmeasured[ordered[1]]
+    assert outcome.unmeasured[ordered[2]] == "the run ended before"
+    assert ordered[0] not in outcome.unmeasured
+
+
+def test_memory_that_cannot_be_given_back_does_not_end_a_run(monkeypatch):
+    def broken(_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("kinetiq.bench.steps.free_memory", broken)
+    steps = [Step(name, 1.0, lambda _, name=name: {f"a.{name}": Figure(1.0)}) for name in "bc"]
+    stages = [Stage(step.name, 1.0, lambda: None, [step], gpu=False) for step in steps]
+    outcome = run_stages(stages, "cpu", Budget(60.0), SILENT, "fake")
+    assert list(outcome.figures) == ["a.b", "a.c"]
+
+
+@pytest.mark.parametrize(
+    ("message", "too_large"),
+    [
+        ("CUDA out of memory. Tried to allocate 20 GiB", True),
+        ("CUDA error: invalid configuration argument", True),
+        ("expected canUse32BitIndexMath to be true", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("CUDA error: unspecified launch failure", False),
+    ],
+)
+def test_stock_refuses_by_words_and_not_by_a_fault(message, too_large):
+    assert clips.stock_refuses(RuntimeError(message)) == too_large
+
+
+@pytest.mark.parametrize(
+    ("kind", "seconds", "named", "counts"),
+    [
+        ("CUDA", 1, False, True),
+        ("CUDA", 1, True, False),
+        ("CPU", 1, False, False),
+        ("CUDA", 0, False, False),
+    ],
+)
+def test_time_of_the_gpu_is_that_of_kernels(kind, seconds, named, counts):
+    event = SimpleNamespace(
+        device_type=SimpleNamespace(name=kind),
+        self_device_time_total=seconds,
+        is_user_annotation=named,
+    )
+    assert clips._is_kernel(event) == counts
+
+
+def test_settings_are_of_their_own_taken_over_or_the_rules():
     one = {"BLOCK": 1}
     table = {
         "first": {"default": {"*": one}, "sm_90": {"d40": one}},
@@ -391,12 +458,12 @@ def test_settings_are_tuned_taken_over_or_the_rules():
     }
     asked = [("first", "d40"), ("first", "d80"), ("second", "d40"), ("third", "x")]
     assert device_kernels.sort_settings(asked, table, "sm_90") == {
-        "tuned": ["first d40"],
+        "own": ["first d40"],
         "taken_over": [],
         "by_rule": ["first d80", "second d40", "third x"],
     }
     assert device_kernels.sort_settings(asked, table, "sm_89") == {
-        "tuned": [],
+        "own": [],
         "taken_over": ["second d40"],
         "by_rule": ["first d40", "first d80", "third x"],
     }
@@ -904,6 +971,15 @@ def test_records_made_otherwise_are_not_joined(invoke, tmp_path):
     }
     other = replace(record, environment=environment)
     assert list(joining.differences(record, other)) == ["GPU"]
+    drivers = [
+        replace(
+            record,
+            environment={**environment, "machine": {**environment["machine"], "driver": driver}},
+        )
+        for driver in ("580.159.03", "580.159.04", "590.44.01")
+    ]
+    assert not joining.differences(*drivers[:2])  # of two machines of one kind
+    assert list(joining.differences(*drivers[1:])) == ["driver"]
     path.write_text(other.line + "\n")
     with pytest.raises(InputError, match=r"must be made alike to be joined, GPU must be .*H100"):
         joining.merge_folders("fake", [tmp_path / "d"])
