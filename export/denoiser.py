@@ -6,7 +6,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -62,7 +62,7 @@ class GraphDenoiser(ABC):
         self._where = where
         self._dtype: torch.dtype = getattr(torch, metadata.precision)
         self._infos = {tensor.name: tensor for tensor in metadata.inputs}
-        self._kept: dict[str, tuple[object, int, dict[str, Tensor]]] = {}  # of the last banks
+        self._kept: dict[str, _Kept] = {}  # of the last banks
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Tensor], kinds: frozenset[str], output: str) -> Tensor:
@@ -108,8 +108,6 @@ class GraphDenoiser(ABC):
             RequestError: the network was exported without this tap, or gradients are wanted.
         """
         self._require_tap(tap)
-        if torch.is_grad_enabled() and latents.requires_grad:
-            self._refuse("gradients of features", "load the model with backend='eager'")
         return self._run(latents, timesteps, text, controls, "features")
 
     def motion(
@@ -218,7 +216,8 @@ class GraphDenoiser(ABC):
         if latents.shape[3] % multiple or latents.shape[4] % multiple:
             raise ShapeError(
                 f"{self._where}: height and width of latents must be multiples of {multiple}, "
-                f"got {latents.shape[3]}x{latents.shape[4]}"
+                f"got {latents.shape[3]}x{latents.shape[4]}; ask for another size, or load the model "
+                "with backend='eager'"
             )
 
     def inputs_of(
@@ -245,6 +244,7 @@ class GraphDenoiser(ABC):
         return {
             name: tensor.to(self.device, getattr(torch, self._infos[name].dtype)).contiguous()
             for name, tensor in own.items()
+            if name in self._infos  # an engine leaves out what its outputs do not read
         }
 
     def output_shape(self, output: str, inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -270,6 +270,8 @@ class GraphDenoiser(ABC):
         self.check_shapes(latents, timesteps, text)
         kinds = self.wanted(self.kinds_of(controls))
         inputs = self.inputs_of(latents, timesteps, text, controls, kinds)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.values()):
+            self._refuse(f"gradients of the {output}", "load the model with backend='eager'")
         given = {name: tensor.to(self.device) for name, tensor in others.items()}
         return self.run({**inputs, **given}, kinds, output)
 
@@ -330,6 +332,8 @@ class GraphDenoiser(ABC):
 
     def _motion(self, control: MotionControl | None, sizes: "_Sizes") -> dict[str, Tensor]:
         given = {} if control is None else control.banks
+        if not given:  # a motion of no site moves nothing, and has no slots
+            control = None
         banks = self._remembered(
             "motion", given, sizes.frames, lambda: self._motion_banks(given, sizes.frames)
         )
@@ -341,6 +345,13 @@ class GraphDenoiser(ABC):
         parts: dict[str, Tensor] = {}
         for site, bank in given.items():
             name = self.sites[site].name
+            if (bank.query_key is None and bank.projected_query is not None) or (
+                bank.value is None and bank.projected_value is not None
+            ):
+                self._refuse(
+                    f"a motion at {name} of which only the projections are given",
+                    "give its query_key and value",
+                )
             if bank.query_key is not None:
                 parts[f"motion.{name}.query_key"] = bank.query_key.unsqueeze(2)
             if bank.value is not None:
@@ -361,6 +372,8 @@ class GraphDenoiser(ABC):
 
     def _lora(self, control: LoraControl | None, sizes: "_Sizes") -> dict[str, Tensor]:
         given = {} if control is None else control.banks
+        if not given:
+            control = None
         banks = self._remembered("lora", given, 0, lambda: self._lora_banks(given))
         if control is None:
             return {"lora_slot": sizes.slots(), "lora_scale": sizes.full(0.0), **banks}
@@ -384,16 +397,31 @@ class GraphDenoiser(ABC):
         return out
 
     def _remembered(
-        self, kind: str, banks: object, frames: int, make: Callable[[], dict[str, Tensor]]
+        self,
+        kind: str,
+        banks: Mapping[Any, MotionBank | LoraBank],
+        frames: int,
+        make: Callable[[], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         """Inputs that are made of banks, made again only for others: all steps have the same."""
+        parts = {
+            (site, part.name): getattr(bank, part.name)
+            for site, bank in banks.items()
+            for part in fields(bank)
+        }
+        tensors = {place: part for place, part in parts.items() if isinstance(part, Tensor)}
+        # A tensor may be written to in place, but for those of inference mode, which are ours.
+        state = {place: -1 if t.is_inference() else t._version for place, t in tensors.items()}  # noqa: SLF001  no public way
         known = self._kept.get(kind)
-        same = known is not None and (known[0] is banks or not (known[0] or banks))
-        if known is None or not same or known[1] != frames:
+        if (
+            known is None
+            or (known.frames, known.state) != (frames, state)
+            or any(known.tensors[place] is not tensor for place, tensor in tensors.items())
+        ):
             # Not of inference mode, so that it can be seen at every step that they are the same.
             with torch.inference_mode(False), torch.no_grad():
-                known = self._kept[kind] = (banks, frames, make())
-        return known[2]
+                known = self._kept[kind] = _Kept(tensors, state, frames, make())
+        return known.inputs
 
     def _own(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self._dtype).contiguous()
@@ -413,6 +441,16 @@ class GraphDenoiser(ABC):
         if part is not None:
             filled[tuple(slice(size) for size in part.shape)] = part
         return filled
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Inputs that were made of banks: of which tensors, in which state, for how many frames."""
+
+    tensors: Mapping[tuple[Any, str], Tensor]
+    state: Mapping[tuple[Any, str], int]
+    frames: int
+    inputs: dict[str, Tensor]
 
 
 class _Sizes:

@@ -96,7 +96,7 @@ def add_profile(
     for tensor in metadata.inputs:
         try:
             bounds.set_shape(tensor.name, *profile.shapes(tensor))
-        except ValueError as error:
+        except (ValueError, TypeError, RuntimeError) as error:  # as its bindings like
             raise WorkError(
                 f"{where}: the builder must take the bounds of {tensor.name}, "
                 f"{profile.shapes(tensor)}, and refuses them: {error}; ask for others"

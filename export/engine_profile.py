@@ -11,6 +11,7 @@ from kinetiq.export.metadata import NetworkMetadata, TensorInfo, level_tokens
 TOGETHER = 32
 """Frames that one program of our kernels can hold, which moving deviations takes."""
 
+_MOST = 2**31 - 1  # of an axis, as the builders take them
 _TOKENS = re.compile(r"(motion_)?tokens_(\d+)")
 
 
@@ -35,7 +36,9 @@ class Bounds(NamedTuple):
             RequestError: it is neither, or they are not in order.
         """
         numbers = text.split(":")
-        if len(numbers) not in (1, 3) or not all(number.isdecimal() for number in numbers):
+        if len(numbers) not in (1, 3) or not all(
+            re.fullmatch("[0-9]{1,10}", number) for number in numbers
+        ):
             raise RequestError(
                 f"profile: {name} must be a number or least:best:most, such as 1:2:4, got {text!r}"
             )
@@ -44,14 +47,14 @@ class Bounds(NamedTuple):
         return bounds
 
     def check(self, name: str) -> None:
-        """Require 1 <= least <= best <= most.
+        """Require 1 <= least <= best <= most, and no more than 32 bits hold.
 
         Raises:
             RequestError: that is not so.
         """
-        if not 1 <= self.least <= self.best <= self.most:
+        if not 1 <= self.least <= self.best <= self.most <= _MOST:
             raise RequestError(
-                f"profile: {name} must be 1 <= least <= best <= most, got {tuple(self)}"
+                f"profile: {name} must be 1 <= least <= best <= most <= {_MOST}, got {tuple(self)}"
             )
 
     def __str__(self) -> str:

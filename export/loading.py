@@ -25,7 +25,9 @@ from kinetiq.export.functions import OPSET
 from kinetiq.export.gpu import describe_gpu
 from kinetiq.export.metadata import NetworkMetadata, precision_of, read_metadata
 from kinetiq.export.network import export_onnx
+from kinetiq.export.nodes import KINDS
 from kinetiq.export.plugin_choice import FUNCTIONS, choose_by_record
+from kinetiq.export.specialising_denoiser import SpecialisingDenoiser
 from kinetiq.files import make_cache
 from kinetiq.taps import DEFAULT_TAP, list_taps
 
@@ -83,15 +85,26 @@ def load_denoiser(
     if trust:
         raise RequestError(f"load: trust is for engines of TensorRT, got it with {backend!r}")
 
-    def run(path: Path) -> Denoiser:
+    def run(path: Path) -> SpecialisingDenoiser:
         if backend == "onnxruntime":
             return onnxruntime_denoiser.OnnxruntimeDenoiser(path, device)
         return openvino_denoiser.OpenvinoDenoiser(path, device)
 
+    def run_cached(path: Path) -> SpecialisingDenoiser:
+        denoiser = run(path)
+        found = denoiser.metadata
+        said = (found.fingerprint, found.precision, set(found.controls))
+        if said != (checkpoint.fingerprint, precision_of(checkpoint.dtype), set(KINDS)):
+            raise CheckpointError(
+                f"network {path}: must be the model's, in its type, with all controls, as those "
+                "that are kept here, and is another"
+            )
+        return denoiser
+
     if network is None:
         if backend == "onnxruntime":  # before the model is exported for nothing
             onnxruntime_denoiser.require_support(precision_of(checkpoint.dtype), device)
-        return use_cached_network(checkpoint, run)
+        return use_cached_network(checkpoint, run_cached)
     _require_same(checkpoint, read_metadata(network), network)
     return run(Path(network))
 

@@ -51,11 +51,10 @@ class OnnxruntimeDenoiser(SpecialisingDenoiser):
             OutOfMemoryError: of PyTorch; the weights do not fit.
             WorkError: onnxruntime refuses the graph.
         """
-        import onnxruntime
-
+        onnxruntime = load_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it says as an error we say, with what to do
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(folder)
@@ -176,9 +175,16 @@ def check_session(session: Any, device: torch.device) -> None:
         )
 
 
-def _require_provider(device: torch.device) -> None:
+def load_onnxruntime() -> Any:
+    """The package, told not to report what is done with it."""
     import onnxruntime
 
+    onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
+def _require_provider(device: torch.device) -> None:
+    onnxruntime = load_onnxruntime()
     wanted = _PROVIDERS.get(device.type)
     if wanted is None:
         raise RequestError(f"{_NAME}: device must be cpu or cuda, got {device}")

@@ -12,9 +12,11 @@ import time
 import types
 from pathlib import Path
 
+import attrs
+import numpy as np
 import pytest
 import torch
-from exported import small_checkpoint
+from exported import small_checkpoint, small_overrides
 from tiny import write_tiny_folder
 
 import kinetiq as kq
@@ -43,12 +45,16 @@ from kinetiq.export.cache_key import code_key, options_key  # noqa: E402
 from kinetiq.export.engine_file import NotVouchedForError, engine_folder  # noqa: E402
 from kinetiq.export.engine_profile import Bounds  # noqa: E402
 from kinetiq.export.gpu import Gpu  # noqa: E402
+from kinetiq.export.nodes import KINDS  # noqa: E402
 from kinetiq.export.onnxruntime_denoiser import OnnxruntimeDenoiser  # noqa: E402
 from kinetiq.export.openvino_denoiser import OpenvinoDenoiser  # noqa: E402
 from kinetiq.export.plugin_choice import PluginChoice  # noqa: E402
 from kinetiq.export.specialisation import keep_controls  # noqa: E402
 from kinetiq.export.specialising_denoiser import explained  # noqa: E402
+from kinetiq.families import SiteKind  # noqa: E402
 from kinetiq.generation import is_out_of_memory  # noqa: E402
+from kinetiq.motion_embedding import site_size  # noqa: E402
+from kinetiq.motion_file import MotionInfo  # noqa: E402
 
 SHAPE = {"frames": 4, "height": 16, "width": 16, "steps": 3}
 
@@ -82,6 +88,115 @@ def test_a_model_is_exported_once_and_read_from_the_cache(cache, exported, monke
     kept.write_bytes(b"no")
     with pytest.raises(CheckpointError, match=r"^network .*\.onnx: "):  # once is enough
         loading.load_denoiser("onnxruntime", checkpoint)
+
+
+def test_another_network_under_the_name_of_the_cache_is_made_again(
+    cache, exported, monkeypatch, tmp_path
+):
+    """Whatever has put it there: it would compute in another type, or lose controls."""
+    checkpoint = small_checkpoint("animatediff")
+    made = []
+
+    def export(source, path, **_):
+        made.append(path)
+        shutil.copy(exported(), path)
+
+    monkeypatch.setattr(loading, "export_onnx", export)
+    loading.load_denoiser("onnxruntime", checkpoint)
+    (kept,) = cache.glob("*.onnx")
+    bare = tmp_path / "bare.onnx"
+    network.export_onnx(checkpoint, bare, controls=())
+    for other in (exported(precision="float16"), bare):
+        shutil.copy(other, kept)
+        made.clear()
+        denoiser = loading.load_denoiser("onnxruntime", checkpoint)
+        assert made == [kept]
+        assert denoiser.metadata.precision == "float32"
+        assert set(denoiser.metadata.controls) == set(KINDS)
+
+
+LATENT = 8  # a side of the clips below
+SMALL = {"steps": 2, "frames": 4, "height": 16, "width": 16, "guidance_scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "model"
+    return write_tiny_folder(path, unet_overrides=small_overrides("animatediff"))
+
+
+def learned(engine, seed, **switches):
+    """An embedding at all temporal sites."""
+    generator = torch.Generator().manual_seed(seed)
+    sites = [site for site in engine.denoiser.sites if site.kind is SiteKind.TEMPORAL]
+    return kq.MotionEmbedding(
+        query_key={
+            site.name.rpartition(".")[0]: 0.5 * torch.randn(4, site.width, generator=generator)
+            for site in sites
+        },
+        value={
+            site.name: 0.5
+            * torch.randn(
+                *(4, *site_size(engine.checkpoint.unet, site.name, (LATENT, LATENT)), site.width),
+                generator=generator,
+            )
+            for site in sites
+        },
+        info=MotionInfo(
+            kind="embedding", family="animatediff", frames=4, height=LATENT, width=LATENT
+        ),
+        **switches,
+    )
+
+
+def low_rank(engine, seed, **switches):
+    """A LoRA of all projections of the temporal sites."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        f"{site.name}.{part}": site.width
+        for site in engine.denoiser.sites
+        for part in ("to_q", "to_k", "to_v", "to_out.0")
+        if site.kind is SiteKind.TEMPORAL
+    }
+    return kq.MotionLora(
+        {p: torch.randn(2, width, generator=generator) / width for p, width in shapes.items()},
+        {p: torch.randn(width, 2, generator=generator) for p, width in shapes.items()},
+        info=MotionInfo(kind="lora", family="animatediff", frames=4, height=LATENT, width=LATENT),
+        **switches,
+    )
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_motions_and_injections_reach_an_exported_network(
+    backend, small_folder, tmp_path_factory, monkeypatch
+):
+    """In one batch, to 1e-4, and none of them is lost: each changes what comes out."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "small-cache"))
+    moving = np.zeros((4, 16, 16, 3), np.uint8)
+    moving[range(4), :, range(0, 16, 4)] = 255
+    reference = kq.Clip.from_array(moving)
+    with kq.Engine.load(small_folder) as eager:
+        one = learned(eager, 1)
+        controls = [
+            None,
+            one,
+            attrs.evolve(one, query_key={}, debias="drop"),
+            low_rank(eager, 2),
+            low_rank(eager, 3, highway="all"),
+            [one, low_rank(eager, 2)],
+            [one, kq.QueryInjection(reference, until=1.0)],
+            kq.MotionInjection(reference),
+            kq.QueryInjection(reference, sites="both", reduce_leak=True, until=1.0),
+        ]
+        requests = [kq.Request("a ring", control=control, **SMALL) for control in controls]
+        expected = list(eager.generate_latents(requests))
+    with kq.Engine.load(small_folder, backend=backend) as engine:
+        got = list(engine.generate_latents(requests))
+    for place, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+        # An embedding whose values are dropped, and which has nothing else, moves nothing.
+        still = (theirs - expected[0]).abs().max() <= 1e-4 * expected[0].abs().max()
+        assert still == (place in (0, 2))
 
 
 def test_who_wants_what_another_makes_waits_for_it(cache, caplog):

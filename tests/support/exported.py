@@ -23,6 +23,11 @@ _SMALL = {  # two levels, attention at the first alone: all kinds of site, quick
 FAMILIES = tuple(_SMALL)
 
 
+def small_overrides(family: str) -> dict[str, object]:
+    """What the configuration of such a network says in place of that of `tiny`."""
+    return dict(_SMALL[family])
+
+
 def small_checkpoint(family: str, dtype: str = "float32") -> Checkpoint:
     """A model of a family whose network is very small; it has no other parts."""
     import torch
