@@ -216,8 +216,8 @@ class GraphDenoiser(ABC):
         if latents.shape[3] % multiple or latents.shape[4] % multiple:
             raise ShapeError(
                 f"{self._where}: height and width of latents must be multiples of {multiple}, "
-                f"got {latents.shape[3]}x{latents.shape[4]}; ask for another size, or load the model "
-                "with backend='eager'"
+                f"got {latents.shape[3]}x{latents.shape[4]}; ask for another size, or load the "
+                "model with backend='eager'"
             )
 
     def inputs_of(

@@ -278,7 +278,7 @@ def test_what_a_network_cannot_do_is_refused_with_words(exported):
         denoiser.predict(latents[:, :3], *given)
     with pytest.raises(ShapeError, match=r"latents must have at most 32 frames, of .*, got 33$"):
         denoiser.predict(torch.zeros(3, 4, 33, 4, 4), *given)
-    with pytest.raises(ShapeError, match=r"must be multiples of 2, got 4x5$"):
+    with pytest.raises(ShapeError, match=r"must be multiples of 2, got 4x5; ask for another size"):
         denoiser.predict(latents[..., :5], *given)
     with pytest.raises(ShapeError, match=r"must have as many rows, got 2, 3 and 3$"):
         denoiser.predict(latents[:2], *given)
