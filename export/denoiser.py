@@ -271,7 +271,7 @@ class GraphDenoiser(ABC):
         kinds = self.wanted(self.kinds_of(controls))
         inputs = self.inputs_of(latents, timesteps, text, controls, kinds)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.values()):
-            self._refuse(f"gradients of the {output}", "load the model with backend='eager'")
+            self._refuse(f"gradients of {output}", "load the model with backend='eager'")
         given = {name: tensor.to(self.device) for name, tensor in others.items()}
         return self.run({**inputs, **given}, kinds, output)
 

@@ -288,6 +288,10 @@ def test_what_a_network_cannot_do_is_refused_with_words(exported):
         denoiser.features(latents, *given, "mid_block")
     with pytest.raises(RequestError, match=r"got gradients of features; load the model with back"):
         denoiser.features(latents.requires_grad_(), *given, TAP)
+    with pytest.raises(RequestError, match=r"got gradients of prediction; load the model with b"):
+        denoiser.predict(latents, *given)
+    with pytest.raises(RequestError, match=r"got gradients of prediction; load the model with b"):
+        denoiser.predict(latents.detach(), example.timesteps, example.text.clone().requires_grad_())
     with pytest.raises(RequestError, match=r"got keeping keys and values of sites; load"):
         denoiser.keeping((), torch.zeros(1, dtype=torch.int64))
     shared = dataclasses.replace(example.controls, shared_key=object())
@@ -301,6 +305,39 @@ def test_what_a_network_cannot_do_is_refused_with_words(exported):
         RequestError, match=r"with lora; export it with --controls that include que"
     ):
         narrow.predict(latents.detach(), *given)
+
+
+def test_banks_are_seen_to_change_and_are_not_lost(exported, runtime):
+    checkpoint = small_checkpoint("animatediff")
+    denoiser = RUNTIMES[runtime](exported())
+    shape = example_shapes(denoiser.metadata)[1]
+    example = make_example(checkpoint.unet, denoiser.metadata, shape, ("motion",))
+    given = (example.latents, example.timesteps, example.text)
+    motion = example.controls.motion
+
+    def run(banks):
+        moved = dataclasses.replace(motion, banks=banks)
+        return denoiser.predict(*given, dataclasses.replace(example.controls, motion=moved))
+
+    with torch.no_grad():
+        banks = dict(motion.banks)
+        first = run(banks)
+        other = {
+            site: dataclasses.replace(bank, query_key=-bank.query_key)
+            for site, bank in banks.items()
+        }
+        wanted = run(other)
+        assert not torch.equal(first, wanted)
+        banks.update(other)  # the same mapping with other banks
+        assert torch.equal(run(banks), wanted)
+        for bank in banks.values():
+            bank.query_key.neg_()  # the same banks with other numbers
+        assert torch.equal(run(banks), first)
+        site, bank = next(iter(banks.items()))
+        projected = dataclasses.replace(bank, query_key=None, projected_query=bank.query_key)
+        with pytest.raises(RequestError, match="of which only the projections are given; give its"):
+            run({site: projected})
+        assert_equal_enough(run({}), denoiser.predict(*given))
 
 
 def test_options_without_a_meaning_are_refused(tmp_path):
