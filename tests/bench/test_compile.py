@@ -12,7 +12,7 @@ import torch
 from kinetiq.bench import compile as bench
 from kinetiq.bench.figures import load_targets
 from kinetiq.bench.harness import BenchOptions, Progress
-from kinetiq.errors import OutputError, RequestError, WorkError
+from kinetiq.errors import InputError, OutputError, RequestError, WorkError
 from kinetiq.kernels import _compile, _launch
 from kinetiq.kernels._compile import Account, CompileCase, Request, find_cases
 
@@ -384,7 +384,7 @@ def test_launch_settings_follow_the_architecture(monkeypatch):
             assert _launch.settings("f", key) == {"B": block}
     with (
         _launch.pretend("sm_90"),
-        pytest.raises(WorkError, match='"g" for "d1" or "\\*" under "sm_90" or "default"'),
+        pytest.raises(InputError, match='"g" for "d1" or "\\*" under "sm_90" or "default"'),
     ):
         _launch.settings("g", "d1")
     _launch._settings.cache_clear()
