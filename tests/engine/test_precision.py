@@ -1,5 +1,8 @@
 """Float32 on a GPU is float32: cuDNN's TF32 is off where a network or a VAE runs, and only there."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -45,11 +48,14 @@ def moving() -> kq.Clip:
     return kq.Clip.from_array(frames)
 
 
-def test_flags_are_as_they_were_behind_the_block():
+def test_it_is_as_it_was_behind_the_block():
     before = flags()
     assert before["allow_tf32"]
     with exact_float32():
         assert flags() == before | {"allow_tf32": False}
+        with exact_float32():
+            assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cudnn.allow_tf32
     assert flags() == before
     with pytest.raises(RuntimeError), exact_float32():
         raise RuntimeError
@@ -64,15 +70,78 @@ def test_what_a_user_chose_stays_within_the_block():
         assert flags() == before
 
 
-def test_the_precision_of_matrix_products_is_the_users():
-    before = torch.backends.cuda.matmul.fp32_precision
+def test_blocks_of_several_threads_may_overlap():
+    first, second = exact_float32(), exact_float32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.cudnn.allow_tf32
+    second.__exit__(None, None, None)
+    assert torch.backends.cudnn.allow_tf32
+
+
+STATES = """
+import multiprocessing, sys, warnings
+import torch
+from torch.backends import cudnn
+from kinetiq.precision import exact_float32
+
+warnings.simplefilter("ignore")  # that there are two ways
+
+SETTINGS = {
+    "default": lambda: None,
+    "older, off": lambda: setattr(cudnn, "allow_tf32", False),
+    "older, on": lambda: setattr(cudnn, "allow_tf32", True),
+} | {
+    f"{name} {value}": lambda place=place, value=value: setattr(place, "fp32_precision", value)
+    for name, place in {
+        "all": torch.backends,
+        "cudnn": cudnn,
+        "convolutions": cudnn.conv,
+        "products": torch.backends.cuda.matmul,
+    }.items()
+    for value in ("ieee", "tf32")
+}
+
+def state():
+    places = (torch.backends, cudnn, cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+    said = [place.fp32_precision for place in places]
     try:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        with exact_float32():
-            assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        return [*said, cudnn.allow_tf32]
+    except RuntimeError:
+        return [*said, "refused"]
+
+def check(name):
+    SETTINGS[name]()
+    before = state()
+    for _ in range(2):
+        with exact_float32(), exact_float32():
+            inside = state()
+            assert cudnn.conv.fp32_precision != "tf32", (name, inside)
+            assert inside[0] == before[0] and inside[4] == before[4], (name, before, inside)
+        assert state() == before, (name, before, state())
+
+if __name__ == "__main__":
+    fork = multiprocessing.get_context("fork")
+    for name in SETTINGS:
+        process = fork.Process(target=check, args=(name,))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, name
+    print(len(SETTINGS))
+"""
+
+
+def test_whatever_a_user_has_said_of_float32_is_kept(tmp_path):
+    """In either of the two ways that PyTorch has for it, each in a process of its own."""
+    (tmp_path / "states.py").write_text(STATES)
+    done = subprocess.run(
+        [sys.executable, "-P", str(tmp_path / "states.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "11\n"), done.stderr
 
 
 @pytest.mark.parametrize(
