@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 _OWN_KERNELS = Path(kinetiq.kernels.__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry, "kernels").resolve() != _OWN_KERNELS]
 
+# Of the options of commands, those that say how a model is loaded.
+_LOADING = ("motion_adapter", "device", "dtype", "backend", "network", "trust")
+
 
 class MainGroup(PlainGroup):
     """The command line as a whole."""
@@ -146,18 +149,7 @@ def demo(
 @source_options
 @backend_options
 @network_options
-def generate(
-    out: Path,
-    as_json: bool,
-    model: str,
-    motion_adapter: str | None,
-    device: str | None,
-    dtype: str | None,
-    backend: str,
-    network: Path | None,
-    trust: tuple[str, ...],
-    **said: Any,
-) -> None:
+def generate(out: Path, as_json: bool, model: str, **said: Any) -> None:
     """Generate one clip that moves as it is told to."""
     from kinetiq.clip import check_write
     from kinetiq.clip_options import ClipOptions
@@ -165,21 +157,14 @@ def generate(
     from kinetiq.progress import progress_bars
 
     # All that can be wrong with the options is said before a model loads.
+    loading = {name: said.pop(name) for name in _LOADING}
     asked = ClipOptions(**said)
     asked.request_options()
     check_write(out, frames=asked.frames, fps=asked.fps)
     plan = asked.plan()
     with progress_bars() as progress:
         progress("loading", 0, 1)
-        with Engine.load(
-            model,
-            motion_adapter=motion_adapter,
-            device=device,
-            dtype=dtype,
-            backend=backend,
-            network=network,
-            trust=trust,
-        ) as engine:
+        with Engine.load(model, **loading) as engine:
             defaults = engine.defaults
             check_write(out, frames=asked.frames or defaults.frames, fps=asked.fps or defaults.fps)
             if plan.reads_clips:
@@ -219,10 +204,12 @@ def generate(
     "--part",
     default="1/1",
     metavar="K/N",
-    help="Make lines K, K + N and so on, so that N runs share a manifest, one a GPU.",
+    help="Make lines K, K + N and so on, empty ones not counted, so that N runs share a manifest.",
 )
 @click.option(
-    "--overwrite", is_flag=True, help="Replace clips that are not what their line asks for."
+    "--overwrite",
+    is_flag=True,
+    help="Replace clips of the batch that are not what their line asks for; nothing else.",
 )
 @json_option("Print what was made as one JSON object.")
 @source_options
@@ -236,12 +223,7 @@ def batch(
     overwrite: bool,
     as_json: bool,
     model: str,
-    motion_adapter: str | None,
-    device: str | None,
-    dtype: str | None,
-    backend: str,
-    network: Path | None,
-    trust: tuple[str, ...],
+    **loading: Any,
 ) -> int:
     """Generate a clip for each line of a file of JSON lines.
 
@@ -255,7 +237,8 @@ def batch(
     made again. A line that fails does not keep others from it; batch_log.jsonl says what became of
     each.
     """  # noqa: D301  click's mark that lines stay as they are
-    from kinetiq.batch_folder import BatchOptions, Part, make_batch
+    from kinetiq.batch_folder import BatchOptions, describe_model, make_batch
+    from kinetiq.batch_log import Part
     from kinetiq.engine import Engine
     from kinetiq.progress import progress_bars, say_above_bar
 
@@ -264,22 +247,14 @@ def batch(
 
         def load() -> Engine:
             progress("loading", 0, 1)
-            return Engine.load(
-                model,
-                motion_adapter=motion_adapter,
-                device=device,
-                dtype=dtype,
-                backend=backend,
-                network=network,
-                trust=trust,
-            )
+            return Engine.load(model, **loading)
 
         made = make_batch(
             manifest,
             out,
             load,
             options,
-            model={"model": model, "motion_adapter": motion_adapter, "dtype": dtype},
+            model=describe_model(model, loading["motion_adapter"], loading["dtype"]),
             report=lambda words: say_above_bar(f"kinetiq: failed: {words}"),
             progress=progress,
         )

@@ -1,33 +1,42 @@
 """The folder of a batch: the clips of a manifest, and a log that says what each of them is.
 
 A run that was stopped, however, is continued: it loses the clips in flight, makes what is missing,
-and nothing twice. A line of the log goes to the disk before its clip has its name, so of a file
-that is there the last line about it says what it is.
+and nothing twice. A clip is encoded in a folder of the run's own, and moved to its name when it is
+whole and its entry is in the log; see `kinetiq.batch_log`. What is not a clip of the batch is
+never replaced.
 """
 
 import contextlib
-import fcntl
+import errno
 import functools
 import hashlib
 import json
 import os
-import re
+import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from kinetiq.clip import Clip, check_format, check_write, peek
+from kinetiq.batch_log import (
+    LOG_NAME,
+    WHERE,
+    BatchLog,
+    Part,
+    digest_clip,
+    open_log,
+    read_logs,
+)
+from kinetiq.clip import Clip, check_format, peek
 from kinetiq.clip_options import Readers, read_motions, read_region
-from kinetiq.errors import InputError, KinetiqError, OutputError, RequestError
-from kinetiq.files import make_folder, remove
+from kinetiq.errors import ClipError, InputError, KinetiqError, OutputError, RequestError, WorkError
+from kinetiq.files import as_target, make_folder
 from kinetiq.generation import Progress, no_progress
 from kinetiq.manifest import BadLine, ManifestLine, read_manifest
-from kinetiq.named_files import content_digest
+from kinetiq.named_files import content_digest, is_there
 from kinetiq.request import Request
 
 if TYPE_CHECKING:
@@ -35,45 +44,11 @@ if TYPE_CHECKING:
 
     from kinetiq.engine import Engine
 
-_BATCH = "batch"
-_LOG_NAME = re.compile(r"batch_log(_\d+of\d+)?\.jsonl")
-_KEPT_CLIPS = 16  # references that are in memory whole
-_KEPT_STARTS = 256  # first frames of references
+_KEPT_CLIPS = 16  # references that are in memory whole, at the size of clips
+_KEPT_STARTS = 16  # first frames of references, at their own size
+_KEPT_REGIONS = 4
 _KEPT_MOTIONS = 16
-
-
-@attrs.frozen
-class Part:
-    """Which lines a run makes: `number`, `number + count`, and so on, so that several can share.
-
-    Args:
-        number: of this part, counted from 1.
-        count: of all parts.
-    """
-
-    number: int = 1
-    count: int = 1
-
-    @classmethod
-    def parse(cls, words: str) -> "Part":
-        """The part that K/N says.
-
-        Raises:
-            RequestError: it is none.
-        """
-        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", words)
-        if found is None or not 1 <= int(found[1]) <= int(found[2]):
-            raise RequestError(
-                f"batch: --part must be K/N such as 1/4, K from 1 to N, got {words!r}"
-            )
-        return cls(int(found[1]), int(found[2]))
-
-    @property
-    def log_name(self) -> str:
-        """The name of its log."""
-        return (
-            f"batch_log_{self.number}of{self.count}.jsonl" if self.count > 1 else "batch_log.jsonl"
-        )
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # no other clip could be written
 
 
 @attrs.frozen
@@ -83,10 +58,10 @@ class BatchOptions:
     Args:
         part: the lines that are made.
         max_clips: clips in a batch of the network.
-        overwrite: replace clips that are not what their line asks for.
+        overwrite: replace clips of the batch that are not what their line asks for.
     """
 
-    part: Part = Part()
+    part: Part = attrs.field(factory=Part)
     max_clips: int = 8
     overwrite: bool = False
 
@@ -117,7 +92,8 @@ def make_batch(
         out: the folder of the batch.
         load: loads the model; it is not asked where nothing is to be made.
         options: how.
-        model: what says which model `load` loads.
+        model: what tells the model from others, so that their clips are not taken for its own;
+            see `describe_model`.
         report: told what is wrong with a line, when it is found.
         progress: told how far the work is.
 
@@ -128,24 +104,52 @@ def make_batch(
     Raises:
         InputError: the manifest cannot be read or holds nothing, the folder cannot be written, or
             another run is at work on the same part of it.
-        WorkError: the model does not load.
+        WorkError: the model does not load, or the disk is full.
     """
-    lines = [
-        line
-        for place, line in enumerate(read_manifest(manifest))
-        if place % options.part.count == options.part.number - 1
-    ]
+    lines = list(read_manifest(manifest))
     if not lines:
-        raise RequestError(f"{manifest}: must hold a clip for this part of it, got none")
-    make_folder(out, _BATCH)
+        raise RequestError(f"{manifest}: must hold a line that says a clip, got none")
+    make_folder(out, WHERE)
     _require_elsewhere(manifest, out)
-    with _open_log(out / options.part.log_name) as log:
-        run = _Run(out, log, dict(model), options, report)
-        pending = run.sort(lines, _read_logs(out), progress)
+    own = lines[options.part.number - 1 :: options.part.count]
+    with open_log(out, options.part) as log, _staging(out, options.part) as staging:
+        run = _Run(out, staging, log, dict(model), options, report)
+        pending = run.sort(own, _named_files(lines), progress)
         if pending:
             with load() as engine:
                 run.make(pending, engine, progress)
         return {"out": str(out), "made": run.made, "kept": run.kept, "failed": run.failed}
+
+
+def describe_model(model: str, motion_adapter: str | None, dtype: str | None) -> dict[str, Any]:
+    """What tells a model from others: the contents of folders, else the ids, and the number type.
+
+    Args:
+        model: a folder or an id.
+        motion_adapter: likewise.
+        dtype: as it was asked for.
+    """
+    from kinetiq.checkpoint import embedded_folder, resolve_dtype
+
+    folder = embedded_folder() if model == "sprites" else Path(model)
+    adapter = motion_adapter and (_contents(Path(motion_adapter)) or motion_adapter)
+    return {
+        "model": _contents(folder) or model,
+        "motion_adapter": adapter,
+        "dtype": str(resolve_dtype(dtype)),
+    }
+
+
+def _contents(folder: Path) -> str:
+    """A digest of all that a folder holds; "" where there is none."""
+    if not folder.is_dir():
+        return ""
+    parts = [
+        f"{path.relative_to(folder)} {digest_clip(path)}"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class _Run:
@@ -154,7 +158,8 @@ class _Run:
     def __init__(
         self,
         out: Path,
-        log: IO[bytes],
+        staging: Path,
+        log: BatchLog,
         model: Mapping[str, Any],
         options: BatchOptions,
         report: Callable[[str], None],
@@ -162,29 +167,32 @@ class _Run:
         self.made: list[str] = []
         self.kept = 0
         self.failed: list[dict[str, Any]] = []
-        self._out = out
-        self._log = log
+        self._out, self._staging, self._log = out, staging, log
         self._model = model
         self._options = options
         self._report = report
-        self._digest = functools.cache(content_digest)
+        self._known = read_logs(out)
+        self._digests: dict[Path, tuple[object, str]] = {}
         self._readers = Readers(
             functools.lru_cache(_KEPT_STARTS)(peek),
             functools.lru_cache(_KEPT_MOTIONS)(read_motions),
-            functools.lru_cache(_KEPT_CLIPS)(read_region),
+            functools.lru_cache(_KEPT_REGIONS)(read_region),
         )
         self._read = functools.lru_cache(_KEPT_CLIPS)(Clip.read)
 
     def sort(
-        self,
-        lines: Sequence[ManifestLine | BadLine],
-        known: Mapping[str, str],
-        progress: Progress,
+        self, lines: Sequence[ManifestLine | BadLine], reads: set[Path], progress: Progress
     ) -> list[_Task]:
         """Take out what is there and what cannot be made; the rest is to be made.
 
         All lines are looked at before a model loads, so that mistakes are said at once.
+
+        Args:
+            lines: of this run.
+            reads: what any line of the manifest reads, resolved.
+            progress: told of ("checking", done, total).
         """
+        above = {parent for path in reads for parent in path.parents}
         tasks: list[_Task] = []
         for done, line in enumerate(lines):
             progress("checking", done, len(lines))
@@ -192,21 +200,28 @@ class _Run:
                 self._fail(line.number, line.error)
                 continue
             try:
-                line.plan(self._readers)
-                task = _Task(line, self._fingerprint(line), self._out / line.out)
-                if self._is_made(task, known):
-                    self.kept += 1
-                else:
-                    tasks.append(task)
+                with line.located():
+                    asked = line.asked
+                    target = as_target(self._out / line.out, "out")
+                    check_format(target, frames=asked.frames, fps=asked.fps)
+                    asked.plan(self._readers)
+                    task = _Task(line, self._fingerprint(line), target)
+                    if self._is_made(task):
+                        self.kept += 1
+                        continue
+                    self._require_writable(task, reads, above)
+                tasks.append(task)
             except InputError as error:
                 self._fail(line.number, error)
-        reads = {path.resolve() for task in tasks for path in task.line.asked.named_files}
-        return [task for task in tasks if self._may_be_written(task, known, reads)]
+        return tasks
 
     def make(self, tasks: list[_Task], engine: "Engine", progress: Progress) -> None:
         """Generate and write; lines that fail do not keep others from it.
 
         Clips are written by another thread, beside the next ones' generation.
+
+        Raises:
+            WorkError: nothing more can be written.
         """
         drawn: list[_Task] = []
         writing: deque[Future[None]] = deque()
@@ -216,7 +231,8 @@ class _Run:
             nonlocal done
             for task in tasks:
                 try:
-                    request = self._request(task, engine)
+                    with task.line.located():
+                        request = self._request(task, engine)
                 except InputError as error:
                     self._fail(task.line.number, error)
                     done += 1
@@ -239,140 +255,199 @@ class _Run:
                     self._fail(task.line.number, task.line.locate(result))
                     continue
                 writing.append(writer.submit(self._write, task, result))
-                while len(writing) > self._options.max_clips:
+                while len(writing) > self._options.max_clips:  # else clips pile up in memory
                     writing.popleft().result()
             for written in writing:
                 written.result()
 
     def _request(self, task: _Task, engine: "Engine") -> Request:
         asked, defaults = task.line.asked, engine.defaults
-        plan = task.line.plan(self._readers)
-        with task.line.located():
-            check_format(
-                task.target, frames=asked.frames or defaults.frames, fps=asked.fps or defaults.fps
-            )
-            controls = plan.read_controls(defaults, self._read)
+        check_format(
+            task.target, frames=asked.frames or defaults.frames, fps=asked.fps or defaults.fps
+        )
+        plan = asked.plan(self._readers)
+        controls = plan.read_controls(defaults, self._read)
+        if self._fingerprint(task.line) != task.fingerprint:
+            raise ClipError("a file that it names has changed since this run began; start it again")
         return Request.from_options(asked.prompt, {**plan.options, "control": controls})
 
     def _write(self, task: _Task, clip: Clip) -> None:
-        scale = task.line.asked.scale
-        if task.target.exists():  # first of all, or it would pass for what the log says next
-            remove(task.target, _BATCH)
-        self._append(
+        """Encode a clip, say in the log what it is, and let it have its name, in this order."""
+        asked = task.line.asked
+        staged = self._staging / f"clip{task.target.suffix.lower()}"
+        try:
+            with task.line.located():
+                _encode(clip, staged, asked.scale)
+                self._require_free(task)
+        except InputError as error:
+            if _is_full(error):
+                raise WorkError(
+                    f"{WHERE}: {error}; {len(self.made)} clips were made: make room, and start it "
+                    "again"
+                ) from error
+            self._fail(task.line.number, error)
+            return
+        self._log.add_clip(
             {
                 "out": str(task.line.out),
                 "line": task.line.number,
                 "fingerprint": task.fingerprint,
+                "content": digest_clip(staged),
                 "frames": clip.num_frames,
-                "height": clip.height * scale,
-                "width": clip.width * scale,
+                "height": clip.height * asked.scale,
+                "width": clip.width * asked.scale,
                 "fps": clip.fps,
-                "seed": task.line.asked.seed,
+                "seed": asked.seed,
             }
         )
-        clip.write(task.target, scale=scale)
+        try:
+            if task.target.is_dir():  # a folder of images, which only an empty one's name can take
+                task.target.rename(self._staging / f"old{len(self.made)}")
+            staged.rename(task.target)
+        except OSError as error:
+            failure = OutputError(f"out: {task.target} cannot be written ({error.strerror})")
+            self._fail(task.line.number, task.line.locate(failure))
+            return
         self.made.append(str(task.line.out))
 
     def _fingerprint(self, line: ManifestLine) -> str:
         """What lines have in common that ask for the same clip, 64 hexadecimal digits."""
-        named = [self._digest(path) for path in line.asked.named_files]
-        said = json.dumps([dict(line.said), named, dict(self._model)], sort_keys=True)
+        said = json.dumps([line.asked.content(self._digest), dict(self._model)], sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()
 
-    def _is_made(self, task: _Task, known: Mapping[str, str]) -> bool:
-        return task.target.exists() and known.get(str(task.line.out)) == task.fingerprint
+    def _digest(self, path: Path) -> str:
+        """Of a file's content, taken anew when it is another file or was written to."""
+        stamp = _stamp(path)
+        known = self._digests.get(path)
+        if known is None or known[0] != stamp:
+            known = self._digests[path] = (stamp, content_digest(path))
+        return known[1]
 
-    def _may_be_written(self, task: _Task, known: Mapping[str, str], reads: set[Path]) -> bool:
-        """Whether a clip's place is free; if not, its line has failed."""
-        target, overwrite = task.target, self._options.overwrite
+    def _is_made(self, task: _Task) -> bool:
+        return task.fingerprint in self._holds(task)
+
+    def _holds(self, task: _Task) -> Collection[str]:
+        """The fingerprints of the clip of the batch that has a line's name; none: there is none."""
+        known = self._known.get(task.line.out)
+        if known is None or not is_there(task.target):
+            return ()
         try:
-            with task.line.located():
-                _require_unread(target, reads)
-                if target.exists() and not overwrite:
-                    holds = "another clip" if str(task.line.out) in known else "none of its clips"
-                    raise OutputError(
-                        f"out: {target} must be free or hold the clip that this line asks for, and "
-                        f"holds {holds}; choose another name, or replace it with --overwrite"
-                    )
-                make_folder(target.parent, "out")
-                if not target.exists():
-                    check_write(target)
-        except InputError as error:
-            self._fail(task.line.number, error)
-            return False
-        return True
+            return known.get(digest_clip(task.target), ())
+        except OSError as error:
+            raise OutputError(f"out: {task.target} cannot be read ({error.strerror})") from error
+
+    def _require_writable(self, task: _Task, reads: set[Path], above: set[Path]) -> None:
+        """Raise unless a clip may take its name, and nothing that is read is there."""
+        resolved = task.target.resolve()
+        if resolved in reads or resolved in above or resolved.parent in reads:
+            raise OutputError(f"out: {task.target} must not be where the manifest reads")
+        self._require_free(task)
+        make_folder(task.target.parent, "out")
+
+    def _require_free(self, task: _Task) -> None:
+        """Raise unless nothing has a clip's name, or a clip of the batch that may be replaced."""
+        try:
+            task.target.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:  # such as of a name that is too long
+            raise OutputError(f"out: {task.target} cannot be written: {error.strerror}") from error
+        if not self._holds(task):
+            raise OutputError(
+                f"out: {task.target} must be free or hold a clip of this batch, and holds "
+                "something else; choose another name, or move it away"
+            )
+        if not self._options.overwrite:
+            raise OutputError(
+                f"out: {task.target} must be free or hold the clip that this line asks for, and "
+                "holds another clip of this batch; choose another name, or replace it with "
+                "--overwrite"
+            )
 
     def _fail(self, number: int, error: KinetiqError) -> None:
         self.failed.append({"line": number, "error": str(error)})
-        self._append(self.failed[-1])
+        self._log.add_failure(number, str(error))
         self._report(str(error))
-
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        """Bring a line of the log to the disk."""
-        at = datetime.now(UTC).isoformat(timespec="microseconds")
-        self._log.write(json.dumps({**entry, "at": at}).encode() + b"\n")
-        self._log.flush()
-        os.fsync(self._log.fileno())
 
 
 @contextlib.contextmanager
-def _open_log(path: Path) -> Iterator[IO[bytes]]:
-    """A log to append to, which no other run has open; a line that was cut short is taken off it.
+def _staging(out: Path, part: Part) -> Iterator[Path]:
+    """A folder of a run's own beside the clips, where what a killed one has left is taken away.
 
     Raises:
-        OutputError: another run has it, or it cannot be written.
+        OutputError: it cannot be made.
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            log = stack.enter_context(path.open("a+b"))
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            log.seek(0)
-            log.truncate(log.read().rfind(b"\n") + 1)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"{_BATCH}: {path} must be of one run at a time, and another is at work on it; "
-                "wait for it, or share the manifest with --part"
-            ) from error
-        except OSError as error:
-            raise OutputError(f"{_BATCH}: {path} cannot be written ({error.strerror})") from error
-        yield log
+    staging = out / f".kinetiq-batch{part}"
+    shutil.rmtree(staging, ignore_errors=True)
+    make_folder(staging, WHERE)
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
-def _read_logs(out: Path) -> dict[str, str]:
-    """Of each clip that some run of any part wrote, the fingerprint of what it last was.
+def _encode(clip: Clip, path: Path, scale: int) -> None:
+    """Write a clip, and bring it to the disk.
 
     Raises:
-        OutputError: a log cannot be read, or is none.
+        OutputError: no such clip can be written, or none at all.
     """
-    found: dict[str, tuple[str, str]] = {}
-    for path in sorted(out.iterdir()):
-        if not _LOG_NAME.fullmatch(path.name):
-            continue
-        try:
-            *lines, _ = path.read_bytes().split(b"\n")  # what is last is empty, or being written
-            for entry in map(json.loads, lines):
-                if "error" not in entry:
-                    said = entry["at"], entry["fingerprint"]
-                    found[entry["out"]] = max(said, found.get(entry["out"], said))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise OutputError(
-                f"{_BATCH}: {path} must be a log of this command, and cannot be read as one "
-                f"({error}); move it away"
-            ) from error
-    return {name: fingerprint for name, (_, fingerprint) in found.items()}
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        clip.write(path, scale=scale)
+        for each in path.iterdir() if path.is_dir() else (path,):
+            with each.open("rb") as file:
+                os.fsync(file.fileno())
+    except (RuntimeError, ValueError, MemoryError) as error:  # encoders say no as they like
+        if isinstance(error, KinetiqError):
+            raise
+        size = f"{clip.height * scale}x{clip.width * scale}"
+        raise OutputError(
+            f"out: {path.suffix or 'a folder of images'} must be able to hold "
+            f"{clip.num_frames} frames of {size}, and is not: {error}; choose another format, size "
+            "or scale"
+        ) from error
+
+
+def _is_full(error: InputError) -> bool:
+    """Whether an error is of the disk, and so of all clips that follow."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def _stamp(path: Path) -> object:
+    """What changes when a file, or one in a folder, is written to."""
+    try:
+        if path.is_dir():
+            return sorted((each.name, _stamp_file(each)) for each in path.iterdir())
+        return _stamp_file(path)
+    except OSError as error:
+        raise ClipError(f"{path} must be a file that can be read: {error.strerror}") from error
+
+
+def _stamp_file(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+def _named_files(lines: Sequence[ManifestLine | BadLine]) -> set[Path]:
+    """What any line reads, resolved; lines that have no meaning are said when it is their turn."""
+    found = {line.path.resolve() for line in lines if isinstance(line, ManifestLine)}
+    for line in lines:
+        if isinstance(line, ManifestLine):
+            with contextlib.suppress(InputError):
+                found |= {path.resolve() for path in line.asked.named_files}
+    return found
 
 
 def _require_elsewhere(manifest: Path, out: Path) -> None:
     """Raise if the manifest has the name of a log of the batch."""
-    if manifest.resolve().parent == out.resolve() and _LOG_NAME.fullmatch(manifest.name):
+    if manifest.resolve().parent == out.resolve() and LOG_NAME.fullmatch(manifest.name):
         raise OutputError(
-            f"{_BATCH}: {manifest} must not have the name of this folder's own log; rename it"
+            f"{WHERE}: {manifest} must not have the name of this folder's own log; rename it"
         )
-
-
-def _require_unread(target: Path, reads: Iterable[Path]) -> None:
-    """Raise if what is to be written is what is read, or lies in it."""
-    resolved = target.resolve()
-    for read in reads:
-        if read.is_relative_to(resolved) or resolved.parent == read:
-            raise OutputError(f"out: {target} must not be a part of {read}, which is read")

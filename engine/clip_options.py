@@ -178,6 +178,27 @@ class ClipOptions:
         controls = _build_controls(start, self.control, learned, asked, given, use)
         return ClipPlan(self, options, tuple(controls), reference, moft, moving)
 
+    def content(self, digest: Callable[[Path], str]) -> dict[str, Any]:
+        """What options have in common that ask for the same clip, wherever the files lie.
+
+        Args:
+            digest: of the content of a file or a folder.
+
+        Raises:
+            InputError: words have no meaning, or a file cannot be read.
+        """
+        plain, moving = _parse_regions(self.regions, self.folder)
+        said = attrs.asdict(self, filter=lambda field, _: field.name != "folder")
+        for name, path in (("reference", self.reference), ("moft", self.moft)):
+            said[name] = None if path is None else digest(self.folder / path)
+        said["regions"] = [None if plain is None else digest(plain)] + [
+            [digest(mask), digest(motion) if isinstance(motion, Path) else motion]
+            for mask, motion in moving.items()
+        ]
+        weights = (_parse_weight(words, self.folder) for words in self.motions)
+        said["motions"] = [[weight, digest(path)] for weight, path in weights]
+        return said
+
     @property
     def named_files(self) -> tuple[Path, ...]:
         """All files and folders that are named, each clip, mask and motion.

@@ -546,7 +546,8 @@ class Engine:
         """
         pixels = self._pixels(latents, progress)
         # As `Clip.from_array` rounds, but where the frames are: a GPU sends a quarter of the bytes.
-        frames = (pixels * 255.0 + 0.5).floor().to(torch.uint8)
+        with _room_for(f"decode: {len(pixels)} frames as bytes"):
+            frames = (pixels * 255.0 + 0.5).floor().to(torch.uint8)
         return Clip.from_array(frames, fps)
 
     @torch.inference_mode()

@@ -64,27 +64,6 @@ def write_text(path: str | os.PathLike[str], text: str, where: str = "write") ->
         temporary.write_bytes(text.encode())
 
 
-def remove(path: Path, where: str) -> None:
-    """Take a file or a folder away, so that no part of it is left under its name.
-
-    Args:
-        path: what is there.
-        where: what the error's message begins with.
-
-    Raises:
-        OutputError: it cannot be taken away.
-    """
-    temporary = _temporary_beside(path)
-    try:
-        path.rename(temporary)
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink()
-    except OSError as error:
-        raise OutputError(f"{where}: {path} must be replaceable: {error.strerror}") from error
-
-
 def make_folder(folder: Path, where: str, use: str = "", advice: str = "") -> None:
     """Make a folder, and those above it, unless it is there.
 

@@ -14,13 +14,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 import attrs
 import click
 
-from kinetiq.clip import check_format, write_suffix
-from kinetiq.clip_options import ClipOptions, ClipPlan, Readers
+from kinetiq.clip import write_suffix
+from kinetiq.clip_options import ClipOptions
 from kinetiq.errors import InputError, KinetiqError, RequestError
 from kinetiq.options import clip_options
 
@@ -37,26 +37,14 @@ class ManifestLine:
     Args:
         path: the manifest.
         number: counted from 1, empty lines too.
-        said: its keys and values but `out`, by the names of options.
         asked: the options of the clip.
         out: where the clip goes, from the folder of the batch.
     """
 
     path: Path
     number: int
-    said: Mapping[str, Any]
     asked: ClipOptions
     out: PurePosixPath
-
-    def plan(self, readers: Readers | None = None) -> ClipPlan:
-        """See `ClipOptions.plan`.
-
-        Raises:
-            InputError: what is asked for has no meaning: FILE:LINE: what must be, what came.
-        """
-        with self.located():
-            check_format(Path(self.out), frames=self.asked.frames, fps=self.asked.fps)
-            return self.asked.plan(readers)
 
     @contextmanager
     def located(self) -> Iterator[None]:
@@ -94,14 +82,12 @@ def read_manifest(path: Path) -> Iterator[ManifestLine | BadLine]:
     folders: dict[PurePosixPath, int] = {}
     try:
         with path.open("rb") as file:
-            for number, data in enumerate(iter(lambda: file.readline(_MOST_BYTES + 1), b""), 1):
-                if len(data) > _MOST_BYTES:
-                    raise RequestError(
-                        f"{path}:{number}: must be a line of at most {_MOST_BYTES} bytes, got more"
-                    )
+            for number, data in enumerate(_lines(file), 1):
                 if not data.strip():
                     continue
                 try:
+                    if len(data) > _MOST_BYTES:
+                        _fail(f"must be a line of at most {_MOST_BYTES} bytes, got more")
                     line = _read_line(path, number, data)
                     _take(line, taken, folders)
                 except InputError as error:
@@ -112,6 +98,14 @@ def read_manifest(path: Path) -> Iterator[ManifestLine | BadLine]:
         raise RequestError(
             f"{path}: must be a manifest that can be read: {error.strerror}"
         ) from error
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file, but for what they have beyond one byte too many."""
+    while data := file.readline(_MOST_BYTES + 1):
+        yield data
+        while len(data) > _MOST_BYTES and not data.endswith(b"\n"):
+            data = file.readline(_MOST_BYTES + 1)
 
 
 def _located(error: _Error, path: Path, number: int) -> _Error:
@@ -147,7 +141,8 @@ def _read_line(path: Path, number: int, data: bytes) -> ManifestLine:
         options = _options.main(_words(said), standalone_mode=False)
     except click.UsageError as error:
         raise RequestError(error.format_message()) from error
-    return ManifestLine(path, number, said, ClipOptions(folder=path.parent, **options), out)
+    folder = path.parent if path.is_file() else Path()  # a pipe lies beside nothing
+    return ManifestLine(path, number, ClipOptions(folder=folder, **options), out)
 
 
 @click.command(add_help_option=False)
@@ -169,6 +164,8 @@ def _words(said: Mapping[str, Any]) -> list[str]:
     """A line's keys and values as the words of a command."""
     words = []
     for key, value in said.items():
+        if value is None:  # as tables write what is not there
+            continue
         parameter = _PARAMETERS.get(key)
         if parameter is None:
             known = ["out", *_PARAMETERS]
@@ -186,8 +183,16 @@ def _words(said: Mapping[str, Any]) -> list[str]:
             if isinstance(each, bool) or not isinstance(each, str | int | float):
                 form = "text, or a list of texts" if parameter.multiple else "text or a number"
                 _fail(f"{key}: must be {form}, got {_shown(each)}")
-            words.append(f"{option}={each}")
+            if isinstance(each, str) and not _is_text(each):
+                _fail(f"{key}: must be text without other characters, got {_shown(each)}")
+            whole = isinstance(each, float) and each.is_integer()  # as tables write numbers
+            words.append(f"{option}={int(each) if whole else each}")
     return words
+
+
+def _is_text(words: str) -> bool:
+    """Whether a file could have such a name: no NUL, and no half of a character."""
+    return "\0" not in words and not any("\ud800" <= letter <= "\udfff" for letter in words)
 
 
 def _parse_out(value: object) -> PurePosixPath:

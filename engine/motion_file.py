@@ -21,6 +21,7 @@ from kinetiq import __version__
 from kinetiq.errors import CheckpointError, RequestError
 from kinetiq.families import FAMILIES, Family
 from kinetiq.files import replacing, write_tensors
+from kinetiq.named_files import is_there
 
 KINDS = ("embedding", "lora")
 _LATER = ("target", "rank", "sites")  # in `MotionInfo`, and not in files of earlier versions
@@ -172,8 +173,8 @@ def _read(path: str | os.PathLike[str], *, with_tensors: bool) -> MotionFile:
     from safetensors import SafetensorError, safe_open
 
     file = Path(path)
-    if not file.is_file():
-        what = "is a folder" if file.is_dir() else "is not there"
+    if not is_there(file) or not file.is_file():
+        what = "is a folder" if is_there(file) and file.is_dir() else "is not there"
         raise CheckpointError(f"read: {file} must be a motion's file, and {what}")
     refuse_pickle(file)
     try:

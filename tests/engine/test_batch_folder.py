@@ -1,11 +1,16 @@
 """The folder of a batch: what is made, what is kept, and what a run that was stopped leaves."""
 
+import errno
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,13 +19,45 @@ from click.testing import CliRunner
 
 from kinetiq import batch_folder
 from kinetiq.__main__ import main
-from kinetiq.batch_folder import BatchOptions, Part, make_batch
+from kinetiq.batch_folder import BatchOptions, describe_model, make_batch
+from kinetiq.batch_log import BatchLog, Part
+from kinetiq.checkpoint import embedded_folder
 from kinetiq.clip import Clip
 from kinetiq.engine import Engine
-from kinetiq.errors import NonFiniteError, OutputError, RequestError
+from kinetiq.errors import NonFiniteError, OutputError, RequestError, WorkError
+from kinetiq.files import replacing
 
 THREE = [{"prompt": "a"}, {"prompt": "b", "out": "stars/b.webp"}, {"prompt": "c", "seed": 5}]
 NAMES = ["clip_000001.mp4", "stars/b.webp", "clip_000003.mp4"]
+
+
+MIXED = [{"prompt": name, "out": name} for name in ("a.webp", "b", "c.webp")]
+
+
+def stopped(patched, where, name, nth, after=False):
+    """The n-th call of something ends the run, as a signal would, before or after its work."""
+    real, calls = getattr(where, name), []
+
+    def stop(*words, **settings):
+        calls.append(words)
+        if len(calls) == nth and not after:
+            raise KeyboardInterrupt
+        result = real(*words, **settings)
+        if len(calls) == nth:
+            raise KeyboardInterrupt
+        return result
+
+    patched.setattr(where, name, stop)
+
+
+POINTS = {
+    "before encoding": lambda patched, nth: stopped(patched, batch_folder, "_encode", nth),
+    "after encoding": lambda patched, nth: stopped(patched, batch_folder, "_encode", nth, True),
+    "before the log": lambda patched, nth: stopped(patched, BatchLog, "add_clip", nth),
+    "after the log": lambda patched, nth: stopped(patched, BatchLog, "add_clip", nth, True),
+    "before a name": lambda patched, nth: stopped(patched, Path, "rename", nth),
+    "after a name": lambda patched, nth: stopped(patched, Path, "rename", nth, True),
+}
 
 
 class Painter:
@@ -33,6 +70,7 @@ class Painter:
         self.loaded = 0
         self.fails_at = None
         self.max_clips = None
+        self.wide = {}
 
     def __enter__(self):
         self.loaded += 1
@@ -49,6 +87,9 @@ class Painter:
             if request.prompt == self.fails_at:
                 yield place, NonFiniteError("step 3: latents must be finite")
                 continue
+            if request.prompt in self.wide:
+                yield place, self.wide[request.prompt]
+                continue
             frames = np.full((4, 16, 24, 3), 20 * request.seed, np.uint8)
             frames += np.arange(4, dtype=np.uint8)[:, None, None, None]
             yield place, Clip(frames, 8.0)
@@ -63,7 +104,15 @@ def painter():
 def make(tmp_path, painter):
     """Make a batch of lines in `out`."""
 
-    def make(lines, model="m", report=lambda _: None, progress=lambda *_: None, **options):
+    def make(
+        lines,
+        model="m",
+        wide=types.MappingProxyType({}),
+        report=lambda _: None,
+        progress=lambda *_: None,
+        **options,
+    ):
+        painter.wide = wide
         path = tmp_path / "clips.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return make_batch(
@@ -131,6 +180,19 @@ class TestMaking:
         make([{"prompt": "a", "scale": 2, "out": "a.webp"}])
         assert Clip.read(tmp_path / "out" / "a.webp").frames.shape == (4, 32, 48, 3)
         assert log()[0]["height"] == 32
+
+    def test_clips_do_not_pile_up_where_writing_is_slow(self, make, painter, monkeypatch):
+        encode, written, waiting = batch_folder._encode, [], []
+
+        def slowly(clip, path, scale):
+            time.sleep(0.03)
+            waiting.append(len(painter.asked) - len(written))
+            encode(clip, path, scale)
+            written.append(path)
+
+        monkeypatch.setattr(batch_folder, "_encode", slowly)
+        make([{"prompt": "a", "seed": seed} for seed in range(10)], max_clips=1)
+        assert max(waiting) <= 4  # drawn, handed over, waiting, being written
 
     def test_max_clips_reaches_the_engine(self, make, painter):
         make(THREE, max_clips=3)
@@ -225,19 +287,74 @@ class TestFailures:
         assert painter.loaded == 0
 
     def test_an_empty_manifest_is_said(self, make):
-        with pytest.raises(RequestError, match="must hold a clip for this part of it, got none"):
+        with pytest.raises(RequestError, match="must hold a line that says a clip, got none"):
             make([])
 
-    def test_a_disk_that_is_full_ends_the_run(self, make, monkeypatch, tmp_path):
-        def write(self, path, **_):
-            raise OutputError(f"write: {path} cannot be written (No space left on device)")
+    @pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EROFS"])
+    def test_a_disk_that_is_full_ends_the_run(self, make, monkeypatch, tmp_path, name):
+        write = Clip.write
 
-        monkeypatch.setattr(Clip, "write", write)
-        with pytest.raises(OutputError, match="No space left"):
+        def full(self, path, **settings):
+            if self.frames[0, 0, 0, 0] == 100:  # the third's
+                with replacing(path, "write"):
+                    raise OSError(getattr(errno, name), "no room")
+            write(self, path, **settings)
+
+        monkeypatch.setattr(Clip, "write", full)
+        with pytest.raises(WorkError, match=r"no room.*; 2 clips were made: make room, and"):
             make(THREE)
         monkeypatch.undo()
-        assert make(THREE)["made"] == NAMES
-        assert files(tmp_path / "out").keys() == set(NAMES)
+        assert files(tmp_path / "out").keys() == set(NAMES[:2])
+        assert make(THREE)["made"] == NAMES[2:]
+
+    def test_a_clip_that_its_format_cannot_hold_does_not_keep_others_from_it(self, make, log):
+        """A webp is at most 16,383 pixels wide, which nobody can tell before it is encoded."""
+        lines = [
+            {"prompt": "a"},
+            {"prompt": "b", "out": "b.webp", "size": "16x264", "scale": 64},
+            {"prompt": "c"},
+        ]
+        painted = np.zeros((1, 1, 16400, 3), np.uint8)
+        made = make(lines, wide={"b": Clip(painted, 8.0)})
+        assert made["made"] == [NAMES[0], NAMES[2]]
+        (failure,) = made["failed"]
+        assert failure["line"] == 2
+        assert (
+            "clips.jsonl:2: out: .webp must be able to hold 1 frames of 64x1049600"
+            in failure["error"]
+        )
+        assert [entry["line"] for entry in log() if "error" in entry] == [2]
+        assert len(make(lines, wide={"b": Clip(painted, 8.0)})["failed"]) == 1
+
+    def test_a_clip_that_cannot_be_encoded_leaves_what_it_was_to_replace(self, make, tmp_path):
+        make([{"prompt": "a", "out": "a.webp"}])
+        before = files(tmp_path / "out")
+        lines = [{"prompt": "b", "out": "a.webp", "scale": 2}]
+        wide = {"b": Clip(np.zeros((1, 1, 16000, 3), np.uint8), 8.0)}
+        assert make(lines, overwrite=True, wide=wide)["failed"]
+        assert files(tmp_path / "out") == before
+
+    @pytest.mark.parametrize("out", ["x" * 300 + ".mp4", "/".join(["x" * 200] * 30) + ".mp4"])
+    def test_a_name_that_no_file_can_have_fails_its_line(self, make, out, painter):
+        made = make([{"prompt": "a", "out": out}, {"prompt": "b"}])
+        assert made["made"] == [NAMES[0].replace("1", "2")]
+        assert made["failed"][0]["error"].endswith("File name too long")
+        assert painter.asked == ["b"]
+
+    def test_a_folder_that_goes_away_fails_its_line(self, make, painter, monkeypatch, tmp_path):
+        paint = painter.generate_as_completed
+
+        def inner(requests, **settings):
+            requests = list(requests)
+            (tmp_path / "out" / "stars").rmdir()
+            return paint(requests, **settings)
+
+        monkeypatch.setattr(painter, "generate_as_completed", inner)
+        made = make(THREE)
+        assert made["made"] == [NAMES[0], NAMES[2]]
+        assert "clips.jsonl:2: out: " in made["failed"][0]["error"]
+        monkeypatch.undo()
+        assert make(THREE)["made"] == [NAMES[1]]
 
 
 class TestContinuing:
@@ -277,17 +394,22 @@ class TestContinuing:
         changed = [{**THREE[0], **change}, *THREE[1:]]
         made = make(changed)
         assert (made["made"], made["kept"]) == ([], 2)
-        assert (
-            "holds another clip; choose another name, or replace it" in made["failed"][0]["error"]
-        )
+        assert "holds another clip of this batch; choose another" in made["failed"][0]["error"]
         assert files(tmp_path / "out") == before
         made = make(changed, overwrite=True)
         assert (made["made"], made["kept"]) == ([NAMES[0]], 2)
         after = files(tmp_path / "out")
-        assert after[NAMES[0]] != before[NAMES[0]]
+        assert after[NAMES[0]][0] != before[NAMES[0]][0]
         assert after[NAMES[1]] == before[NAMES[1]]
         assert make(changed)["kept"] == 3
-        assert make(THREE)["failed"]
+
+    def test_clips_of_one_content_are_either(self, make):
+        """The same frames, asked for in other words: what is there may pass for both."""
+        lines = [{"prompt": "a", "out": "a.webp"}]
+        make(lines)
+        other = [{"prompt": "b", "out": "a.webp"}]  # which the engine of these tests paints alike
+        assert make(other, overwrite=True)["made"] == ["a.webp"]
+        assert make(other)["kept"] == 1
 
     def test_another_model_is_another_clip(self, make):
         make(THREE)
@@ -303,77 +425,194 @@ class TestContinuing:
         Clip(moving[::-1].copy(), 8).write(tmp_path / "good.webp")
         assert "holds another clip" in make(lines)["failed"][0]["error"]
 
-    def test_what_is_no_clip_of_the_batch_is_left_alone(self, make, tmp_path):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / NAMES[0]).write_text("mine")
-        made = make(THREE)
-        assert "holds none of its clips" in made["failed"][0]["error"]
-        assert (tmp_path / "out" / NAMES[0]).read_text() == "mine"
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_what_is_no_clip_of_the_batch_is_left_alone(self, make, tmp_path, overwrite):
+        out = tmp_path / "out"
+        make(THREE)
+        (out / NAMES[0]).write_text("mine")  # under a name that the log knows
+        (out / "thesis" / "chapter").mkdir(parents=True)
+        (out / "thesis" / "chapter" / "one.tex").write_text("mine")
+        (tmp_path / "elsewhere").mkdir()
+        (out / "link").symlink_to(tmp_path / "elsewhere")
+        (out / "broken.gif").symlink_to(tmp_path / "nowhere")
+        (out / "empty").mkdir()
+        before = files(out)
+        names = ["thesis", "stars", "link", "broken.gif", "empty", "thesis/chapter"]
+        lines = [THREE[0], *({"prompt": "x", "out": name} for name in names)]
+        for one in lines:
+            made = make([one], overwrite=overwrite)
+            assert (
+                "and holds something else; choose another name, or move"
+                in made["failed"][0]["error"]
+            )
+            assert "--overwrite" not in made["failed"][0]["error"]
+        assert files(out) == before
+        assert (out / "link").is_symlink() and (out / "broken.gif").is_symlink()
 
-    def test_a_folder_of_images_is_replaced_whole(self, make, tmp_path):
+    def test_what_comes_to_a_name_while_a_run_is_at_work_is_left_alone(
+        self, make, painter, monkeypatch, tmp_path
+    ):
+        paint = painter.generate_as_completed
+        out = tmp_path / "out"
+
+        def inner(requests, **settings):
+            requests = list(requests)
+            (out / "notes").mkdir()
+            (out / "notes" / "mine.txt").write_text("mine")
+            (out / NAMES[1]).write_text("mine")
+            return paint(requests, **settings)
+
+        monkeypatch.setattr(painter, "generate_as_completed", inner)
+        made = make([*THREE, {"prompt": "d", "out": "notes"}], overwrite=True)
+        assert made["made"] == [NAMES[0], NAMES[2]]
+        assert [failure["line"] for failure in made["failed"]] == [2, 4]
+        assert (out / NAMES[1]).read_text() == (out / "notes" / "mine.txt").read_text() == "mine"
+
+    @pytest.mark.parametrize("spoil", [lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"x")])
+    def test_a_file_that_is_not_what_was_written_is_not_taken_for_it(self, make, spoil, tmp_path):
+        make(THREE)
+        spoil(tmp_path / "out" / NAMES[1])
+        made = make(THREE)
+        assert (made["made"], made["kept"], len(made["failed"])) == ([], 2, 1)
+
+    def test_a_folder_of_images_is_replaced_whole_or_not_at_all(self, make, tmp_path):
+        out = tmp_path / "out"
         make([{"prompt": "a", "out": "a", "frames": 8}])
-        (tmp_path / "out" / "a" / "00099.png").write_bytes(b"old")
-        made = make([{"prompt": "b", "out": "a"}], overwrite=True)
-        assert made["made"] == ["a"]
-        names = sorted(path.name for path in (tmp_path / "out" / "a").iterdir())
+        assert make([{"prompt": "a", "out": "a", "frames": 8}])["kept"] == 1
+        (out / "a" / "00099.png").write_bytes(b"mine")
+        before = files(out)
+        made = make([{"prompt": "b", "out": "a", "seed": 3}], overwrite=True)
+        assert "holds something else" in made["failed"][0]["error"]
+        assert files(out) == before
+        (out / "a" / "00099.png").unlink()
+        (out / "a" / "00003.png").rename(out / "a" / "mine.png")
+        assert make([{"prompt": "a", "out": "a", "frames": 8}])["failed"]
+        (out / "a" / "mine.png").rename(out / "a" / "00003.png")
+        assert make([{"prompt": "b", "out": "a", "seed": 3}], overwrite=True)["made"] == ["a"]
+        names = sorted(path.name for path in (out / "a").iterdir())
         assert names == [f"0000{number}.png" for number in range(4)]
-        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-            "a",
-            "batch_log.jsonl",
-        ]
+        assert sorted(path.name for path in out.iterdir()) == ["a", "batch_log.jsonl"]
 
     def test_what_is_read_is_not_replaced(self, make, tmp_path):
+        """By any line of the manifest, also one that is made already or of another part."""
+        out = tmp_path / "out"
+        make([{"prompt": "a", "out": "good.webp"}, {"prompt": "a", "out": "frames"}])
+        kept = {"prompt": "k", "reference": "out/good.webp", "out": "k.webp"}
+        assert make([kept])["made"] == ["k.webp"]
+        before = files(out)
+        changed = [
+            {"prompt": "b", "seed": 3, "out": "good.webp"},
+            kept,
+            {"prompt": "b", "out": "frames/00001.gif"},
+            {"prompt": "c", "reference": "out/frames", "out": "c.webp"},
+        ]
+        made = make(changed, overwrite=True, part=Part(1, 2))
+        assert ["where the manifest reads" in f["error"] for f in made["failed"]] == [True, True]
+        after = files(out)
+        assert {name: after[name] for name in before} == before
+        region = {**kept, "region": "out/frames/00001.png", "out": "r.webp"}
+        made = make([{"prompt": "b", "seed": 3, "out": "frames"}, region], overwrite=True)
+        assert [failure["line"] for failure in made["failed"]] == [1]
+        assert "where the manifest reads" in made["failed"][0]["error"]
+
+    def test_a_file_that_changes_while_a_run_is_at_work_fails_its_line(
+        self, make, painter, monkeypatch, tmp_path
+    ):
         moving = np.zeros((9, 8, 8, 3), np.uint8)
         moving[range(8), :, range(8)] = 255
-        (tmp_path / "out").mkdir()
-        Clip(moving, 8).write(tmp_path / "out" / "good.webp")
-        Clip(moving, 8).write(tmp_path / "out" / "frames")
-        before = files(tmp_path / "out")
-        lines = [
-            {"prompt": "a", "reference": "out/good.webp", "out": "good.webp"},
-            {"prompt": "b", "reference": "out/frames", "out": "frames/00001.gif"},
-        ]
-        made = make(lines, overwrite=True)
-        assert ["which is read" in failure["error"] for failure in made["failed"]] == [True, True]
-        assert files(tmp_path / "out") == before
+        Clip(moving, 8).write(tmp_path / "good.webp")
+        paint = painter.generate_as_completed
+
+        def inner(requests, **settings):
+            first = next(requests)
+            Clip(moving[::-1].copy(), 8).write(tmp_path / "good.webp")
+            return paint(itertools.chain([first], requests), **settings)
+
+        monkeypatch.setattr(painter, "generate_as_completed", inner)
+        lines = [{"prompt": "a", "reference": "good.webp", "seed": seed} for seed in range(2)]
+        made = make(lines)
+        assert made["made"] == [NAMES[0]]
+        assert "clips.jsonl:2: a file that it names has changed" in made["failed"][0]["error"]
 
 
 class TestStops:
     """Of a run that ends anywhere, the next one does the rest."""
 
     @pytest.mark.parametrize("overwrite", [False, True])
-    def test_between_the_log_and_the_clip(self, make, monkeypatch, tmp_path, overwrite):
-        """The log is ahead of the folder; what was there before passes for nothing new."""
-        changed = [{**line, "seed": 9} for line in THREE] if overwrite else THREE
+    @pytest.mark.parametrize("nth", [1, 2, 3])
+    @pytest.mark.parametrize("point", POINTS)
+    def test_anywhere(self, make, monkeypatch, tmp_path, point, nth, overwrite):
+        """Each name has the former clip, the new one, or nothing; never another or a part."""
+        out = tmp_path / "out"
+        former = [{**line, "seed": 1} for line in MIXED]
+        lines = [{**line, "seed": 9} for line in MIXED]
         if overwrite:
-            make(THREE)
-        write = Clip.write
-        calls = []
+            make(former)
+        with monkeypatch.context() as patched:
+            POINTS[point](patched, nth)
+            with pytest.raises(KeyboardInterrupt):
+                make(lines, overwrite=overwrite, max_clips=1)
+        shades = {}
+        for line in MIXED:
+            if (out / line["out"]).exists():
+                clip = Clip.read(out / line["out"])
+                assert clip.num_frames == 4
+                shades[line["out"]] = round(int(clip.frames[0, 0, 0, 0]) / 20)
+        assert set(shades.values()) <= ({1, 9} if overwrite else {9})
+        made = make(lines, overwrite=overwrite)
+        assert made["failed"] == []
+        assert made["kept"] == sum(shade == 9 for shade in shades.values())
+        assert {name.partition("/")[0] for name in files(out)} == {"a.webp", "b", "c.webp"}
+        for line in MIXED:
+            assert round(int(Clip.read(out / line["out"]).frames[0, 0, 0, 0]) / 20) == 9
+        assert make(lines)["kept"] == 3
 
-        def stop(self, path, **settings):
-            calls.append(path)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            write(self, path, **settings)
-
-        monkeypatch.setattr(Clip, "write", stop)
-        with pytest.raises(KeyboardInterrupt):
-            make(changed, overwrite=overwrite, max_clips=1)
-        monkeypatch.undo()
-        made = make(changed, overwrite=overwrite)
-        assert NAMES[1] in made["made"]
-        assert NAMES[0] not in made["made"]
-        assert files(tmp_path / "out").keys() == set(NAMES)
-        assert make(changed)["kept"] == 3
+    def test_what_a_killed_run_has_left_is_taken_away(self, make, tmp_path):
+        make(THREE)
+        left = tmp_path / "out" / ".kinetiq-batch"
+        (left / "old0").mkdir(parents=True)
+        (left / "clip.mp4").write_bytes(b"half")
+        assert make(THREE)["kept"] == 3
+        assert not left.exists()
+        make([{"prompt": "a", "out": "a"}])
+        (left / "old0").mkdir(parents=True)
+        (left / "old0" / "00000.png").write_bytes(b"old")
+        (left / "clip").mkdir()
+        (left / "clip" / "00099.png").write_bytes(b"half")
+        assert make([{"prompt": "a", "seed": 3, "out": "a"}], overwrite=True)["made"] == ["a"]
+        assert len(list((tmp_path / "out" / "a").iterdir())) == 4
 
     def test_within_a_line_of_the_log(self, make, tmp_path, log):
+        """It is cut off; its clip, which comes after it, was not written."""
         make(THREE)
         path = tmp_path / "out" / "batch_log.jsonl"
-        whole = path.read_bytes()
-        path.write_bytes(whole[:-20])
-        made = make(THREE, overwrite=True)
+        path.write_bytes(path.read_bytes()[:-20])
+        (tmp_path / "out" / NAMES[2]).unlink()
+        made = make(THREE)
         assert (made["made"], made["kept"]) == ([NAMES[2]], 2)
         assert len(log()) == 3
+
+    def test_a_clip_is_in_the_log_and_on_the_disk_before_it_has_its_name(self, make, monkeypatch):
+        """What a loss of power may leave is what a kill may leave."""
+        said = []
+        for name in ("fsync", "rename"):
+            real = getattr(os if name == "fsync" else Path, name)
+            monkeypatch.setattr(
+                os if name == "fsync" else Path,
+                name,
+                lambda *words, name=name, real=real: said.append(name) or real(*words),
+            )
+        make([{"prompt": "a"}])
+        assert said[-3:] == ["fsync", "fsync", "rename"]  # the clip's, the log's
+
+    @pytest.mark.parametrize("text", ["mine", '{"a": 1}', "[1]\n", '{"line": 1}\n', "{\n", 'x\n{"'])
+    def test_a_file_of_that_name_that_is_no_log_is_left_alone(self, make, tmp_path, text):
+        (tmp_path / "out").mkdir()
+        path = tmp_path / "out" / "batch_log.jsonl"
+        path.write_text(text)
+        with pytest.raises(OutputError, match="must be a log of this command, and is none"):
+            make(THREE)
+        assert path.read_text() == text
 
     def test_a_log_that_is_none_is_said(self, make, tmp_path):
         make(THREE)
@@ -400,6 +639,34 @@ class TestStops:
         assert path.read_text() == '{"prompt": "a"}\n'
 
 
+class TestModels:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        path = tmp_path / "model"
+        (path / "unet").mkdir(parents=True)
+        (path / "model_index.json").write_text("{}")
+        (path / "unet" / "weights.safetensors").write_bytes(bytes(5_000_000))
+        return path
+
+    def test_a_model_is_what_its_folder_holds_wherever_it_lies(self, folder, tmp_path):
+        said = describe_model(str(folder), None, None)
+        moved = shutil.copytree(folder, tmp_path / "moved")
+        assert describe_model(str(moved), None, "float32") == said
+        embedded = describe_model(str(embedded_folder()), None, None)
+        assert describe_model("sprites", None, None) == embedded != said
+        assert describe_model(str(folder), None, "bfloat16") != said
+        assert describe_model(str(folder), str(folder), None) != said
+        with (moved / "unet" / "weights.safetensors").open("r+b") as file:
+            file.seek(2_345_678)
+            file.write(b"1")
+        assert describe_model(str(moved), None, None) != said
+
+    def test_one_of_a_hub_is_its_id(self):
+        said = [describe_model(name, name, None) for name in ("some/model", "some/other")]
+        assert said[0] != said[1]
+        assert said[0]["model"] == "some/model"
+
+
 class TestParts:
     def test_they_share_the_lines(self, make, painter, log):
         lines = [{"prompt": str(number)} for number in range(5)]
@@ -410,11 +677,26 @@ class TestParts:
         assert (made["made"], made["kept"]) == (["clip_000003.mp4"], 4)
         assert sorted(painter.asked) == list("01234")
 
-    def test_the_newest_entry_of_all_logs_counts(self, make):
-        make([{"prompt": "a"}], part=Part(1, 2))
-        make([{"prompt": "b"}], overwrite=True)
-        assert make([{"prompt": "b"}])["kept"] == 1
-        assert make([{"prompt": "a"}])["failed"]
+    def test_it_is_what_is_there_that_counts_and_not_when_it_was_said(self, make, tmp_path):
+        one, other = ([{"prompt": "a", "seed": seed, "out": "a.webp"}] for seed in (1, 2))
+        make(one, part=Part(1, 2))
+        make(other, overwrite=True)
+        assert make(other)["kept"] == 1
+        assert make(one)["failed"]
+        logs = sorted((tmp_path / "out").glob("batch_log*"))
+        for path in logs:  # as if the clock had run backwards
+            path.write_bytes(b"".join(reversed(path.read_bytes().splitlines(keepends=True))))
+        assert make(other)["kept"] == 1
+        assert make(one, overwrite=True)["made"] == ["a.webp"]
+        assert make(one)["kept"] == 1
+
+    def test_a_part_without_lines_has_nothing_to_do(self, make):
+        assert make(THREE, part=Part(4, 4)) | {"out": ""} == {
+            "out": "",
+            "made": [],
+            "kept": 0,
+            "failed": [],
+        }
 
     @pytest.mark.parametrize("words", ["0/2", "3/2", "1", "1/0", "a/b", "1/2/3", "-1/2"])
     def test_words_that_are_none(self, words):

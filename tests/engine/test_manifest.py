@@ -1,6 +1,7 @@
 """Files of JSON lines, each of which says one clip."""
 
 import json
+import os
 from pathlib import Path, PurePosixPath
 
 import click
@@ -10,7 +11,7 @@ import pytest
 from kinetiq.__main__ import generate
 from kinetiq.clip import Clip
 from kinetiq.clip_options import ClipOptions
-from kinetiq.errors import InputError, OutputError, RequestError
+from kinetiq.errors import InputError, NonFiniteError, OutputError, RequestError
 from kinetiq.manifest import BadLine, ManifestLine, read_manifest
 from kinetiq.options import backend_options, clip_options, network_options, source_options
 
@@ -124,7 +125,6 @@ class TestKeys:
             {"prompt": "a", "moft_weight": 2}, {"prompt": "a", "moft-weight": 2, "out": "b.gif"}
         )
         assert plain.asked == dashed.asked
-        assert plain.said == dashed.said
 
     def test_one_text_will_do_for_a_list(self, read):
         (line,) = read({"prompt": "a", "motion": "dance.safetensors"})
@@ -160,13 +160,38 @@ class TestLines:
         (line,) = read_manifest(path)
         assert line.asked.prompt == "é"
 
-    def test_a_line_without_an_end_is_not_read_whole(self, tmp_path):
+    def test_one_that_is_too_long_leaves_the_others_alone(self, tmp_path):
         path = tmp_path / "clips.jsonl"
-        path.write_bytes(b" " * (2**20 + 1))
-        with pytest.raises(
-            RequestError, match=r"clips\.jsonl:1: must be a line of at most 1048576"
-        ):
-            list(read_manifest(path))
+        long = b'{"prompt": "' + b"a" * (3 * 2**20) + b'"}\n'
+        path.write_bytes(long + b'{"prompt": "b"}\n' + long[:-1])
+        first, line, last = read_manifest(path)
+        assert "clips.jsonl:1: must be a line of at most 1048576 bytes, got more" in str(
+            first.error
+        )
+        assert (line.number, line.asked.prompt) == (2, "b")
+        assert last.number == 3
+
+    def test_a_line_of_as_many_bytes_as_may_be_is_read(self, tmp_path):
+        path = tmp_path / "clips.jsonl"
+        text = b'{"prompt": "a"}'
+        other = b'{"prompt": "b", "out": "b.mp4"}'
+        path.write_bytes(text + b" " * (2**20 - len(text) - 1) + b"\n" + other)
+        assert [line.number for line in read_manifest(path)] == [1, 2]
+        assert all(isinstance(line, ManifestLine) for line in read_manifest(path))
+
+    def test_files_of_a_pipe_are_looked_for_where_one_is(self):
+        reading, writing = os.pipe()
+        os.write(writing, b'{"prompt": "a", "reference": "good.gif"}')
+        os.close(writing)
+        (line,) = read_manifest(Path(f"/dev/fd/{reading}"))
+        os.close(reading)
+        assert line.asked.named_files == (Path("good.gif"),)
+
+    def test_what_tables_write_is_read(self, read, tmp_path):
+        (line,) = read(
+            '{"prompt": "a", "seed": 7.0, "guidance": 2.5, "until": null, "motion": null}'
+        )
+        assert line.asked == ClipOptions(prompt="a", seed=7, guidance=2.5, folder=tmp_path)
 
     @pytest.mark.parametrize("name", ["missing.jsonl", "."])
     def test_a_file_that_cannot_be_read_is_said(self, tmp_path, name):
@@ -191,7 +216,13 @@ class TestMistakes:
             ),
             ({}, "Missing option '--prompt'"),
             ({"prompt": "a", "model": "sprites"}, "keys must be among out, prompt, reference"),
-            ({"prompt": None}, "prompt: must be text or a number, got null"),
+            ({"prompt": None}, "Missing option '--prompt'"),
+            (
+                {"prompt": "a", "motion": [None]},
+                "motion: must be text, or a list of texts, got null",
+            ),
+            ({"prompt": "a", "reference": "a\0b"}, "reference: must be text without other"),
+            ('{"prompt": "a", "moft": "a\\ud800"}', "moft: must be text without other characters"),
             ({"prompt": "a", "steps": True}, "steps: must be text or a number, got true"),
             ({"prompt": "a", "steps": [3]}, "steps: must be text or a number, got [3]"),
             ({"prompt": "a", "steps": 1.5}, "Invalid value for '--steps'"),
@@ -255,22 +286,66 @@ class TestPlans:
             ({"control": "motion"}, "--control motion needs --reference, got none"),
             ({"reference": "missing.mp4"}, "missing.mp4 does not exist"),
             ({"motion": "missing.safetensors"}, "missing.safetensors"),
-            ({"out": "a.png", "frames": 2}, "Clip.write: a.png can hold one frame, got 2"),
+            ({"motion": "x" * 300}, "must be a motion's file, and is not there"),
+            ({"reference": "x" * 300}, "xxx"),
         ],
     )
     def test_what_has_no_meaning_is_said_with_its_place(self, read, said, message):
         (line,) = read({"prompt": "a", **said})
-        with pytest.raises(InputError) as caught:
-            line.plan()
+        with pytest.raises(InputError) as caught, line.located():
+            line.asked.plan()
         start, _, rest = str(caught.value).partition("clips.jsonl:1: ")
         assert start
         assert message in rest
         assert "generate:" not in rest
 
-    def test_errors_keep_their_class(self, read):
-        (line,) = read({"prompt": "a", "out": "a.png", "frames": 2})
-        with pytest.raises(OutputError):
-            line.plan()
+    @pytest.mark.parametrize("kind", [OutputError, RequestError, NonFiniteError])
+    def test_errors_keep_their_class(self, read, kind):
+        (line,) = read({"prompt": "a"})
+        assert type(line.locate(kind("what"))) is kind
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ({"seed": 7}, {"seed": "7"}),
+            ({"seed": 0}, {}),
+            ({"eta": 0}, {}),
+            ({"reduce_leak": False}, {}),
+            ({"motion": []}, {}),
+            ({"guidance": 7}, {"guidance": 7.0}),
+            ({"drag": "1,2:3,4"}, {"drag": ["1,2:3,4"]}),
+            ({"reference": "a.gif"}, {"reference": "./a.gif"}),
+            ({"motion": "a"}, {"motion": "1.0*a"}),
+        ],
+    )
+    def test_what_asks_for_the_same_clip_has_the_same_content(self, read, one, other):
+        first, second = (
+            line.asked.content(lambda path: f"content of {path.name}")
+            for line in read({"prompt": "a", **one}, {"prompt": "a", **other})
+        )
+        assert first == second
+
+    def test_content_is_of_all_options_and_all_files(self, read, tmp_path):
+        for name in ("mask.png", "other.png", "good.gif"):
+            Clip(np.full((1, 8, 8, 3), 255, np.uint8), 8).write(tmp_path / name)
+        base = {**VALUES, "region": ["mask.png:right", "other.png:good.gif"], "moft": "moft.gif"}
+        changes = {
+            key: value + 1 if isinstance(value, int | float) else f"{value}x"
+            for key, value in base.items()
+        }
+        changes |= {"control": "query", "halves": "both", "direction": "up", "fit": "fit"}
+        changes |= {"debias": "none", "highway": "none", "drag": ["0,0:1,1"], "motion": ["-x"]}
+        changes |= {"reduce_leak": False, "region": ["mask.png:left", "other.png:good.gif"]}
+
+        def content(said, changed=""):
+            (line,) = read(said)
+            return line.asked.content(lambda path: f"{path.name} {path.name == changed}")
+
+        whole = content(base)
+        for key, value in changes.items():
+            assert content({**base, key: value}) != whole, key
+        for name in ("good.gif", "moft.gif", "mask.png", "other.png", "dance.safetensors"):
+            assert content(base, name) != whole, name
 
     def test_files_are_looked_for_beside_the_manifest(self, read, tmp_path, monkeypatch):
         moving = np.zeros((4, 8, 8, 3), np.uint8)
@@ -291,7 +366,7 @@ class TestPlans:
         named = ["good.gif", "good.gif", "-mask.png", "dance.safetensors", "zoom.safetensors"]
         assert list(line.asked.named_files) == [tmp_path / name for name in named]
         (line,) = read({"prompt": "a", "reference": "good.gif", "region": "-mask.png"})
-        (control,) = line.plan().controls
+        (control,) = line.asked.plan().controls
         assert control.region.shape == (8, 8)
 
     def test_files_of_regions_with_motions_are_named(self, read, tmp_path):
