@@ -7,11 +7,11 @@ are replayed one after the other, and nothing but the output, which is copied ou
 replay.
 """
 
+import contextlib
 import gc
 import logging
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from kinetiq.plan_inputs import Path, PlanInput, build_controls, build_prompts
 Compile = Callable[[torch.fx.GraphModule, list[Tensor]], Callable[..., Any]]
 _WARM_UPS = 2  # before a capture: the first compiles and tunes, the second has its memory
 _NO_COMPILER = ("InvalidCxxCompiler", "Failed to find C compiler", "CppCompileError")
-_LOGS = frozenset({logging.Logger.info})  # diffusers says that it forces a size: no operation
+_LOGS = {logging.Logger.info}  # diffusers says that it forces a size, which is no operation
 _ADVICE = "load the model with backend='eager'"
 
 
@@ -111,7 +111,7 @@ class Plan:
         """Compile, and on a GPU capture; see the class for what may go wrong."""
         before = self._compiler.seen.count
         try:
-            with self._silent():
+            with _passing_over_logs():
                 if self._pool is None:
                     self._predict()
                 else:
@@ -163,20 +163,6 @@ class Plan:
             f"{self._buffers['latents',].dtype} with {', '.join(kinds) or 'no controls'}"
         )
 
-    def _silent(self) -> AbstractContextManager[None]:
-        """Let Dynamo pass over what diffusers logs of a size that its levels do not halve evenly.
-
-        Only where there is such a size: PyTorch before 2.13 cannot write this setting into its
-        own log of compilations, and prints an exception in its place.
-        """
-        halvings = 2 ** getattr(self._network, "num_upsamplers", 0)
-        if all(side % halvings == 0 for side in self._buffers["latents",].shape[-2:]):
-            return nullcontext()
-        silent: AbstractContextManager[None] = torch._dynamo.config.patch(  # noqa: SLF001  its name
-            ignore_logger_methods=_LOGS
-        )
-        return silent
-
     def _predict(self) -> Tensor:
         signal = self._signal
         signal.frames, signal.controls, signal.prompt_keys = (
@@ -222,6 +208,31 @@ def _predict(
     out: Tensor = network(latents, timesteps, text, return_dict=False)[0]
     signal.before_temporal = {}  # else what is written into it would be further outputs
     return out
+
+
+@contextlib.contextmanager
+def _passing_over_logs() -> Iterator[None]:
+    """Inside, what a network logs is no operation to Dynamo.
+
+    Before PyTorch 2.13 Dynamo's report on a compilation cannot be written with such a setting, and
+    it logs that as an error, with a traceback that keeps the plan in memory.
+    """
+    logger = logging.getLogger("torch._dynamo.metrics_context")
+    unwritten = _Unwritten()
+    logger.addFilter(unwritten)
+    try:
+        with torch._dynamo.config.patch(ignore_logger_methods=_LOGS):  # noqa: SLF001  its name
+            yield
+    finally:
+        logger.removeFilter(unwritten)
+
+
+class _Unwritten(logging.Filter):
+    """Drops what Dynamo logs of a report that is not valid JSON."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, TypeError) and "JSON serializable" in str(error))
 
 
 def _explained(error: BaseException, plan: str) -> BaseException:

@@ -6,6 +6,7 @@ asked once a family here, and of every kind and with Inductor in the tests marke
 
 import gc
 import itertools
+import logging
 import weakref
 from dataclasses import fields, replace
 
@@ -739,7 +740,7 @@ def test_an_exported_network_is_not_for_it(word):
 # Dynamo itself.
 
 
-def test_dynamo_compiles_once_a_plan_and_forgets_all(family):
+def test_dynamo_compiles_once_a_plan_and_forgets_all(family, caplog):
     network = shallow(family)
     weights = {name: value.clone() for name, value in network.state_dict().items()}
     modules = {name: id(module) for name, module in network.named_modules()}
@@ -755,6 +756,8 @@ def test_dynamo_compiles_once_a_plan_and_forgets_all(family):
     assert denoiser.compilations == 1
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+    # One with a traceback would keep the plan.
+    assert not [log.getMessage() for log in caplog.records if log.levelno >= logging.WARNING]
     (plan,) = denoiser._plans.values()
     gone = [weakref.ref(one) for one in (plan, plan._compiler, plan._buffers["latents",])]
     del plan

@@ -33,8 +33,8 @@ def test_no_control_is_no_tensor():
         control.blend = torch.zeros(2)
 
 
-def test_a_mask_of_the_sites_size_is_itself(rng):
-    mask = torch.rand(2, 3, 4, 5, generator=rng)
+def test_a_mask_of_the_sites_size_is_itself(cpu_rng):
+    mask = torch.rand(2, 3, 4, 5, generator=cpu_rng)
     assert torch.equal(at_site(mask, 20), mask.reshape(2, 3, 20))
 
 

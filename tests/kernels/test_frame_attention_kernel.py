@@ -988,6 +988,7 @@ def test_is_captured_and_replayed(kind):
         return out, *torch.autograd.grad(out.sum(), inputs)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which draws the inputs
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)

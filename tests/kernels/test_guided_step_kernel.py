@@ -343,6 +343,7 @@ def test_is_captured_and_replayed():
         return following, clean, *torch.autograd.grad((following + clean).sum(), inputs)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which draws the inputs
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)

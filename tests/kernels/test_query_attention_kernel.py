@@ -601,6 +601,7 @@ def test_a_captured_graph_reads_the_rows_that_it_is_given_later(kernel_device, k
         )  # fmt: skip
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # which draws the inputs
     with torch.cuda.stream(side):
         run()  # kernels are compiled, which a capture does not allow
     side.synchronize()

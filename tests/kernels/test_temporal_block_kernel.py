@@ -618,6 +618,7 @@ def test_is_captured_and_replayed(controlled):
         return y, *torch.autograd.grad(y.sum(), leaves)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which draws the inputs
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
