@@ -426,7 +426,7 @@ def random_checkpoint(family: str, config: dict[str, Any], dtype: torch.dtype) -
         tokenizer=None,
         scheduler="DDIMScheduler",
         scheduler_config=MappingProxyType({}),
-        fingerprint="random",
+        identify=lambda: "random",
     )
 
 

@@ -270,7 +270,7 @@ def full_size_subject(model: FullSize, device: str, dtype: torch.dtype) -> Subje
         tokenizer=None,
         scheduler="DDIMScheduler",
         scheduler_config=_SCHEDULER,
-        fingerprint="random",
+        identify=lambda: "random",
     )
     pixels = torch.rand(model.frames, 16, 16, 3, generator=torch.Generator().manual_seed(0))
     return Subject(
