@@ -4,9 +4,9 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -35,10 +35,14 @@ from kinetiq.export.metadata import (
     tap_level,
 )
 from kinetiq.export.nodes import KINDS
+from kinetiq.families import SiteKind
 from kinetiq.taps import DEFAULT_TAP
 
 CHANNELS = "feature_channels"
 """The input that says which channels of a tap are chosen."""
+
+_Marks = tuple[int, dict[tuple[Any, str], tuple[int, int]]]
+"""Of banks: the frames that they were asked for, and what each of their tensors was."""
 
 
 class GraphDenoiser(ABC):
@@ -62,7 +66,7 @@ class GraphDenoiser(ABC):
         self._where = where
         self._dtype: torch.dtype = getattr(torch, metadata.precision)
         self._infos = {tensor.name: tensor for tensor in metadata.inputs}
-        self._kept: dict[str, _Kept] = {}  # of the last banks
+        self._kept: dict[str, tuple[_Marks, object, dict[str, Tensor]]] = {}  # of the last banks
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Tensor], kinds: frozenset[str], output: str) -> Tensor:
@@ -89,7 +93,8 @@ class GraphDenoiser(ABC):
         """Return the network's output; see `kinetiq.denoiser.Denoiser.predict`.
 
         Raises:
-            RequestError: the exported network does not carry a kind of control.
+            RequestError: the exported network does not carry a kind of control, the engine was
+                built without a prediction, or gradients are wanted.
             ShapeError: an input does not fit the network.
         """
         return self._run(latents, timesteps, text, controls, "prediction")
@@ -133,7 +138,7 @@ class GraphDenoiser(ABC):
             [rows, frames, tokens, K]; see `kinetiq.kernels.motion_feature`.
 
         Raises:
-            RequestError: the network was exported without this tap.
+            RequestError: the network was exported without this tap, or gradients are wanted.
         """
         self._require_tap(tap)
         return self._run(latents, timesteps, text, controls, "motion", {CHANNELS: channels})
@@ -241,10 +246,10 @@ class GraphDenoiser(ABC):
             own |= self._lora(controls.lora, sizes)
         if "skip" in kinds:
             own |= self._skip(controls.skip, sizes)
-        return {
+        return {  # an engine lacks what none of its outputs depends on
             name: tensor.to(self.device, getattr(torch, self._infos[name].dtype)).contiguous()
             for name, tensor in own.items()
-            if name in self._infos  # an engine leaves out what its outputs do not read
+            if name in self._infos
         }
 
     def output_shape(self, output: str, inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -267,11 +272,19 @@ class GraphDenoiser(ABC):
         output: str,
         others: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
+        if output not in (known := [info.name for info in self.metadata.outputs]):
+            self._refuse(
+                f"the output {output}",
+                f"it was built with {', '.join(known)}; build it with outputs that include "
+                f"{output}",
+            )
+        if torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in _tensors_in((latents, timesteps, text, controls))
+        ):
+            self._refuse(f"gradients of {output}", "load the model with backend='eager'")
         self.check_shapes(latents, timesteps, text)
         kinds = self.wanted(self.kinds_of(controls))
         inputs = self.inputs_of(latents, timesteps, text, controls, kinds)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.values()):
-            self._refuse(f"gradients of {output}", "load the model with backend='eager'")
         given = {name: tensor.to(self.device) for name, tensor in others.items()}
         return self.run({**inputs, **given}, kinds, output)
 
@@ -285,6 +298,16 @@ class GraphDenoiser(ABC):
 
     def _refuse(self, what: str, advice: str) -> NoReturn:
         raise RequestError(f"{self._where}: must be asked for what it can do, got {what}; {advice}")
+
+    def _require_inside(self, what: str, index: Tensor, count: int) -> None:
+        """Raise a `ShapeError` unless indices are some of `count`; on a GPU none are looked at."""
+        if index.device.type != "cpu":  # the look would wait for the GPU at every step
+            return
+        least, most = (int(end) for end in index.aminmax())
+        if least < 0 or most >= count:
+            raise ShapeError(
+                f"{self._where}: {what} must be from 0 to {count - 1}, got {least} to {most}"
+            )
 
     def _named(self, prefix: str) -> dict[str, TensorInfo]:
         return {name: info for name, info in self._infos.items() if name.startswith(prefix)}
@@ -307,6 +330,7 @@ class GraphDenoiser(ABC):
             blend, row = control.blend.float(), control.row
             if control.reduced is not None:
                 kept = control.reduced.float()
+        self._require_inside("query_row", row, sizes.rows)
         wide = blend if blend.ndim == 4 else blend[:, None, None, None]
         return {
             "query_row": row,
@@ -321,6 +345,7 @@ class GraphDenoiser(ABC):
                 blend=sizes.full(0.0).expand(sizes.sites, -1),
                 parts=sizes.full(0.0)[:, None].expand(-1, 3),
             )
+        self._require_inside("deviation_row", control.row, sizes.rows)
         region = control.region
         wide = sizes.full(1.0)[:, None, None, None] if region is None else region.float()
         return {
@@ -332,31 +357,39 @@ class GraphDenoiser(ABC):
 
     def _motion(self, control: MotionControl | None, sizes: "_Sizes") -> dict[str, Tensor]:
         given = {} if control is None else control.banks
-        if not given:  # a motion of no site moves nothing, and has no slots
-            control = None
+        slots = [self._count_slots(site, bank) for site, bank in given.items()]
         banks = self._remembered(
             "motion", given, sizes.frames, lambda: self._motion_banks(given, sizes.frames)
         )
-        if control is None:
+        if control is None or not any(slots):  # a motion may have no part that acts
             return {"motion_slot": sizes.slots(), "motion_scale": sizes.full(0.0), **banks}
+        self._require_inside("motion_slot", control.slot, max(slots))
         return {"motion_slot": control.slot, "motion_scale": control.scale, **banks}
+
+    def _count_slots(self, site: int, bank: MotionBank) -> int:
+        """Slots of a site's bank, 0 where it has no part."""
+        projected = bank.projected_query is not None or bank.projected_key is not None
+        if (bank.query_key is None and projected) or (
+            bank.value is None and bank.projected_value is not None
+        ):
+            raise RequestError(
+                f"{self._where}: a motion's embedding must be given beside its projections, which "
+                f"an exported network makes itself, got projections alone at site {site}"
+            )
+        return max(
+            (len(part) for part in (bank.query_key, bank.value) if part is not None), default=0
+        )
 
     def _motion_banks(self, given: Mapping[int, MotionBank], frames: int) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
         for site, bank in given.items():
             name = self.sites[site].name
-            if (bank.query_key is None and bank.projected_query is not None) or (
-                bank.value is None and bank.projected_value is not None
-            ):
-                self._refuse(
-                    f"a motion at {name} of which only the projections are given",
-                    "give its query_key and value",
-                )
             if bank.query_key is not None:
                 parts[f"motion.{name}.query_key"] = bank.query_key.unsqueeze(2)
             if bank.value is not None:
                 parts[f"motion.{name}.value"] = bank.value
         infos = self._named("motion.")
+        parts = {name: part for name, part in parts.items() if name in infos}
         # All that have an axis in common must agree on it; zeros of one token suffice alone.
         sizes = {str(infos[name].axes[2]): part.shape[2] for name, part in parts.items()}
         given_slots = max((len(part) for part in parts.values()), default=1)
@@ -372,15 +405,25 @@ class GraphDenoiser(ABC):
 
     def _lora(self, control: LoraControl | None, sizes: "_Sizes") -> dict[str, Tensor]:
         given = {} if control is None else control.banks
-        if not given:
-            control = None
         banks = self._remembered("lora", given, 0, lambda: self._lora_banks(given))
-        if control is None:
+        if control is None or not given:
             return {"lora_slot": sizes.slots(), "lora_scale": sizes.full(0.0), **banks}
+        slots = max(len(bank.down) for bank in given.values())
+        self._require_inside("lora_slot", control.slot, slots)
         return {"lora_slot": control.slot, "lora_scale": control.scale, **banks}
 
     def _lora_banks(self, given: Mapping[str, LoraBank]) -> dict[str, Tensor]:
-        unknown = sorted(path for path in given if f"lora.{path}.down" not in self._infos)
+        blocks = {
+            site.name.rpartition(".")[0] for site in self.sites if site.kind is SiteKind.TEMPORAL
+        }
+        # One that an engine lacks, since no output depends on it, is in a temporal block all the
+        # same, or is its transformer's.
+        unknown = sorted(
+            path
+            for path in given
+            if f"lora.{path}.down" not in self._infos
+            and not any(path.startswith(f"{block}.") for block in blocks)
+        )
         if unknown:
             raise CheckpointError(
                 f"{self._where}: a LoRA must change projections of the network, got {unknown[0]}"
@@ -404,24 +447,19 @@ class GraphDenoiser(ABC):
         make: Callable[[], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         """Inputs that are made of banks, made again only for others: all steps have the same."""
-        parts = {
-            (site, part.name): getattr(bank, part.name)
-            for site, bank in banks.items()
+        held = {
+            (place, part.name): tensor
+            for place, bank in banks.items()
             for part in fields(bank)
+            if (tensor := getattr(bank, part.name)) is not None
         }
-        tensors = {place: part for place, part in parts.items() if isinstance(part, Tensor)}
-        # A tensor may be written to in place, but for those of inference mode, which are ours.
-        state = {place: -1 if t.is_inference() else t._version for place, t in tensors.items()}  # noqa: SLF001  no public way
+        marks = frames, {place: _mark(tensor) for place, tensor in held.items()}
         known = self._kept.get(kind)
-        if (
-            known is None
-            or (known.frames, known.state) != (frames, state)
-            or any(known.tensors[place] is not tensor for place, tensor in tensors.items())
-        ):
+        if known is None or known[0] != marks:
             # Not of inference mode, so that it can be seen at every step that they are the same.
             with torch.inference_mode(False), torch.no_grad():
-                known = self._kept[kind] = _Kept(tensors, state, frames, make())
-        return known.inputs
+                known = self._kept[kind] = (marks, held, make())
+        return known[2]
 
     def _own(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self._dtype).contiguous()
@@ -429,6 +467,8 @@ class GraphDenoiser(ABC):
     def _skip(self, control: SkipControl | None, sizes: "_Sizes") -> dict[str, Tensor]:
         if control is not None:
             return {"skip_source": control.source, "skip_gain": control.gain}
+        if "skip_gain" not in self._infos:
+            return {}
         count = int(self._infos["skip_gain"].axes[0])
         return {
             "skip_source": sizes.full(0.0).expand(count, -1),
@@ -441,16 +481,6 @@ class GraphDenoiser(ABC):
         if part is not None:
             filled[tuple(slice(size) for size in part.shape)] = part
         return filled
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Inputs that were made of banks: of which tensors, in which state, for how many frames."""
-
-    tensors: Mapping[tuple[Any, str], Tensor]
-    state: Mapping[tuple[Any, str], int]
-    frames: int
-    inputs: dict[str, Tensor]
 
 
 class _Sizes:
@@ -473,6 +503,29 @@ class _Sizes:
     def own_rows(self) -> Tensor:
         """[sites, rows], under which every row uses its own."""
         return torch.arange(self.rows, device=self._device).repeat(self.sites, 1)
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    """What tells a tensor that is still there from any other, and from what it was before.
+
+    Whether one of inference mode was changed in place cannot be known.
+    """
+    return id(tensor), -1 if tensor.is_inference() else tensor._version  # noqa: SLF001  no public way
+
+
+def _tensors_in(part: object) -> Iterator[Tensor]:
+    """All tensors of controls, and of what holds them."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, Mapping):
+        for value in part.values():
+            yield from _tensors_in(value)
+    elif isinstance(part, tuple):
+        for value in part:
+            yield from _tensors_in(value)
+    elif is_dataclass(part):
+        for one in fields(part):
+            yield from _tensors_in(getattr(part, one.name))
 
 
 def _is_present(controls: ControlTensors, name: str) -> bool:

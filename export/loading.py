@@ -1,6 +1,7 @@
 """Bringing a model to a back end: exported once, kept in the user's cache, checked when read."""
 
 import contextlib
+import importlib.metadata
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -93,8 +94,9 @@ def load_denoiser(
     def run_cached(path: Path) -> SpecialisingDenoiser:
         denoiser = run(path)
         found = denoiser.metadata
-        said = (found.fingerprint, found.precision, set(found.controls))
-        if said != (checkpoint.fingerprint, precision_of(checkpoint.dtype), set(KINDS)):
+        said = (found.fingerprint, found.precision, set(found.controls), found.tap)
+        wanted = (checkpoint.fingerprint, precision_of(checkpoint.dtype), set(KINDS))
+        if said != (*wanted, _kept_tap(checkpoint)):
             raise CheckpointError(
                 f"network {path}: must be the model's, in its type, with all controls, as those "
                 "that are kept here, and is another"
@@ -129,11 +131,15 @@ def use_cached_network(checkpoint: Checkpoint, use: Callable[[Path], _Result]) -
 
     def make() -> None:
         _LOG.warning("exporting %s to %s, once", checkpoint.name, path)
-        taps = [tap.name for tap in list_taps(checkpoint.unet)]
-        export_onnx(checkpoint, path, tap=DEFAULT_TAP if DEFAULT_TAP in taps else None)
+        export_onnx(checkpoint, path, tap=_kept_tap(checkpoint))
 
     make_cache(cache, "export", " to keep exported networks in")
     return _use_kept(path, make, use)
+
+
+def _kept_tap(checkpoint: Checkpoint) -> str | None:
+    """The tap that is exported to the cache: the default one, where the network has it."""
+    return DEFAULT_TAP if DEFAULT_TAP in [tap.name for tap in list_taps(checkpoint.unet)] else None
 
 
 def use_cached_engine(
@@ -173,6 +179,7 @@ def use_cached_engine(
             target,
             code_key(),
             options_key(
+                importlib.metadata.version("triton") if here else None,  # whose kernels it has
                 sorted(_BOUNDS.items()),
                 choice.operators,
                 choice.route,

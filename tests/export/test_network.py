@@ -335,7 +335,7 @@ def test_banks_are_seen_to_change_and_are_not_lost(exported, runtime):
         assert torch.equal(run(banks), first)
         site, bank = next(iter(banks.items()))
         projected = dataclasses.replace(bank, query_key=None, projected_query=bank.query_key)
-        with pytest.raises(RequestError, match="of which only the projections are given; give its"):
+        with pytest.raises(RequestError, match="embedding must be given beside its projections"):
             run({site: projected})
         assert_equal_enough(run({}), denoiser.predict(*given))
 

@@ -1,11 +1,16 @@
 """Exports of tiny networks, made once for each run of the tests."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from tiny import NETWORKS
 
 from kinetiq.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from kinetiq.export.metadata import NetworkMetadata
 
 TAP = "up_blocks.0"
 _SMALL = {  # two levels, attention at the first alone: all kinds of site, quickly exported
@@ -55,3 +60,17 @@ def export_small(folder: Path, family: str, precision: str) -> Path:
     if not path.exists():
         export_onnx(small_checkpoint(family), path, dtype=precision, tap=TAP)
     return path
+
+
+def small_metadata(checkpoint: Checkpoint) -> "NetworkMetadata":
+    """What an export of it with all controls and `TAP` would say; nothing is exported."""
+    from one_node import make_metadata
+
+    from kinetiq.export.graph import NetworkGraph
+    from kinetiq.export.nodes import KINDS
+    from kinetiq.taps import find_tap
+
+    with NetworkGraph(checkpoint.unet, KINDS, find_tap(checkpoint.unet, TAP)) as graph:
+        inputs, outputs = graph.list_inputs("float32"), graph.list_outputs("float32")
+        made = make_metadata(inputs, outputs, "float32", KINDS)
+        return replace(made, tap=TAP, levels=graph.levels, sites=graph.sites)
