@@ -209,7 +209,8 @@ def generate(out: Path, as_json: bool, model: str, **said: Any) -> None:
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace clips of the batch that are not what their line asks for; nothing else.",
+    help="Replace clips in the log of the folder that are not what their line asks for; nothing "
+    "else.",
 )
 @json_option("Print what was made as one JSON object.")
 @source_options
@@ -234,10 +235,10 @@ def batch(
 
     Keys are the options of `kinetiq generate`, with _ for -, and the file's name in the folder,
     clip_000001.mp4 and so on by default. A run that was stopped is continued: what is there is not
-    made again. A line that fails does not keep others from it; batch_log.jsonl says what became of
-    each.
+    made again. A line that fails does not keep others from it; batch_log.jsonl, with --part
+    batch_log_KofN.jsonl, says what became of each.
     """  # noqa: D301  click's mark that lines stay as they are
-    from kinetiq.batch_folder import BatchOptions, describe_model, make_batch
+    from kinetiq.batch_folder import BatchModel, BatchOptions, make_batch
     from kinetiq.batch_log import Part
     from kinetiq.engine import Engine
     from kinetiq.progress import progress_bars, say_above_bar
@@ -254,7 +255,9 @@ def batch(
             out,
             load,
             options,
-            model=describe_model(model, loading["motion_adapter"], loading["dtype"]),
+            describe=lambda: BatchModel.describe(
+                model, loading["motion_adapter"], loading["dtype"]
+            ),
             report=lambda words: say_above_bar(f"kinetiq: failed: {words}"),
             progress=progress,
         )

@@ -2,41 +2,43 @@
 
 A run that was stopped, however, is continued: it loses the clips in flight, makes what is missing,
 and nothing twice. A clip is encoded in a folder of the run's own, and moved to its name when it is
-whole and its entry is in the log; see `kinetiq.batch_log`. What is not a clip of the batch is
-never replaced.
+whole and its entry is in the log; see `kinetiq.batch_log` and `kinetiq.batch_staging`. What is not
+a clip of the batch is never replaced.
 """
 
-import contextlib
 import errno
 import functools
 import hashlib
 import json
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from kinetiq.batch_log import (
-    LOG_NAME,
     WHERE,
     BatchLog,
     Part,
     digest_clip,
+    find_logs,
     open_log,
     read_logs,
 )
+from kinetiq.batch_staging import Staging, open_staging
+from kinetiq.checkpoint import find_local_model, resolve_dtype
 from kinetiq.clip import Clip, check_format, peek
-from kinetiq.clip_options import Readers, read_motions, read_region
+from kinetiq.clip_options import Readers, parse_motion, read_motions, read_region
 from kinetiq.errors import ClipError, InputError, KinetiqError, OutputError, RequestError, WorkError
 from kinetiq.files import as_target, make_folder
 from kinetiq.generation import Progress, no_progress
 from kinetiq.manifest import BadLine, ManifestLine, read_manifest
-from kinetiq.named_files import content_digest, is_there
+from kinetiq.model_files import ModelFiles
+from kinetiq.named_files import content_digest, is_there, list_inside, stamp_file
 from kinetiq.request import Request
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ _KEPT_CLIPS = 16  # references that are in memory whole, at the size of clips
 _KEPT_STARTS = 16  # first frames of references, at their own size
 _KEPT_REGIONS = 4
 _KEPT_MOTIONS = 16
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # no other clip could be written
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other clip could be written
 
 
 @attrs.frozen
@@ -67,6 +69,34 @@ class BatchOptions:
 
 
 @attrs.frozen
+class BatchModel:
+    """What tells a model from others, so that their clips are not taken for its own.
+
+    Args:
+        said: the contents of its folders, or else its ids, and the type of its numbers.
+        files: what was read of it; None where it comes from a hub.
+    """
+
+    said: Mapping[str, Any]
+    files: ModelFiles | None = None
+
+    @classmethod
+    def describe(cls, model: str, motion_adapter: str | None, dtype: str | None) -> "BatchModel":
+        """The model of such options, as `kinetiq.checkpoint.load_checkpoint` takes them.
+
+        Raises:
+            CheckpointError: a folder is not of a model.
+            RequestError: an option has no meaning.
+        """
+        found = find_local_model(model, motion_adapter)
+        said = {"dtype": str(resolve_dtype(dtype))}
+        if found is None:
+            return cls({**said, "model": model, "motion_adapter": motion_adapter})
+        files = found.look_at_files()
+        return cls({**said, "files": files.fingerprint(), "scheduler": found.scheduler}, files)
+
+
+@attrs.frozen
 class _Task:
     """A line that is to be made."""
 
@@ -81,7 +111,7 @@ def make_batch(
     load: "Callable[[], AbstractContextManager[Engine]]",
     options: BatchOptions,
     *,
-    model: Mapping[str, Any],
+    describe: Callable[[], BatchModel],
     report: Callable[[str], None] = lambda _: None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
@@ -92,8 +122,7 @@ def make_batch(
         out: the folder of the batch.
         load: loads the model; it is not asked where nothing is to be made.
         options: how.
-        model: what tells the model from others, so that their clips are not taken for its own;
-            see `describe_model`.
+        describe: says which model `load` loads.
         report: told what is wrong with a line, when it is found.
         progress: told how far the work is.
 
@@ -112,44 +141,20 @@ def make_batch(
     make_folder(out, WHERE)
     _require_elsewhere(manifest, out)
     own = lines[options.part.number - 1 :: options.part.count]
-    with open_log(out, options.part) as log, _staging(out, options.part) as staging:
-        run = _Run(out, staging, log, dict(model), options, report)
-        pending = run.sort(own, _named_files(lines), progress)
-        if pending:
-            with load() as engine:
-                run.make(pending, engine, progress)
+    with open_log(out, options.part) as log:
+        known = read_logs(out)
+        contents = {content for each in known.values() for content in each}
+        with open_staging(out, contents) as staging:
+            progress("reading the model", 0, 1)
+            model = describe()
+            run = _Run(out, staging, log, known, model, options, report)
+            pending = run.sort(own, _named_files(lines), progress)
+            if pending:
+                with load() as engine:
+                    if model.files is not None:
+                        model.files.require_unchanged()
+                    run.make(pending, engine, progress)
         return {"out": str(out), "made": run.made, "kept": run.kept, "failed": run.failed}
-
-
-def describe_model(model: str, motion_adapter: str | None, dtype: str | None) -> dict[str, Any]:
-    """What tells a model from others: the contents of folders, else the ids, and the number type.
-
-    Args:
-        model: a folder or an id.
-        motion_adapter: likewise.
-        dtype: as it was asked for.
-    """
-    from kinetiq.checkpoint import embedded_folder, resolve_dtype
-
-    folder = embedded_folder() if model == "sprites" else Path(model)
-    adapter = motion_adapter and (_contents(Path(motion_adapter)) or motion_adapter)
-    return {
-        "model": _contents(folder) or model,
-        "motion_adapter": adapter,
-        "dtype": str(resolve_dtype(dtype)),
-    }
-
-
-def _contents(folder: Path) -> str:
-    """A digest of all that a folder holds; "" where there is none."""
-    if not folder.is_dir():
-        return ""
-    parts = [
-        f"{path.relative_to(folder)} {digest_clip(path)}"
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    ]
-    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class _Run:
@@ -158,9 +163,10 @@ class _Run:
     def __init__(
         self,
         out: Path,
-        staging: Path,
+        staging: Staging,
         log: BatchLog,
-        model: Mapping[str, Any],
+        known: dict[PurePosixPath, dict[str, set[str]]],
+        model: BatchModel,
         options: BatchOptions,
         report: Callable[[str], None],
     ) -> None:
@@ -171,14 +177,14 @@ class _Run:
         self._model = model
         self._options = options
         self._report = report
-        self._known = read_logs(out)
+        self._known = known
         self._digests: dict[Path, tuple[object, str]] = {}
         self._readers = Readers(
-            functools.lru_cache(_KEPT_STARTS)(peek),
-            functools.lru_cache(_KEPT_MOTIONS)(read_motions),
-            functools.lru_cache(_KEPT_REGIONS)(read_region),
+            _remember(_KEPT_STARTS, peek, lambda path: [path]),
+            _remember(_KEPT_MOTIONS, read_motions, _motion_files),
+            _remember(_KEPT_REGIONS, read_region, lambda path: [path]),
         )
-        self._read = functools.lru_cache(_KEPT_CLIPS)(Clip.read)
+        self._read = _remember(_KEPT_CLIPS, Clip.read, lambda path: [path])
 
     def sort(
         self, lines: Sequence[ManifestLine | BadLine], reads: set[Path], progress: Progress
@@ -204,9 +210,9 @@ class _Run:
                     asked = line.asked
                     target = as_target(self._out / line.out, "out")
                     check_format(target, frames=asked.frames, fps=asked.fps)
-                    asked.plan(self._readers)
                     task = _Task(line, self._fingerprint(line), target)
-                    if self._is_made(task):
+                    asked.plan(self._readers)
+                    if task.fingerprint in self._holds(task):
                         self.kept += 1
                         continue
                     self._require_writable(task, reads, above)
@@ -255,7 +261,8 @@ class _Run:
                     self._fail(task.line.number, task.line.locate(result))
                     continue
                 writing.append(writer.submit(self._write, task, result))
-                while len(writing) > self._options.max_clips:  # else clips pile up in memory
+                # A disk that is full ends it at once, and clips do not pile up in memory.
+                while writing and (writing[0].done() or len(writing) > self._options.max_clips):
                     writing.popleft().result()
             for written in writing:
                 written.result()
@@ -265,20 +272,35 @@ class _Run:
         check_format(
             task.target, frames=asked.frames or defaults.frames, fps=asked.fps or defaults.fps
         )
+        named = asked.named_files
+        before = [_stamp(path) for path in named]
         plan = asked.plan(self._readers)
         controls = plan.read_controls(defaults, self._read)
-        if self._fingerprint(task.line) != task.fingerprint:
+        same = self._fingerprint(task.line) == task.fingerprint
+        if not same or before != [_stamp(path) for path in named]:
             raise ClipError("a file that it names has changed since this run began; start it again")
         return Request.from_options(asked.prompt, {**plan.options, "control": controls})
 
     def _write(self, task: _Task, clip: Clip) -> None:
         """Encode a clip, say in the log what it is, and let it have its name, in this order."""
         asked = task.line.asked
-        staged = self._staging / f"clip{task.target.suffix.lower()}"
         try:
             with task.line.located():
-                _encode(clip, staged, asked.scale)
-                self._require_free(task)
+                staged = self._staging.encode(clip, task.target, asked.scale)
+                self._log.add_clip(
+                    {
+                        "out": str(task.line.out),
+                        "line": task.line.number,
+                        "fingerprint": task.fingerprint,
+                        "content": digest_clip(staged),
+                        "frames": clip.num_frames,
+                        "height": clip.height * asked.scale,
+                        "width": clip.width * asked.scale,
+                        "fps": clip.fps,
+                        "seed": asked.seed,
+                    }
+                )
+                self._place(staged, task)
         except InputError as error:
             if _is_full(error):
                 raise WorkError(
@@ -286,33 +308,30 @@ class _Run:
                     "again"
                 ) from error
             self._fail(task.line.number, error)
-            return
-        self._log.add_clip(
-            {
-                "out": str(task.line.out),
-                "line": task.line.number,
-                "fingerprint": task.fingerprint,
-                "content": digest_clip(staged),
-                "frames": clip.num_frames,
-                "height": clip.height * asked.scale,
-                "width": clip.width * asked.scale,
-                "fps": clip.fps,
-                "seed": asked.seed,
-            }
-        )
-        try:
-            if task.target.is_dir():  # a folder of images, which only an empty one's name can take
-                task.target.rename(self._staging / f"old{len(self.made)}")
-            staged.rename(task.target)
-        except OSError as error:
-            failure = OutputError(f"out: {task.target} cannot be written ({error.strerror})")
-            self._fail(task.line.number, task.line.locate(failure))
-            return
+
+    def _place(self, staged: Path, task: _Task) -> None:
+        """Give a clip its name, which may have been taken since the run began."""
+        if not self._staging.place(staged, task.target):
+            if not self._holds(task):
+                self._known = read_logs(self._out)  # another run may have made it
+            if task.fingerprint not in self._holds(task):
+                self._require_free(task)
+                known = self._known[task.line.out]
+                if not self._staging.replace(
+                    staged, task.target, lambda former: digest_clip(former) in known
+                ):
+                    raise OutputError(
+                        f"out: {task.target} must hold the clip of this batch that was to be "
+                        "replaced, and holds something else by now; choose another name, or move "
+                        "it away"
+                    )
         self.made.append(str(task.line.out))
 
     def _fingerprint(self, line: ManifestLine) -> str:
         """What lines have in common that ask for the same clip, 64 hexadecimal digits."""
-        said = json.dumps([line.asked.content(self._digest), dict(self._model)], sort_keys=True)
+        said = json.dumps(
+            [line.asked.content(self._digest), dict(self._model.said)], sort_keys=True
+        )
         return hashlib.sha256(said.encode()).hexdigest()
 
     def _digest(self, path: Path) -> str:
@@ -322,9 +341,6 @@ class _Run:
         if known is None or known[0] != stamp:
             known = self._digests[path] = (stamp, content_digest(path))
         return known[1]
-
-    def _is_made(self, task: _Task) -> bool:
-        return task.fingerprint in self._holds(task)
 
     def _holds(self, task: _Task) -> Collection[str]:
         """The fingerprints of the clip of the batch that has a line's name; none: there is none."""
@@ -338,11 +354,20 @@ class _Run:
 
     def _require_writable(self, task: _Task, reads: set[Path], above: set[Path]) -> None:
         """Raise unless a clip may take its name, and nothing that is read is there."""
-        resolved = task.target.resolve()
+        resolved = _resolve(task.target)
         if resolved in reads or resolved in above or resolved.parent in reads:
             raise OutputError(f"out: {task.target} must not be where the manifest reads")
         self._require_free(task)
         make_folder(task.target.parent, "out")
+        try:
+            alike = task.target.parent.stat().st_dev == self._out.stat().st_dev
+        except OSError as error:
+            raise OutputError(f"out: {task.target} cannot be written: {error.strerror}") from error
+        if not alike:
+            raise OutputError(
+                f"out: {task.target.parent} must be on the disk of {self._out}, and is on another; "
+                "choose another name, or make a batch there"
+            )
 
     def _require_free(self, task: _Task) -> None:
         """Raise unless nothing has a clip's name, or a clip of the batch that may be replaced."""
@@ -370,46 +395,6 @@ class _Run:
         self._report(str(error))
 
 
-@contextlib.contextmanager
-def _staging(out: Path, part: Part) -> Iterator[Path]:
-    """A folder of a run's own beside the clips, where what a killed one has left is taken away.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    staging = out / f".kinetiq-batch{part}"
-    shutil.rmtree(staging, ignore_errors=True)
-    make_folder(staging, WHERE)
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _encode(clip: Clip, path: Path, scale: int) -> None:
-    """Write a clip, and bring it to the disk.
-
-    Raises:
-        OutputError: no such clip can be written, or none at all.
-    """
-    try:
-        if path.is_dir():
-            shutil.rmtree(path)
-        clip.write(path, scale=scale)
-        for each in path.iterdir() if path.is_dir() else (path,):
-            with each.open("rb") as file:
-                os.fsync(file.fileno())
-    except (RuntimeError, ValueError, MemoryError) as error:  # encoders say no as they like
-        if isinstance(error, KinetiqError):
-            raise
-        size = f"{clip.height * scale}x{clip.width * scale}"
-        raise OutputError(
-            f"out: {path.suffix or 'a folder of images'} must be able to hold "
-            f"{clip.num_frames} frames of {size}, and is not: {error}; choose another format, size "
-            "or scale"
-        ) from error
-
-
 def _is_full(error: InputError) -> bool:
     """Whether an error is of the disk, and so of all clips that follow."""
     cause: BaseException | None = error
@@ -420,34 +405,65 @@ def _is_full(error: InputError) -> bool:
     return False
 
 
+def _remember(
+    most: int, read: Callable[..., Any], name_files: Callable[..., Collection[Path]]
+) -> Callable[..., Any]:
+    """A reader that reads once what it is asked for again, while the files stay as they are.
+
+    Args:
+        most: results that are kept.
+        read: takes what can be hashed.
+        name_files: of what `read` takes without a name, the files that it reads.
+    """
+
+    @functools.lru_cache(most)
+    def remembered(stamps: object, words: tuple[Any, ...], settings: tuple[Any, ...]) -> Any:
+        return read(*words, **dict(settings))
+
+    def reading(*words: Any, **settings: Any) -> Any:
+        stamps = tuple(map(_stamp, name_files(*words)))
+        return remembered(stamps, words, tuple(sorted(settings.items())))
+
+    return reading
+
+
+def _motion_files(asked: tuple[str, ...], given: tuple[str, ...], folder: Path) -> list[Path]:
+    """What `read_motions` reads."""
+    return [parse_motion(words, folder)[1] for words in asked]
+
+
 def _stamp(path: Path) -> object:
     """What changes when a file, or one in a folder, is written to."""
     try:
         if path.is_dir():
-            return sorted((each.name, _stamp_file(each)) for each in path.iterdir())
-        return _stamp_file(path)
+            inside = [each for each in list_inside(path) if each.is_file()]
+            return tuple((each.name, stamp_file(each)) for each in inside)
+        return stamp_file(path)
     except OSError as error:
         raise ClipError(f"{path} must be a file that can be read: {error.strerror}") from error
 
 
-def _stamp_file(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size
+def _resolve(path: Path) -> Path:
+    """Where a path leads; as far as one comes where links go round in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def _named_files(lines: Sequence[ManifestLine | BadLine]) -> set[Path]:
     """What any line reads, resolved; lines that have no meaning are said when it is their turn."""
-    found = {line.path.resolve() for line in lines if isinstance(line, ManifestLine)}
+    found = {_resolve(line.path) for line in lines if isinstance(line, ManifestLine)}
     for line in lines:
         if isinstance(line, ManifestLine):
-            with contextlib.suppress(InputError):
-                found |= {path.resolve() for path in line.asked.named_files}
+            with suppress(InputError):
+                found |= {_resolve(path) for path in line.asked.named_files}
     return found
 
 
 def _require_elsewhere(manifest: Path, out: Path) -> None:
-    """Raise if the manifest has the name of a log of the batch."""
-    if manifest.resolve().parent == out.resolve() and LOG_NAME.fullmatch(manifest.name):
-        raise OutputError(
-            f"{WHERE}: {manifest} must not have the name of this folder's own log; rename it"
-        )
+    """Raise if the manifest is what a log of the batch is, or would be."""
+    for path in find_logs(out):
+        with suppress(OSError):  # a link that leads nowhere
+            if path.samefile(manifest):
+                raise OutputError(
+                    f"{WHERE}: {manifest} must not have the name of this folder's own log; "
+                    f"rename {path.name}"
+                )

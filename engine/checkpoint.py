@@ -8,7 +8,6 @@ that nobody reads) is an error here, and so is a weight that is not finite.
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import importlib.resources
 import inspect
@@ -16,8 +15,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +27,7 @@ from torch import nn
 from kinetiq.convert import converted_name, single_file_advice
 from kinetiq.errors import CheckpointError, MissingDependencyError, RequestError, WorkError
 from kinetiq.families import FAMILIES
+from kinetiq.model_files import ModelFiles
 
 DTYPES = {
     "float64": torch.float64,
@@ -48,6 +47,7 @@ _LIBRARIES = {
     **dict.fromkeys(("CLIPTextModel", "CLIPTokenizer", "CLIPTokenizerFast"), "transformers"),
 }
 _FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "motion_adapter")
+_SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -66,7 +66,7 @@ class Checkpoint:
         scheduler: class name of the diffusers scheduler.
         scheduler_config: what its scheduler_config.json says, read-only, once the stock class has
             accepted it. `dict(scheduler_config)` is what `from_config` of any scheduler takes.
-        identify: what makes the fingerprint, when it is asked for; see `fingerprint_files`.
+        identify: what makes the fingerprint, when it is asked for; see `kinetiq.model_files`.
     """
 
     name: str
@@ -143,41 +143,14 @@ def load_checkpoint(
             "load: dtype must be float32 or bfloat16 on a CPU, got float16 (slow and imprecise "
             "there); pass one of them, or device='cuda'"
         )
-    folder, name = _locate(source, "model", variant, revision, local_files_only)
-    index = _read_json(folder / "model_index.json", "model_index.json")
-    unet_class = _class_of(index, "unet", folder)
-    if unet_class not in (*_UNETS, _BASE_UNET):
-        raise CheckpointError(
-            f"load: unet of {folder} must be one of {_listed(_UNETS)}, or {_BASE_UNET} with a "
-            f"motion adapter, got {unet_class}"
-        )
-    if motion_adapter is not None and unet_class in _UNETS:
-        raise RequestError(
-            f"load: motion_adapter must be left out for {name}, whose {unet_class} already holds "
-            "its motion modules"
-        )
-    parts = [
-        _Part("unet", folder / "unet", unet_class, variant, folder),
-        _Part("vae", folder / "vae", _require_class(index, "vae", folder), variant, folder),
-        _Part(
-            "text_encoder",
-            folder / "text_encoder",
-            _require_class(index, "text_encoder", folder),
-            variant,
-            folder,
-        ),
-    ]
-    if unet_class == _BASE_UNET:
-        parts.append(
-            _locate_adapter(index, folder, motion_adapter, variant, revision, local_files_only)
-        )
-    tokenizer_class = _require_class(index, "tokenizer", folder)
-    scheduler_class = _class_of(index, "scheduler", folder)
+    found = _find(source, motion_adapter, variant, revision, local_files_only)
+    folder, name, parts = found.folder, found.name, found.parts
+    files = found.look_at_files()
     # Stock classes draw random weights before they read the file's: the caller's state is kept.
     with _quiet(), torch.random.fork_rng(devices=[]):
         loaded = {part.name: part.load(dtype) for part in parts}
-        tokenizer = _load_tokenizer(folder / "tokenizer", tokenizer_class)
-        scheduler_config = _load_scheduler_config(folder / "scheduler", scheduler_class)
+        tokenizer = _load_tokenizer(folder / "tokenizer", found.tokenizer)
+        scheduler_config = _load_scheduler_config(folder, found.scheduler)
         unet = loaded["unet"]
         if "motion_adapter" in loaded:
             unet = _inflate(unet, loaded["motion_adapter"], parts)
@@ -191,8 +164,6 @@ def load_checkpoint(
                 f"load: device {str(device)!r} must have room for the {type(module).__name__} of "
                 f"{name}, and its memory is full; free some, or load a smaller dtype than {dtype}"
             ) from error
-    files = [file for part in parts for file in part.files()]
-    files += [file for file in (folder / "tokenizer").iterdir() if file.is_file()]
     return Checkpoint(
         name=name,
         path=folder,
@@ -201,10 +172,29 @@ def load_checkpoint(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        scheduler=scheduler_class,
+        scheduler=found.scheduler,
         scheduler_config=scheduler_config,
-        identify=_identify(name, [*files, folder / "scheduler" / "scheduler_config.json"]),
+        identify=files.fingerprint,
     )
+
+
+def find_local_model(
+    source: str | Path, motion_adapter: str | Path | None = None
+) -> "ModelSource | None":
+    """Where a model lies that `load_checkpoint` would not look for on a hub; None if it would.
+
+    Args:
+        source: as `load_checkpoint` takes it.
+        motion_adapter: likewise.
+
+    Raises:
+        CheckpointError: the folder is not of a model.
+        RequestError: a motion adapter is given to a model that has motion modules.
+    """
+    asked = [source] if motion_adapter is None else [source, motion_adapter]
+    if not all(one == "sprites" or _is_folder(one) for one in asked):
+        return None
+    return _find(source, motion_adapter, None, None, local_files_only=True)
 
 
 def embedded_folder() -> Path:
@@ -277,47 +267,34 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     raise RequestError(f"load: dtype must be one of {_listed(DTYPES)}, got {dtype!r}")
 
 
-def fingerprint_files(files: Iterable[Path]) -> str:
-    """SHA-256 over a checkpoint's files: in the order of "folder/name", that and each content.
+@dataclass(frozen=True)
+class ModelSource:
+    """Where all of a model lies, and which stock classes read it.
 
-    It reads all bytes, a gigabyte in about a second, since a change of a few weights anywhere makes
-    another model.
+    Args:
+        name: what the user asked for: "sprites", a hub id, or the folder's name.
+        folder: that holds it.
+        parts: its components with weights.
+        tokenizer: a class name.
+        scheduler: likewise, of diffusers.
     """
 
-    def digest(file: Path) -> str:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+    name: str
+    folder: Path
+    parts: "tuple[_Part, ...]"
+    tokenizer: str
+    scheduler: str
 
-    ordered = sorted(files, key=lambda file: (file.parent.name, file.name))
-    with ThreadPoolExecutor() as threads:  # of files side by side; a digest lets others run
-        digests = list(threads.map(digest, ordered))
-    said = [f"{f.parent.name}/{f.name} {one}\n" for f, one in zip(ordered, digests, strict=True)]
-    return hashlib.sha256("".join(said).encode()).hexdigest()
+    def look_at_files(self) -> ModelFiles:
+        """All of its files but model_index.json, as they are now.
 
-
-def _identify(name: str, files: Sequence[Path]) -> Callable[[], str]:
-    """The fingerprint of files that were just read: made later, refused if they have changed."""
-    read = [_stamp(file) for file in files]
-
-    def identify() -> str:
-        try:
-            found = fingerprint_files(files)
-            same = read == [_stamp(file) for file in files]
-        except OSError:
-            same = False
-        if not same:
-            raise CheckpointError(
-                f"load: the files of {name} must stay as they were when it was loaded, and have "
-                "changed; load it again"
-            )
-        return found
-
-    return identify
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
+        Raises:
+            CheckpointError: a configuration, weights or the tokenizer are missing.
+        """
+        _read_json(self.folder / _SCHEDULER_CONFIG, "scheduler")
+        files = [file for part in self.parts for file in part.files()]
+        files += _tokenizer_files(self.folder / "tokenizer")
+        return ModelFiles.look_at(self.name, [*files, self.folder / _SCHEDULER_CONFIG])
 
 
 @dataclass(frozen=True)
@@ -363,7 +340,8 @@ class _Part:
         return module
 
     def files(self) -> list[Path]:
-        """Configuration and weights files, all of them present after `load`."""
+        """Configuration and weights files, all of which are there."""
+        self._config()
         return [self.folder / "config.json", *self._weights()]
 
     def _config(self) -> dict[str, Any]:
@@ -472,6 +450,43 @@ class _Part:
                     )
 
 
+def _find(
+    source: str | Path,
+    motion_adapter: str | Path | None,
+    variant: str | None,
+    revision: str | None,
+    local_files_only: bool,
+) -> ModelSource:
+    """Where a model lies, downloaded if need be, of classes that can be loaded."""
+    folder, name = _locate(source, "model", variant, revision, local_files_only)
+    index = _read_json(folder / "model_index.json", "model_index.json")
+    unet_class = _class_of(index, "unet", folder)
+    if unet_class not in (*_UNETS, _BASE_UNET):
+        raise CheckpointError(
+            f"load: unet of {folder} must be one of {_listed(_UNETS)}, or {_BASE_UNET} with a "
+            f"motion adapter, got {unet_class}"
+        )
+    if motion_adapter is not None and unet_class in _UNETS:
+        raise RequestError(
+            f"load: motion_adapter must be left out for {name}, whose {unet_class} already holds "
+            "its motion modules"
+        )
+    classes = {"unet": unet_class}
+    classes |= {each: _require_class(index, each, folder) for each in ("vae", "text_encoder")}
+    parts = [_Part(each, folder / each, kind, variant, folder) for each, kind in classes.items()]
+    if unet_class == _BASE_UNET:
+        parts.append(
+            _locate_adapter(index, folder, motion_adapter, variant, revision, local_files_only)
+        )
+    return ModelSource(
+        name,
+        folder,
+        tuple(parts),
+        _require_class(index, "tokenizer", folder),
+        _class_of(index, "scheduler", folder),
+    )
+
+
 def _locate(
     source: object,
     what: str,
@@ -505,6 +520,13 @@ def _locate(
         f"load: {what} must be {words}a folder that exists or a hub id 'owner/name', got "
         f"{str(source)!r}"
     )
+
+
+def _is_folder(source: str | Path) -> bool:
+    try:
+        return Path(source).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):  # a name that none can have, or of an unknown user
+        return False
 
 
 def _require_local(source: str | Path, revision: str | None) -> None:
@@ -622,12 +644,16 @@ def _require_class(index: Mapping[str, Any], component: str, folder: Path) -> st
     return came
 
 
-def _load_tokenizer(folder: Path, class_name: str) -> Any:
+def _tokenizer_files(folder: Path) -> list[Path]:
     whole, halves = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
     if not whole.is_file() and not all(file.is_file() for file in halves):
         raise CheckpointError(
             f"load: tokenizer must have tokenizer.json, or vocab.json and merges.txt, in {folder}"
         )
+    return [file for file in folder.iterdir() if file.suffix in (".json", ".txt")]
+
+
+def _load_tokenizer(folder: Path, class_name: str) -> Any:
     stock = getattr(importlib.import_module(_LIBRARIES[class_name]), class_name)
     try:
         return stock.from_pretrained(folder, local_files_only=True)
@@ -637,10 +663,11 @@ def _load_tokenizer(folder: Path, class_name: str) -> Any:
         ) from error
 
 
-def _load_scheduler_config(folder: Path, class_name: str) -> Mapping[str, Any]:
+def _load_scheduler_config(model: Path, class_name: str) -> Mapping[str, Any]:
     import diffusers
 
-    config = _read_json(folder / "scheduler_config.json", "scheduler")
+    config = _read_json(model / _SCHEDULER_CONFIG, "scheduler")
+    folder = model / "scheduler"
     stock = getattr(diffusers, class_name, None)
     if not (isinstance(stock, type) and issubclass(stock, diffusers.SchedulerMixin)):
         raise CheckpointError(

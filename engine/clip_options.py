@@ -195,7 +195,7 @@ class ClipOptions:
             [digest(mask), digest(motion) if isinstance(motion, Path) else motion]
             for mask, motion in moving.items()
         ]
-        weights = (_parse_weight(words, self.folder) for words in self.motions)
+        weights = (parse_motion(words, self.folder) for words in self.motions)
         said["motions"] = [[weight, digest(path)] for weight, path in weights]
         return said
 
@@ -208,7 +208,7 @@ class ClipOptions:
         """
         plain, moving = _parse_regions(self.regions, self.folder)
         said = [self.reference, self.moft, plain, *moving, *moving.values()]
-        motions = [_parse_weight(words, self.folder)[1] for words in self.motions]
+        motions = [parse_motion(words, self.folder)[1] for words in self.motions]
         return tuple(self.folder / path for path in said if isinstance(path, Path)) + tuple(motions)
 
 
@@ -290,7 +290,7 @@ def read_motions(
     """
     total: dict[str, LearnedMotion] = {}
     for words in asked:
-        weight, path = _parse_weight(words, folder)
+        weight, path = parse_motion(words, folder)
         kind = read_info(path).kind
         made: Any = MotionLora if kind == "lora" else MotionEmbedding
         names = [name.removeprefix("motion_") for name in given if name in _SWITCHES[kind]]
@@ -442,7 +442,7 @@ def _require_takers(given: Mapping[str, Any], chosen: str, kinds: tuple[str, ...
         )
 
 
-def _parse_weight(words: str, folder: Path) -> tuple[float, Path]:
+def parse_motion(words: str, folder: Path) -> tuple[float, Path]:
     """The weight and the file of [WEIGHT*]FILE; a minus before a name that is no file is -1."""
     found = re.fullmatch(rf"({_NUMBER})\s*\*\s*(.+)", words)
     if found is not None:

@@ -19,6 +19,7 @@ from typing import IO, Any, NoReturn, TypeVar
 import attrs
 import click
 
+from kinetiq.batch_log import LOG_NAME
 from kinetiq.clip import write_suffix
 from kinetiq.clip_options import ClipOptions
 from kinetiq.errors import InputError, KinetiqError, RequestError
@@ -207,6 +208,10 @@ def _parse_out(value: object) -> PurePosixPath:
     path = PurePosixPath(value)
     if path.is_absolute() or ".." in path.parts or not path.name:
         _fail(f"out: must be a path inside the folder of the batch, got {_shown(value)}")
+    if LOG_NAME.fullmatch(path.parts[0]) or any(
+        part.casefold().startswith(".kinetiq-") for part in path.parts
+    ):
+        _fail(f"out: must not be a name that this command uses itself, got {_shown(value)}")
     write_suffix(Path(path))
     return path
 

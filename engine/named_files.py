@@ -17,6 +17,16 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def stamp_file(path: Path) -> tuple[int, ...]:
+    """What changes whenever another file takes a name, or the file there is written to.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def natural_order(paths: Iterable[Path]) -> list[Path]:
     """Paths by name, 2 before 10."""
 

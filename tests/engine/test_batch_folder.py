@@ -17,14 +17,21 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from kinetiq import batch_folder
+from kinetiq import batch_folder, batch_log, batch_staging
 from kinetiq.__main__ import main
-from kinetiq.batch_folder import BatchOptions, describe_model, make_batch
+from kinetiq.batch_folder import BatchModel, BatchOptions, make_batch
 from kinetiq.batch_log import BatchLog, Part
+from kinetiq.batch_staging import Staging
 from kinetiq.checkpoint import embedded_folder
 from kinetiq.clip import Clip
 from kinetiq.engine import Engine
-from kinetiq.errors import NonFiniteError, OutputError, RequestError, WorkError
+from kinetiq.errors import (
+    CheckpointError,
+    NonFiniteError,
+    OutputError,
+    RequestError,
+    WorkError,
+)
 from kinetiq.files import replacing
 
 THREE = [{"prompt": "a"}, {"prompt": "b", "out": "stars/b.webp"}, {"prompt": "c", "seed": 5}]
@@ -39,10 +46,10 @@ def stopped(patched, where, name, nth, after=False):
     real, calls = getattr(where, name), []
 
     def stop(*words, **settings):
-        calls.append(words)
-        if len(calls) == nth and not after:
+        if len(calls) == nth - 1 and not after:
             raise KeyboardInterrupt
         result = real(*words, **settings)
+        calls.append(words)  # those that did not fail
         if len(calls) == nth:
             raise KeyboardInterrupt
         return result
@@ -51,12 +58,12 @@ def stopped(patched, where, name, nth, after=False):
 
 
 POINTS = {
-    "before encoding": lambda patched, nth: stopped(patched, batch_folder, "_encode", nth),
-    "after encoding": lambda patched, nth: stopped(patched, batch_folder, "_encode", nth, True),
+    "before encoding": lambda patched, nth: stopped(patched, Staging, "encode", nth),
+    "after encoding": lambda patched, nth: stopped(patched, Staging, "encode", nth, True),
     "before the log": lambda patched, nth: stopped(patched, BatchLog, "add_clip", nth),
     "after the log": lambda patched, nth: stopped(patched, BatchLog, "add_clip", nth, True),
-    "before a name": lambda patched, nth: stopped(patched, Path, "rename", nth),
-    "after a name": lambda patched, nth: stopped(patched, Path, "rename", nth, True),
+    "before a name": lambda patched, nth: stopped(patched, batch_staging, "_move", nth),
+    "after a name": lambda patched, nth: stopped(patched, batch_staging, "_move", nth, True),
 }
 
 
@@ -110,6 +117,8 @@ def make(tmp_path, painter):
         wide=types.MappingProxyType({}),
         report=lambda _: None,
         progress=lambda *_: None,
+        load=None,
+        describe=None,
         **options,
     ):
         painter.wide = wide
@@ -118,9 +127,9 @@ def make(tmp_path, painter):
         return make_batch(
             path,
             tmp_path / "out",
-            lambda: painter,
+            load or (lambda: painter),
             BatchOptions(**options),
-            model={"model": model},
+            describe=describe or (lambda: BatchModel({"model": model})),
             report=report,
             progress=progress,
         )
@@ -133,7 +142,8 @@ def log(tmp_path):
     """The entries of a log."""
 
     def log(name="batch_log.jsonl"):
-        lines = (tmp_path / "out" / name).read_text().splitlines()
+        first, *lines = (tmp_path / "out" / name).read_text().splitlines()
+        assert json.loads(first) == {"log": "kinetiq batch", "version": 1}
         return [json.loads(line) for line in lines]
 
     return log
@@ -182,15 +192,15 @@ class TestMaking:
         assert log()[0]["height"] == 32
 
     def test_clips_do_not_pile_up_where_writing_is_slow(self, make, painter, monkeypatch):
-        encode, written, waiting = batch_folder._encode, [], []
+        encode, written, waiting = Staging.encode, [], []
 
-        def slowly(clip, path, scale):
+        def slowly(self, clip, target, scale):
             time.sleep(0.03)
             waiting.append(len(painter.asked) - len(written))
-            encode(clip, path, scale)
-            written.append(path)
+            written.append(target)
+            return encode(self, clip, target, scale)
 
-        monkeypatch.setattr(batch_folder, "_encode", slowly)
+        monkeypatch.setattr(Staging, "encode", slowly)
         make([{"prompt": "a", "seed": seed} for seed in range(10)], max_clips=1)
         assert max(waiting) <= 4  # drawn, handed over, waiting, being written
 
@@ -568,19 +578,34 @@ class TestStops:
         assert make(lines)["kept"] == 3
 
     def test_what_a_killed_run_has_left_is_taken_away(self, make, tmp_path):
-        make(THREE)
-        left = tmp_path / "out" / ".kinetiq-batch"
-        (left / "old0").mkdir(parents=True)
-        (left / "clip.mp4").write_bytes(b"half")
-        assert make(THREE)["kept"] == 3
-        assert not left.exists()
-        make([{"prompt": "a", "out": "a"}])
-        (left / "old0").mkdir(parents=True)
-        (left / "old0" / "00000.png").write_bytes(b"old")
-        (left / "clip").mkdir()
-        (left / "clip" / "00099.png").write_bytes(b"half")
-        assert make([{"prompt": "a", "seed": 3, "out": "a"}], overwrite=True)["made"] == ["a"]
-        assert len(list((tmp_path / "out" / "a").iterdir())) == 4
+        """Whatever part it had; not what a run at work has, nor what is no such folder."""
+        out = tmp_path / "out"
+        make([{"prompt": "a", "seed": 2, "out": "a.webp"}])
+        clip = (out / "a.webp").read_bytes()
+
+        def leave(name, locked=True, **files):
+            folder = out / name
+            folder.mkdir()
+            if locked:
+                (folder / "run.lock").touch()
+            for file, content in files.items():
+                (folder / file).write_bytes(content)
+            return folder
+
+        killed = leave(".kinetiq-batch-1", clip=b"half")
+        replacing = leave(".kinetiq-batch-2", former=clip)
+        mine = leave(".kinetiq-batch-mine", locked=False, thesis=b"mine")
+        moved = leave(".kinetiq-batch-3", former=b"mine")
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "run.lock").touch()
+        (out / ".kinetiq-batch-4").symlink_to(tmp_path / "elsewhere")
+        with batch_staging.open_staging(out, ()):
+            make(THREE)
+            assert len(list(out.glob(".kinetiq-batch-*"))) == 4
+        assert not killed.exists()
+        assert not replacing.exists()
+        assert (mine / "thesis").read_bytes() == (moved / "former").read_bytes() == b"mine"
+        assert (tmp_path / "elsewhere" / "run.lock").exists()
 
     def test_within_a_line_of_the_log(self, make, tmp_path, log):
         """It is cut off; its clip, which comes after it, was not written."""
@@ -595,17 +620,23 @@ class TestStops:
     def test_a_clip_is_in_the_log_and_on_the_disk_before_it_has_its_name(self, make, monkeypatch):
         """What a loss of power may leave is what a kill may leave."""
         said = []
-        for name in ("fsync", "rename"):
-            real = getattr(os if name == "fsync" else Path, name)
+        for where, name in ((os, "fsync"), (os, "link"), (Path, "rename")):
+            real = getattr(where, name)
             monkeypatch.setattr(
-                os if name == "fsync" else Path,
+                where,
                 name,
-                lambda *words, name=name, real=real: said.append(name) or real(*words),
+                lambda *words, name=name, real=real, **rest: (
+                    said.append(name) or real(*words, **rest)
+                ),
             )
         make([{"prompt": "a"}])
-        assert said[-3:] == ["fsync", "fsync", "rename"]  # the clip's, the log's
+        assert said[-3:] == ["fsync", "fsync", "link"]  # the clip's, the log's
+        make([{"prompt": "a", "out": "a"}])
+        assert said[-7:] == ["fsync"] * 6 + ["rename"]  # each picture's, the folder's, the log's
 
-    @pytest.mark.parametrize("text", ["mine", '{"a": 1}', "[1]\n", '{"line": 1}\n', "{\n", 'x\n{"'])
+    @pytest.mark.parametrize(
+        "text", ["mine", '{"a": 1}', "[1]\n", '{"line": 1}\n', "{\n", '{"line": 1', "{"]
+    )
     def test_a_file_of_that_name_that_is_no_log_is_left_alone(self, make, tmp_path, text):
         (tmp_path / "out").mkdir()
         path = tmp_path / "out" / "batch_log.jsonl"
@@ -613,6 +644,43 @@ class TestStops:
         with pytest.raises(OutputError, match="must be a log of this command, and is none"):
             make(THREE)
         assert path.read_text() == text
+
+    @pytest.mark.parametrize("line", ["{", "[" * 100_000, '{"line": 1}', '{"out": 1, "line": 2}'])
+    def test_a_line_that_is_no_entry_is_said(self, make, tmp_path, line):
+        make(THREE)
+        path = tmp_path / "out" / "batch_log.jsonl"
+        path.write_text(f"{path.read_text()}{line}\n")
+        with pytest.raises(OutputError, match="and line 5 is neither; take it out"):
+            make(THREE)
+
+    @pytest.mark.parametrize("name", ["batch_log.jsonl", "batch_log_1of2.jsonl"])
+    @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+    def test_what_is_no_file_is_no_log(self, make, tmp_path, name, kind):
+        out = tmp_path / "out"
+        make(THREE)
+        kept = tmp_path / "mine"
+        kept.write_bytes((out / "batch_log.jsonl").read_bytes())
+        (out / name).unlink(missing_ok=True)
+        if kind == "link":
+            (out / name).symlink_to(kept)
+        elif kind == "pipe":
+            os.mkfifo(out / name)
+        else:
+            (out / name).mkdir()
+        before = kept.read_bytes()
+        with pytest.raises(OutputError, match=rf"{name} cannot be (read|written) \("):
+            make(THREE)
+        assert kept.read_bytes() == before
+
+    def test_what_a_loss_of_power_leaves_of_a_log(self, make, tmp_path, log):
+        """Zeros, where its length came to the disk and the last lines did not."""
+        make(THREE)
+        path = tmp_path / "out" / "batch_log.jsonl"
+        path.write_bytes(path.read_bytes() + bytes(100))
+        assert make(THREE)["kept"] == 3
+        assert len(log()) == 3
+        path.write_bytes(bytes(39))
+        assert len(make(THREE)["failed"]) == 3
 
     def test_a_log_that_is_none_is_said(self, make, tmp_path):
         make(THREE)
@@ -631,40 +699,363 @@ class TestStops:
         monkeypatch.setattr(painter, "generate_as_completed", inner)
         assert make(THREE)["made"] == NAMES
 
+    def test_one_that_shares_the_lines_in_another_way_is_refused(self, make, painter, monkeypatch):
+        """They would work on the same lines."""
+        paint = painter.generate_as_completed
+
+        def inner(requests, **settings):
+            for part in (Part(), Part(1, 3), Part(3, 3)):
+                with pytest.raises(OutputError, match="among the same number of parts"):
+                    make(THREE, part=part)
+            monkeypatch.setattr(painter, "generate_as_completed", paint)
+            assert make(THREE, part=Part(2, 2))["made"] == [NAMES[1]]
+            return paint(requests, **settings)
+
+        monkeypatch.setattr(painter, "generate_as_completed", inner)
+        assert make(THREE, part=Part(1, 2))["made"] == [NAMES[0], NAMES[2]]
+        assert make(THREE)["kept"] == 3
+
+    @pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+    def test_a_manifest_that_a_log_leads_to_is_refused(self, tmp_path, painter, link):
+        path = tmp_path / "m.jsonl"
+        path.write_text('{"prompt": "a"}\n')
+        (tmp_path / "out").mkdir()
+        link(tmp_path / "out" / "batch_log_1of2.jsonl", path)
+        with pytest.raises(OutputError, match="must not have the name of this folder's own log"):
+            make_batch(path, tmp_path / "out", lambda: painter, BatchOptions(), describe=BatchModel)
+        assert path.read_text() == '{"prompt": "a"}\n'
+
     def test_a_manifest_with_the_name_of_a_log_is_refused(self, tmp_path, painter):
         path = tmp_path / "batch_log.jsonl"
         path.write_text('{"prompt": "a"}\n')
         with pytest.raises(OutputError, match="must not have the name of this folder's own log"):
-            make_batch(path, tmp_path, lambda: painter, BatchOptions(), model={})
+            make_batch(path, tmp_path, lambda: painter, BatchOptions(), describe=BatchModel)
         assert path.read_text() == '{"prompt": "a"}\n'
+
+
+class TestNames:
+    """What has a clip's name when the clip is done, is asked at that moment and not before."""
+
+    @pytest.fixture
+    def arrive(self, monkeypatch):
+        """Let something happen right before the n-th move of a file or a folder to a name."""
+
+        def arrive(happen, nth=1):
+            move, calls = batch_staging._move, []
+
+            def moving(path, target):
+                calls.append(target)
+                if len(calls) == nth:
+                    happen(target)
+                move(path, target)
+
+            monkeypatch.setattr(batch_staging, "_move", moving)
+
+        return arrive
+
+    @pytest.mark.parametrize("out", ["a.webp", "a"])
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_what_comes_at_the_last_moment_stays(self, make, arrive, tmp_path, out, overwrite):
+        def happen(target):
+            if out == "a":
+                target.mkdir()
+                (target / "thesis").write_text("mine")
+            else:
+                target.write_text("mine")
+
+        arrive(happen)
+        made = make([{"prompt": "a", "out": out}, {"prompt": "b"}], overwrite=overwrite)
+        assert made["made"] == ["clip_000002.mp4"]
+        assert "holds something else" in made["failed"][0]["error"]
+        target = tmp_path / "out" / out
+        assert (target / "thesis" if out == "a" else target).read_text() == "mine"
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+            out,
+            "batch_log.jsonl",
+            "clip_000002.mp4",
+        ]
+
+    @pytest.mark.parametrize("out", ["a.webp", "a"])
+    def test_what_was_changed_before_it_was_to_go_comes_back(
+        self, make, monkeypatch, tmp_path, out
+    ):
+        """Between the look at what is to be replaced and its move somebody writes to it."""
+        make([{"prompt": "a", "out": out}])
+        target = tmp_path / "out" / out
+        mine = target / "00000.png" if out == "a" else target
+        replace = Staging.replace
+
+        def replacing(*words):
+            mine.write_text("mine")
+            return replace(*words)
+
+        monkeypatch.setattr(Staging, "replace", replacing)
+        made = make([{"prompt": "a", "seed": 3, "out": out}], overwrite=True)
+        assert "holds something else by now" in made["failed"][0]["error"]
+        assert mine.read_text() == "mine"
+
+    @pytest.mark.parametrize("out", ["a.webp", "a"])
+    def test_a_clip_that_cannot_be_replaced_comes_back(self, make, arrive, tmp_path, out):
+        make([{"prompt": "a", "out": out}])
+        before = files(tmp_path / "out")
+
+        def happen(_):
+            raise PermissionError(errno.EACCES, "not here")
+
+        arrive(happen, nth=2)
+        made = make([{"prompt": "a", "seed": 3, "out": out}], overwrite=True)
+        assert made["failed"][0]["error"].endswith(f"out/{out} cannot be written (not here)")
+        assert files(tmp_path / "out") == before
+
+    def test_what_cannot_come_back_is_kept_and_said(self, make, arrive, tmp_path):
+        make([{"prompt": "a", "out": "a.webp"}])
+        clip = (tmp_path / "out" / "a.webp").read_bytes()
+        arrive(lambda target: target.write_text("mine"), nth=2)
+        with pytest.raises(WorkError, match="must take back what was there before, and cannot"):
+            make([{"prompt": "a", "seed": 3, "out": "a.webp"}], overwrite=True)
+        (former,) = (tmp_path / "out").glob(".kinetiq-batch-*/former")
+        assert former.read_bytes() == clip
+        assert (tmp_path / "out" / "a.webp").read_text() == "mine"
+
+    def test_a_file_system_without_links(self, make, monkeypatch, tmp_path):
+        def link(*_, **__):
+            raise OSError(errno.EPERM, "no links here")
+
+        monkeypatch.setattr(os, "link", link)
+        assert make(THREE)["made"] == NAMES
+        (tmp_path / "out" / NAMES[0]).write_text("mine")
+        assert len(make(THREE)["failed"]) == 1
+
+    def test_a_clip_that_another_run_made_meanwhile_is_as_good(self, make, arrive, tmp_path):
+        out = tmp_path / "out"
+        line = {"prompt": "a", "out": "a.webp"}
+
+        def happen(target):
+            log = (out / "batch_log.jsonl").read_text().splitlines()
+            entry = json.loads(log[-1])
+            target.write_bytes(b"made by another")
+            entry["content"] = batch_folder.digest_clip(target)
+            (out / "batch_log_3of4.jsonl").write_text(f"{log[0]}\n{json.dumps(entry)}\n")
+
+        arrive(happen)
+        assert make([line])["failed"] == []
+        assert (out / "a.webp").read_bytes() == b"made by another"
+
+    def test_another_disk_is_said_before_a_clip_is_made(self, make, painter, monkeypatch, tmp_path):
+        stat = os.stat
+        stars = tmp_path / "out" / "stars"
+
+        def elsewhere(path, **settings):
+            found = stat(path, **settings)
+            if str(path) != str(stars):
+                return found
+            return os.stat_result((found[0], found[1], 0, *found[3:]))
+
+        monkeypatch.setattr(Path, "stat", elsewhere)
+        made = make(THREE)
+        assert "stars must be on the disk of" in made["failed"][0]["error"]
+        assert painter.asked == ["a", "c"]
+
+    def test_links_in_a_circle_fail_their_lines(self, make, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "stars").symlink_to("stars")
+        (tmp_path / "circle.mp4").symlink_to("circle.mp4")
+        made = make([*THREE, {"prompt": "a", "reference": "circle.mp4"}])
+        assert made["made"] == [NAMES[0], NAMES[2]]
+        assert [failure["line"] for failure in made["failed"]] == [2, 4]
+
+
+class TestWriting:
+    """Whatever an encoder, the log or the disk says, it is said in words."""
+
+    @pytest.mark.parametrize("error", [OverflowError("too long"), KeyError("no codec")])
+    def test_encoders_may_say_no_as_they_like(self, make, monkeypatch, error):
+        write = Clip.write
+
+        def refuse(self, path, **settings):
+            if path.suffix == ".webp":
+                raise error
+            write(self, path, **settings)
+
+        monkeypatch.setattr(Clip, "write", refuse)
+        made = make(THREE)
+        assert made["made"] == [NAMES[0], NAMES[2]]
+        assert f"is not: {error}; choose another format" in made["failed"][0]["error"]
+
+    def test_messages_name_the_clip_and_not_where_it_was_made(self, make, monkeypatch, tmp_path):
+        def refuse(_, path, **__):
+            raise OutputError(f"write: {path} cannot be written")
+
+        monkeypatch.setattr(Clip, "write", refuse)
+        (failure,) = make([{"prompt": "a"}])["failed"]
+        assert failure["error"].endswith(f"write: {tmp_path}/out/{NAMES[0]} cannot be written")
+
+    @pytest.mark.parametrize("name", ["write", "fsync"])
+    def test_a_log_that_cannot_be_written_ends_the_run_in_words(
+        self, make, monkeypatch, tmp_path, name
+    ):
+        def full(*_):
+            raise OSError(errno.ENOSPC, "no room")
+
+        if name == "fsync":
+            monkeypatch.setattr(batch_log.os, "fsync", full)
+            monkeypatch.setattr(batch_staging, "_sync", lambda _: None)
+        else:
+            monkeypatch.setattr(BatchLog, "_file", types.SimpleNamespace(write=full), raising=False)
+            monkeypatch.setattr(BatchLog, "__init__", lambda *_: None)
+        with pytest.raises(WorkError, match=r"the log cannot be written \(no room\); make room"):
+            make(THREE)
+        monkeypatch.undo()
+        assert files(tmp_path / "out") == {}
+        assert make(THREE)["made"] == NAMES
+
+    def test_half_a_line_is_not_taken_for_written(self, make, monkeypatch):
+        half = types.SimpleNamespace(write=lambda line: len(line) // 2)
+        monkeypatch.setattr(BatchLog, "_file", half, raising=False)
+        monkeypatch.setattr(BatchLog, "__init__", lambda *_: None)
+        with pytest.raises(WorkError, match="the log cannot be written"):
+            make(THREE)
+
+    def test_a_disk_that_is_full_is_seen_before_more_is_made(self, make, painter, monkeypatch):
+        def full(*_, **__):
+            raise OutputError("no room") from OSError(errno.ENOSPC, "no room")
+
+        monkeypatch.setattr(Clip, "write", full)
+        paint = painter.generate_as_completed
+
+        def slowly(requests, **settings):
+            for each in paint(requests, **settings):
+                yield each
+                time.sleep(0.05)
+
+        monkeypatch.setattr(painter, "generate_as_completed", slowly)
+        with pytest.raises(WorkError, match="make room"):
+            make([{"prompt": "a", "seed": seed} for seed in range(9)])
+        assert len(painter.asked) <= 3
+
+
+class TestReading:
+    """What is read is what the fingerprint says, whatever happens to files meanwhile."""
+
+    @pytest.fixture
+    def reference(self, tmp_path):
+        """Write a clip, with the time that a copy might keep."""
+
+        def write(shade):
+            frames = np.full((9, 8, 8, 3), shade, np.uint8)
+            frames[range(8), :, range(8)] = 255
+            Clip(frames, 8).write(tmp_path / "new.gif")
+            os.utime(tmp_path / "new.gif", ns=(10**9, 10**9))
+            (tmp_path / "new.gif").replace(tmp_path / "good.gif")
+
+        return write
+
+    def test_a_file_that_changed_after_it_was_read_is_read_again(
+        self, make, monkeypatch, reference
+    ):
+        """Though it has the size and the time of the former one."""
+        reference(10)
+        seen, peek = [], batch_folder.peek
+
+        def peeking(path):
+            clip = peek(path)
+            seen.append(int(clip.frames[0, 0, -1, 0]))
+            if len(seen) == 1:
+                reference(99)
+            return clip
+
+        monkeypatch.setattr(batch_folder, "peek", peeking)
+        line = {"prompt": "a", "reference": "good.gif"}
+        made = make([line, {**line, "seed": 1}])
+        assert seen == [10, 99]
+        assert ["has changed since" in failure["error"] for failure in made["failed"]] == [True]
+        assert made["made"] == ["clip_000002.mp4"]
+
+    def test_one_that_changes_there_and_back_while_it_is_read(self, make, monkeypatch, reference):
+        reference(10)
+        read = Clip.read
+
+        def reading(_, path, **settings):
+            reference(99)
+            clip = read(path, **settings)
+            reference(10)
+            return clip
+
+        monkeypatch.setattr(batch_folder.Clip, "read", classmethod(reading))
+        made = make([{"prompt": "a", "reference": "good.gif"}])
+        assert "has changed since" in made["failed"][0]["error"]
 
 
 class TestModels:
     @pytest.fixture
     def folder(self, tmp_path):
-        path = tmp_path / "model"
-        (path / "unet").mkdir(parents=True)
-        (path / "model_index.json").write_text("{}")
-        (path / "unet" / "weights.safetensors").write_bytes(bytes(5_000_000))
-        return path
+        return shutil.copytree(embedded_folder(), tmp_path / "model")
 
-    def test_a_model_is_what_its_folder_holds_wherever_it_lies(self, folder, tmp_path):
-        said = describe_model(str(folder), None, None)
-        moved = shutil.copytree(folder, tmp_path / "moved")
-        assert describe_model(str(moved), None, "float32") == said
-        embedded = describe_model(str(embedded_folder()), None, None)
-        assert describe_model("sprites", None, None) == embedded != said
-        assert describe_model(str(folder), None, "bfloat16") != said
-        assert describe_model(str(folder), str(folder), None) != said
-        with (moved / "unet" / "weights.safetensors").open("r+b") as file:
-            file.seek(2_345_678)
-            file.write(b"1")
-        assert describe_model(str(moved), None, None) != said
+    def describe(self, model, motion_adapter=None, dtype=None):
+        return BatchModel.describe(str(model), motion_adapter, dtype).said
+
+    def test_a_model_is_what_is_read_of_its_folder_wherever_it_lies(self, folder, tmp_path):
+        said = self.describe(folder)
+        assert self.describe("sprites") == said
+        assert self.describe(folder, dtype="float32") == said
+        assert self.describe(folder, dtype="bfloat16") != said
+        (folder / "README.md").write_text("new")
+        (folder / "unet" / ".hidden.json").write_text("new")
+        (folder / "clips").mkdir()
+        (folder / "clips" / "clip.mp4").write_text("new")
+        assert self.describe(folder) == said
+        moved = tmp_path / "elsewhere"
+        (folder / "unet").rename(moved)
+        (folder / "unet").symlink_to(moved)
+        assert self.describe(folder) == said
+        with (moved / "diffusion_pytorch_model.safetensors").open("r+b") as file:
+            file.seek(234_567)
+            before = file.read(1)
+            file.seek(234_567)
+            file.write(bytes([before[0] ^ 1]))
+        assert self.describe(folder) != said
+
+    def test_another_scheduler_is_another_model(self, folder):
+        said = self.describe(folder)
+        index = json.loads((folder / "model_index.json").read_text())
+        index["scheduler"][1] = "EulerDiscreteScheduler"
+        (folder / "model_index.json").write_text(json.dumps(index))
+        assert self.describe(folder) != said
 
     def test_one_of_a_hub_is_its_id(self):
-        said = [describe_model(name, name, None) for name in ("some/model", "some/other")]
-        assert said[0] != said[1]
-        assert said[0]["model"] == "some/model"
+        assert self.describe("some/model") != self.describe("some/other")
+        assert self.describe("some/model", "an/adapter") != self.describe("some/model")
+
+    def test_a_folder_that_is_no_model_is_said_after_the_manifest_was_read(self, tmp_path, painter):
+        (tmp_path / "m.jsonl").write_text("")
+        (tmp_path / "model").mkdir()
+
+        def describe():
+            return BatchModel.describe(str(tmp_path / "model"), None, None)
+
+        def run():
+            make_batch(
+                tmp_path / "m.jsonl",
+                tmp_path / "out",
+                lambda: painter,
+                BatchOptions(),
+                describe=describe,
+            )
+
+        with pytest.raises(RequestError, match="must hold a line"):
+            run()
+        (tmp_path / "m.jsonl").write_text('{"prompt": "a"}')
+        with pytest.raises(CheckpointError, match="model_index"):
+            run()
+
+    def test_one_that_changes_before_it_is_loaded_is_refused(self, make, folder):
+        def load():
+            config = folder / "unet" / "config.json"
+            config.write_bytes(config.read_bytes())
+            return Painter()
+
+        with pytest.raises(CheckpointError, match="must stay as they were"):
+            make(THREE, load=load, describe=lambda: BatchModel.describe(str(folder), None, None))
 
 
 class TestParts:
@@ -685,7 +1076,8 @@ class TestParts:
         assert make(one)["failed"]
         logs = sorted((tmp_path / "out").glob("batch_log*"))
         for path in logs:  # as if the clock had run backwards
-            path.write_bytes(b"".join(reversed(path.read_bytes().splitlines(keepends=True))))
+            first, *lines = path.read_bytes().splitlines(keepends=True)
+            path.write_bytes(b"".join([first, *reversed(lines)]))
         assert make(other)["kept"] == 1
         assert make(one, overwrite=True)["made"] == ["a.webp"]
         assert make(one)["kept"] == 1

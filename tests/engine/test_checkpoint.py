@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from kinetiq import checkpoint as checkpoint_module
-from kinetiq.checkpoint import fingerprint_files, load_checkpoint, resolve_device, resolve_dtype
+from kinetiq.checkpoint import load_checkpoint, resolve_device, resolve_dtype
 from kinetiq.errors import CheckpointError, MissingDependencyError, RequestError, WorkError
+from kinetiq.model_files import fingerprint_files
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "text_encoder/model.safetensors"
@@ -292,6 +293,27 @@ def test_the_fingerprint_knows_names_and_folders(tmp_path: Path):
     assert len(of_each) == 3
     assert fingerprint_files(files) == fingerprint_files(reversed(files))
     assert fingerprint_files(files) not in of_each
+
+
+def test_a_fingerprint_of_files_that_changed_while_they_were_read_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Another file of the same size and time, at the end of a load that read the former one."""
+    adapt = checkpoint_module._require_fit
+
+    def replace(*words: object) -> None:
+        weights = folder / UNET_WEIGHTS
+        before = weights.stat()
+        shutil.copy(weights, folder / "copy")
+        edit_weights(folder / "copy", lambda tensors: tensors["conv_in.bias"].add_(1e-3))
+        os.utime(folder / "copy", ns=(before.st_atime_ns, before.st_mtime_ns))
+        (folder / "copy").replace(weights)
+        adapt(*words)
+
+    monkeypatch.setattr(checkpoint_module, "_require_fit", replace)
+    got = load_checkpoint(folder)
+    with pytest.raises(CheckpointError, match="must stay as they were when it was loaded"):
+        _ = got.fingerprint
 
 
 def test_a_fingerprint_of_files_that_have_changed_since_is_refused(folder: Path):

@@ -242,6 +242,10 @@ class TestMistakes:
             ({"prompt": "a", "out": "/a.mp4"}, "out: must be a path inside the folder"),
             ({"prompt": "a", "out": "b/../../a.mp4"}, "out: must be a path inside the folder"),
             ({"prompt": "a", "out": "."}, "out: must be a path inside the folder"),
+            ({"prompt": "a", "out": ".Kinetiq-batch/a.mp4"}, "out: must not be a name that this"),
+            ({"prompt": "a", "out": "b/.kinetiq-1/a.mp4"}, "out: must not be a name that this"),
+            ({"prompt": "a", "out": "Batch_log.jsonl/a.mp4"}, "out: must not be a name that this"),
+            ({"prompt": "a", "out": "batch_log_1of2.jsonl"}, "out: must not be a name that this"),
             ({"prompt": "a", "out": "a.avi"}, "Clip.write: a.avi must end in one of .mp4"),
         ],
     )
