@@ -4,7 +4,8 @@ Load a model with `Engine.load`, read a reference with `Clip.read`, and pass it 
 `Engine.generate` in a control: `MotionInjection` or `QueryInjection`. Or pass a motion that was
 learned before, `MotionEmbedding.read` or `MotionLora.read`. Or move what is generated with
 gradients, towards a clip, a direction or a drag: `MoftGuidance`. Several clips of one subject are
-`ConsistentShots`, for `Engine.generate_shots`.
+`ConsistentShots`, for `Engine.generate_shots`. A product whose requests come at any time submits
+them to a `LiveBatch`.
 
 Names are imported when they are first used, so that `import kinetiq` is quick.
 """
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from kinetiq.errors import (
+    BusyError,
     CheckpointError,
     ClipError,
     InputError,
@@ -31,6 +33,7 @@ from kinetiq.errors import (
 if TYPE_CHECKING:
     from kinetiq.clip import Clip
     from kinetiq.engine import Engine
+    from kinetiq.live_batch import LiveBatch
     from kinetiq.moft_guidance import MoftGuidance, MoftRegion
     from kinetiq.motion_embedding import MotionEmbedding
     from kinetiq.motion_injection import MotionInjection
@@ -45,6 +48,7 @@ _HOMES = {
     "Clip": "kinetiq.clip",
     "ConsistentShots": "kinetiq.shots",
     "Engine": "kinetiq.engine",
+    "LiveBatch": "kinetiq.live_batch",
     "MoftGuidance": "kinetiq.moft_guidance",
     "MoftRegion": "kinetiq.moft_guidance",
     "MotionEmbedding": "kinetiq.motion_embedding",
@@ -57,6 +61,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BusyError",
     "CheckpointError",
     "Clip",
     "ClipError",
@@ -65,6 +70,7 @@ __all__ = [
     "InputError",
     "KinetiqError",
     "KinetiqWarning",
+    "LiveBatch",
     "MissingDependencyError",
     "MoftGuidance",
     "MoftRegion",

@@ -272,6 +272,75 @@ def batch(
 
 
 @main.command()
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen at; others than this machine's own let anybody in who reaches it.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen at; 0: one that is free.",
+)
+@click.option("--files", type=PATH, help="Folder whose files requests may name; none without.")
+@click.option(
+    "--max-clips",
+    type=click.IntRange(1, 1024),
+    default=8,
+    show_default=True,
+    help="Clips that the network sees at a time.",
+)
+@click.option(
+    "--most-waiting",
+    type=click.IntRange(1, 100_000),
+    default=64,
+    show_default=True,
+    help="Requests that may wait for their turn; more are refused with 503.",
+)
+@source_options
+@backend_options
+@network_options
+def serve(
+    host: str,
+    port: int,
+    files: Path | None,
+    max_clips: int,
+    most_waiting: int,
+    model: str,
+    **loading: Any,
+) -> None:
+    """Generate clips for whoever asks over HTTP.
+
+    \b
+    curl --json '{"prompt": "a red circle", "direction": "left"}' \\
+        --output clip.mp4 http://127.0.0.1:8000/clips
+
+    Keys are the options of `kinetiq generate`, with _ for -, and "format": "mp4" (default), "webm",
+    "gif", "webp" or "png". Requests that come at the same time share a batch. What goes wrong is
+    {"error": "..."} with status 400 (the request), 503 (too many) or 500 (the work). GET /health
+    says how many wait. An interrupt finishes what is under way.
+    """  # noqa: D301  click's mark that lines stay as they are
+    from kinetiq.engine import Engine
+    from kinetiq.live_batch import LiveBatch
+    from kinetiq.progress import progress_bars
+    from kinetiq.server import ClipServer, ClipService, stopping_by_signal
+
+    if files is not None and not files.is_dir():
+        raise RequestError(f"serve: --files must be a folder, got {str(files)!r}")
+    with progress_bars() as progress:
+        progress("loading", 0, 1)
+        engine = Engine.load(model, **loading)
+    with engine, LiveBatch(engine, max_clips=max_clips, most_waiting=most_waiting) as batch:
+        service = ClipService(batch, engine.defaults, model, files)
+        with ClipServer(service, host, port) as server, stopping_by_signal(batch):
+            click.echo(f"{model} at {server.address}: POST /clips, GET /health")
+            server.serve_forever()
+
+
+@main.command()
 @click.argument("storyboard", type=PATH)
 @click.option("--out", required=True, type=PATH, help="Folder for the shots and sheet.png.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="In place of the storyboard's.")

@@ -151,8 +151,6 @@ def open_staging(folder: Path, contents: Collection[str]) -> Iterator[Staging]:
 
 def _clear(left: Path, contents: Collection[str]) -> None:
     """Take away the folder of a run that is at work no more, if there is nothing else in it."""
-    if left.is_symlink() or not left.is_dir():
-        return
     try:
         lock = os.open(left / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:  # it has none, so it is no such folder
@@ -161,7 +159,7 @@ def _clear(left: Path, contents: Collection[str]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         former = left / _FORMER
         if not os.path.lexists(former) or digest_clip(former) in contents:
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(left, ignore_errors=True)  # which no link is
     except BlockingIOError:  # its run is at work
         return
     finally:

@@ -1,6 +1,7 @@
 """The engine: requests in, clips out."""
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -280,19 +281,22 @@ class Engine:
 
     def generate_as_completed(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | None],
         *,
         max_clips: int = MAX_CLIPS,
         progress: Progress = no_progress,
     ) -> Iterator[tuple[int, Clip | KinetiqError]]:
         """Generate clips in batches and yield each, or what goes wrong with it, once it is done.
 
-        The arguments are those of `generate_many`.
+        The arguments are those of `generate_many`, but that None may be among the requests, for
+        none at this moment: clips that are under way go on by a step before the next is asked for.
+        Where none is under way it is asked for at once, so `requests` should wait then by itself.
 
         Yields:
-            The place of the request, from 0, and what came of it.
+            The place of the request, from 0, None not counted, and what came of it.
         """
-        for place, (sampled, request) in self._sample(requests, max_clips, progress, (Request,)):
+        results = self._sample(requests, max_clips, progress, (Request,), may_wait=True)
+        for place, (sampled, request) in results:
             result = self._decode_result(sampled, request, progress)
             yield place, result  # type: ignore[misc]  # requests in, clips out
 
@@ -378,10 +382,11 @@ class Engine:
 
     def _sample(
         self,
-        requests: Iterable[Request | ConsistentShots],
+        requests: Iterable[Request | ConsistentShots | None],
         max_clips: int,
         progress: Progress,
         kinds: _Kinds = (Request, ConsistentShots),
+        may_wait: bool = False,
     ) -> Iterator[tuple[int, tuple[Tensor | BoardLatents | KinetiqError, Any]]]:
         """(index, (latents or error, resolved request or None)), each as it is done."""
         if max_clips < 1:
@@ -396,14 +401,21 @@ class Engine:
         encode_reference = self._reference_encoder()
         make = self._makers(encode_reference, progress)
 
-        def resolve_all() -> Iterator[tuple[int, ResolvedRequest | ResolvedShots | KinetiqError]]:
-            for index, request in enumerate(requests):
+        def resolve_all() -> Iterator[
+            tuple[int, ResolvedRequest | ResolvedShots | KinetiqError] | None
+        ]:
+            places = itertools.count()
+            for request in requests:
+                if request is None and may_wait:
+                    yield None
+                    continue
+                index = next(places)
                 try:
-                    _require_kind(request, kinds)
-                    if isinstance(request, ConsistentShots):
-                        resolved[index] = self.resolve_shots(request, encode_reference, make)
+                    asked = _require_kind(request, kinds)
+                    if isinstance(asked, ConsistentShots):
+                        resolved[index] = self.resolve_shots(asked, encode_reference, make)
                     else:
-                        resolved[index] = self.resolve(request, encode_reference, make)
+                        resolved[index] = self.resolve(asked, encode_reference, make)
                 except KinetiqError as error:
                     yield index, error
                 else:
@@ -704,13 +716,14 @@ def _require_eager(backend: str, what: str) -> None:
         )
 
 
-def _require_kind(request: object, kinds: _Kinds) -> None:
-    if not isinstance(request, kinds):
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise RequestError(
-            f"request: must be a {wanted} here, got {type(request).__name__}; generate_many takes "
-            "requests and boards of shots, generate_storyboards boards, generate_latents requests"
-        )
+def _require_kind(request: object, kinds: _Kinds) -> Request | ConsistentShots:
+    if isinstance(request, kinds):
+        return request
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    raise RequestError(
+        f"request: must be a {wanted} here, got {type(request).__name__}; generate_many takes "
+        "requests and boards of shots, generate_storyboards boards, generate_latents requests"
+    )
 
 
 def read_defaults(checkpoint: Checkpoint, family: Family, vae_scale: int) -> Defaults:

@@ -10,6 +10,7 @@
     └── WorkError              the input was fine, the work failed; exit status 1
         ├── NonFiniteError     NaN or infinity appeared, with the place and the step
         ├── TrainingError      training had to stop
+        ├── BusyError          too much is asked for at once; later it may be done
         └── MissingDependencyError   a package or a device that the work needs is not there
 
 Messages say where, what must be, what came, and what to do. What goes on in another way than was
@@ -59,6 +60,10 @@ class NonFiniteError(WorkError):
 
 class TrainingError(WorkError):
     """Training had to stop."""
+
+
+class BusyError(WorkError):
+    """Too much is asked for at once; later it may be done."""
 
 
 class MissingDependencyError(WorkError):

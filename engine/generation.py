@@ -60,6 +60,7 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 
 Run = ClipRun | BoardRun
+_Drawn = tuple[int, ResolvedRequest | ResolvedShots | KinetiqError]
 _NO_MEMORY = (  # what is said where PyTorch raises no error of its own for it
     "DefaultCPUAllocator",
     "CUDA error: out of memory",  # of the driver, as in a launch or a capture
@@ -120,7 +121,7 @@ def denoise(
 
 @overload
 def denoise(
-    requests: Iterable[tuple[int, ResolvedRequest | ResolvedShots | KinetiqError]],
+    requests: Iterable[tuple[int, ResolvedRequest | ResolvedShots | KinetiqError] | None],
     denoiser: Denoiser,
     encode_text: EncodeText,
     *,
@@ -134,7 +135,7 @@ def denoise(
 
 
 def denoise(
-    requests: Iterable[tuple[int, ResolvedRequest | ResolvedShots | KinetiqError]],
+    requests: Iterable[tuple[int, ResolvedRequest | ResolvedShots | KinetiqError] | None],
     denoiser: Denoiser,
     encode_text: EncodeText,
     *,
@@ -149,6 +150,7 @@ def denoise(
 
     Args:
         requests: what to sample, drawn as room allows; an error in a request's place is passed on.
+            None stands for none at this moment: the next is asked for after another step.
         denoiser: the network.
         encode_text: a prompt to [tokens, width].
         channels: of the latents.
@@ -161,7 +163,8 @@ def denoise(
         progress: told of steps done and steps known of.
     """
     waiting = iter(requests)
-    upcoming = next(waiting, None)
+    upcoming: _Drawn | None = None
+    more = True
     running: list[Run] = []
     done_steps = known_steps = 0
     build = functools.partial(
@@ -173,8 +176,12 @@ def denoise(
     )
     model = _Model(denoiser, encode_text, decode or _refuse_frames, build, device, dtype)
     room = _Room(clips=max_clips, guided=max_clips)
-    while running or upcoming is not None:
-        while upcoming is not None and _count(running) < room.clips:
+    while running or more:
+        while more and _count(running) < room.clips:
+            if upcoming is None:
+                upcoming, more = _draw(waiting)
+            if upcoming is None:
+                break
             index, request = upcoming
             if isinstance(request, KinetiqError):
                 yield index, request
@@ -185,7 +192,7 @@ def denoise(
                 run.range = begin(f"request {index}")
                 running.append(run)
                 known_steps += run.all_steps
-            upcoming = next(waiting, None)
+            upcoming = None
         if not running:
             continue
         done_steps -= sum(run.taken_steps for run in running)
@@ -203,6 +210,13 @@ def denoise(
             end(run.range)
             known_steps -= run.all_steps - run.taken_steps
             yield run.index, failed.get(run.index, run.result)
+
+
+def _draw(waiting: "Iterator[_Drawn | None]") -> "tuple[_Drawn | None, bool]":
+    """The next request, if there is one at this moment, and whether there may be others."""
+    for drawn in waiting:
+        return drawn, True
+    return None, False
 
 
 def _refuse_frames(_: Tensor) -> np.ndarray:

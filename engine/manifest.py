@@ -125,10 +125,16 @@ def _take(
     folders.update((parent, line.number) for parent in above)
 
 
-def _read_line(path: Path, number: int, data: bytes) -> ManifestLine:
+def read_object(data: bytes, encoding: str = "utf-8") -> dict[str, Any]:
+    """A JSON object of finite numbers, each of whose keys comes once.
+
+    Raises:
+        RequestError: it is none.
+    """
     try:
-        text = data.decode("utf-8-sig" if number == 1 else "utf-8")
-        said = json.loads(text, object_pairs_hook=_require_once, parse_constant=_refuse_constant)
+        said = json.loads(
+            data.decode(encoding), object_pairs_hook=_require_once, parse_constant=_refuse_constant
+        )
     except UnicodeDecodeError as error:
         raise RequestError("must be text in UTF-8, got other bytes") from error
     except RecursionError as error:
@@ -137,13 +143,32 @@ def _read_line(path: Path, number: int, data: bytes) -> ManifestLine:
         raise RequestError(f"must be a JSON object, got what is none: {error}") from error
     if not isinstance(said, dict):
         _fail(f'must be a JSON object such as {{"prompt": "a ring"}}, got {_shown(said)}')
-    out = _parse_out(said.pop("out", f"clip_{number:06d}.mp4"))
+    return said
+
+
+def parse_clip(said: Mapping[str, Any], folder: Path, own: str) -> ClipOptions:
+    """The options of a clip that the keys of an object say.
+
+    Args:
+        said: the keys and their values.
+        folder: what relative paths start from.
+        own: a key that there may be beside them and was taken out, for messages.
+
+    Raises:
+        RequestError: a key or a value is none.
+    """
     try:
-        options = _options.main(_words(said), standalone_mode=False)
+        options = _options.main(_words(said, own), standalone_mode=False)
     except click.UsageError as error:
         raise RequestError(error.format_message()) from error
+    return ClipOptions(folder=folder, **options)
+
+
+def _read_line(path: Path, number: int, data: bytes) -> ManifestLine:
+    said = read_object(data, "utf-8-sig" if number == 1 else "utf-8")
+    out = _parse_out(said.pop("out", f"clip_{number:06d}.mp4"))
     folder = path.parent if path.is_file() else Path()  # a pipe lies beside nothing
-    return ManifestLine(path, number, ClipOptions(folder=folder, **options), out)
+    return ManifestLine(path, number, parse_clip(said, folder, "out"), out)
 
 
 @click.command(add_help_option=False)
@@ -161,15 +186,15 @@ _PARAMETERS = {
 }
 
 
-def _words(said: Mapping[str, Any]) -> list[str]:
-    """A line's keys and values as the words of a command."""
+def _words(said: Mapping[str, Any], own: str) -> list[str]:
+    """An object's keys and values as the words of a command."""
     words = []
     for key, value in said.items():
         if value is None:  # as tables write what is not there
             continue
         parameter = _PARAMETERS.get(key)
         if parameter is None:
-            known = ["out", *_PARAMETERS]
+            known = [own, *_PARAMETERS]
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             _fail(f"keys must be among {', '.join(known)}, got {_shown(key)}{hint}")

@@ -168,6 +168,32 @@ def test_requests_are_drawn_as_room_allows(engine):
     assert len(drawn) <= 6
 
 
+def test_a_request_may_come_while_others_are_under_way(engine):
+    """None stands for none at this moment, and counts for no place."""
+    late, steps = kq.Request("a ring", seed=2, frames=2, steps=1), []
+    wanted = engine.generate("a ring", seed=2, frames=2, steps=1)
+
+    def requests():
+        yield kq.Request("a ring", seed=1, frames=2, steps=4)
+        while len(steps) < 2:
+            yield None
+        yield late
+        yield None
+
+    results = engine.generate_as_completed(
+        requests(), progress=lambda stage, *_: steps.append(stage) if stage == "denoising" else None
+    )
+    (place, clip), (other, _) = results
+    assert (place, other) == (1, 0)
+    assert np.abs(clip.frames.astype(int) - wanted.frames).max() <= 1
+    assert len(steps) == 4  # it joined the third
+
+
+def test_none_is_no_request_where_all_are_known(engine):
+    with pytest.raises(kq.RequestError, match="must be a Request or ConsistentShots here, got Non"):
+        list(engine.generate_many([None]))
+
+
 def test_a_reference_is_encoded_once_a_call(engine, clip, monkeypatch):
     encoded = []
     encode = type(engine).encode

@@ -141,6 +141,7 @@ class TestMain:
             "demo",
             "generate",
             "batch",
+            "serve",
             "shots",
             "train",
             "motion",
