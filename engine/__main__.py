@@ -300,6 +300,12 @@ def batch(
     show_default=True,
     help="Requests that may wait for their turn; more are refused with 503.",
 )
+@click.option(
+    "--most-pixels",
+    type=click.IntRange(1),
+    help="Of all frames of a clip, as memory allows; 4 times those of the model's own clips by "
+    "default.",
+)
 @source_options
 @backend_options
 @network_options
@@ -309,6 +315,7 @@ def serve(
     files: Path | None,
     max_clips: int,
     most_waiting: int,
+    most_pixels: int | None,
     model: str,
     **loading: Any,
 ) -> None:
@@ -334,7 +341,7 @@ def serve(
         progress("loading", 0, 1)
         engine = Engine.load(model, **loading)
     with engine, LiveBatch(engine, max_clips=max_clips, most_waiting=most_waiting) as batch:
-        service = ClipService(batch, engine.defaults, model, files)
+        service = ClipService(batch, engine.defaults, model, files, most_pixels)
         with ClipServer(service, host, port) as server, stopping_by_signal(batch):
             click.echo(f"{model} at {server.address}: POST /clips, GET /health")
             server.serve_forever()

@@ -26,6 +26,7 @@ import attrs
 
 from kinetiq import __version__
 from kinetiq.clip import Clip, check_format
+from kinetiq.clip_options import ClipPlan
 from kinetiq.errors import BusyError, InputError, KinetiqError, RequestError
 from kinetiq.live_batch import LiveBatch
 from kinetiq.manifest import parse_clip, read_object
@@ -42,6 +43,8 @@ _MEDIA_TYPES = {
     "png": "image/png",
 }
 _MOST_BYTES = 2**20  # of a request
+_TIMES = 4  # that a clip may be larger than the model's own
+_MOST_WRITTEN = 2**27  # pixels of a clip, 3 bytes each
 _SECONDS = 30  # to send a request, or to take the next part of an answer
 
 
@@ -54,12 +57,14 @@ class ClipService:
         defaults: of the model.
         model: its name.
         files: the folder whose files requests may name; None: they may name none.
+        most_pixels: of all frames of a clip; None: 4 times those of the model's own clips.
     """
 
     batch: LiveBatch
     defaults: "Defaults"
     model: str
     files: Path | None = None
+    most_pixels: int | None = None
 
     def make(self, body: bytes) -> tuple[str, bytes]:
         """The media type and the file of the clip that a request asks for, once it is made.
@@ -78,10 +83,31 @@ class ClipService:
         rate, frames = asked.fps or self.defaults.fps, asked.frames or self.defaults.frames
         check_format(Path(f"clip.{form}"), frames=frames, fps=rate)
         plan = asked.plan()
+        self._require_small(plan)
         controls = plan.read_controls(self.defaults)
         request = Request.from_options(asked.prompt, {**plan.options, "control": controls})
         clip = self.batch.submit(request).result()
         return _MEDIA_TYPES[form], _encode(clip, form, asked.scale)
+
+    def _require_small(self, plan: ClipPlan) -> None:
+        """Raise if a clip is so large that it could take the memory of all the others.
+
+        A system without memory ends the process, which no `except` sees.
+        """
+        own, said = self.defaults, plan.options
+        most = self.most_pixels or _TIMES * own.frames * own.height * own.width
+        frames = said["frames"] or own.frames
+        area = (said["height"] or own.height) * (said["width"] or own.width)
+        if frames * area > most:
+            raise RequestError(
+                f"size: a clip must have at most {most} pixels in all its frames here, got "
+                f"{frames * area}; start the server with --most-pixels for more"
+            )
+        if frames * area * plan.asked.scale**2 > _MOST_WRITTEN:
+            raise RequestError(
+                f"scale: a clip must have at most {_MOST_WRITTEN} pixels in all its frames when it "
+                f"is enlarged, got {frames * area * plan.asked.scale**2}; enlarge it less"
+            )
 
     def describe(self) -> dict[str, Any]:
         """What GET /health says."""

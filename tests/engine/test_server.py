@@ -155,6 +155,8 @@ class TestRefusals:
             ({"prompt": "a", "format": ["mp4"]}, 'got ["mp4"]'),
             ({"prompt": "a", "format": "png"}, "can hold one frame, got 8"),
             ({"prompt": "a", "steps": 0}, "steps: must be a whole number"),
+            ({"prompt": "a", "frames": 33}, "a clip must have at most 12288 pixels in all its"),
+            ({"prompt": "a", "size": "64x32"}, "got 16384; start the server with --most-pixels"),
             ({"prompt": "a", "reference": "missing.gif"}, "missing.gif"),
             ({"prompt": "a", "reference": "../secret.gif"}, "must be in the server's folder"),
             ({"prompt": "a", "reference": "out"}, "must be in the server's folder"),
@@ -203,6 +205,16 @@ class TestRefusals:
         assert str(error).removeprefix("generate: ") in said["error"]
         assert headers.get("Retry-After") == ("1" if status == 503 else None)
         assert ("Traceback" in capfd.readouterr().err) == isinstance(error, ZeroDivisionError)
+
+    def test_larger_clips_where_they_may_be(self, batch):
+        own = Defaults(frames=8, height=16, width=24, steps=9, guidance_scale=7.5, fps=8.0)
+        service = ClipService(batch, own, "m", most_pixels=16384)
+        service.make(b'{"prompt": "a", "size": "64x32", "format": "webp"}')
+        with pytest.raises(RequestError, match="at most 16384 pixels"):
+            service.make(b'{"prompt": "a", "size": "64x32", "frames": 9}')
+        service = ClipService(batch, own, "m", most_pixels=10**6)
+        with pytest.raises(RequestError, match="when it is enlarged, got 150994944"):
+            service.make(b'{"prompt": "a", "size": "64x64", "frames": 9, "scale": 64}')
 
     def test_without_a_folder_no_file_may_be_named(self, batch):
         service = ClipService(batch, SimpleNamespace(frames=8, fps=8.0), "m")
