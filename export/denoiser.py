@@ -60,6 +60,7 @@ class GraphDenoiser(ABC):
 
     def __init__(self, metadata: NetworkMetadata, where: str, device: torch.device) -> None:
         self.metadata = metadata
+        self.multiple = metadata.multiple
         self.family = metadata.family_of()
         self.sites = metadata.sites
         self.device = device
@@ -220,10 +221,9 @@ class GraphDenoiser(ABC):
                 f"{self._where}: latents must have at most {positions} frames, of which the "
                 f"network knows the positions, got {frames}"
             )
-        multiple = self.metadata.multiple
-        if latents.shape[3] % multiple or latents.shape[4] % multiple:
+        if latents.shape[3] % self.multiple or latents.shape[4] % self.multiple:
             raise ShapeError(
-                f"{self._where}: height and width of latents must be multiples of {multiple}, "
+                f"{self._where}: height and width of latents must be multiples of {self.multiple}, "
                 f"got {latents.shape[3]}x{latents.shape[4]}; ask for another size, or load the "
                 "model with backend='eager'"
             )

@@ -265,7 +265,10 @@ def _require_same(
             f"{metadata.fingerprint[:_NAMED]}"
         )
     if metadata.precision != (wanted := precision_of(checkpoint.dtype)):
+        advice = f"export it in {wanted}"
+        if metadata.precision != "float16" or checkpoint.device.type != "cpu":
+            advice = f"load the model with dtype {metadata.precision!r}, or {advice}"
         raise RequestError(
-            f"network {network}: its {metadata.precision} must be the model's, got {wanted}; load "
-            f"the model with dtype {metadata.precision!r}, or export it in {wanted}"
+            f"network {network}: its {metadata.precision} must be the model's, got {wanted}; "
+            f"{advice}"
         )

@@ -276,6 +276,17 @@ def test_a_given_network_must_compute_in_the_type_of_the_model(exported, gpu):
                 loading.load_denoiser(backend, checkpoint, network=path)
 
 
+def test_no_cpu_is_advised_to_load_a_model_in_float16(exported):
+    network, checkpoint = exported(precision="float16"), small_checkpoint("animatediff")
+    with pytest.raises(RequestError, match=r"must be the model's, got float32; export it in flo"):
+        loading.load_denoiser("onnxruntime", checkpoint, network=network)
+    on_gpu = types.SimpleNamespace(
+        fingerprint=checkpoint.fingerprint, dtype=torch.float32, device=torch.device("cuda")
+    )
+    with pytest.raises(RequestError, match=r"got float32; load the model with dtype 'float16', or"):
+        loading._require_same(on_gpu, loading.read_metadata(network), network)
+
+
 def test_options_without_a_meaning_are_refused_before_anything_loads():
     with pytest.raises(RequestError, match=r"^load: network needs a backend that runs an exported"):
         kq.Engine.load("/no/such/folder", network="net.onnx")
@@ -283,7 +294,7 @@ def test_options_without_a_meaning_are_refused_before_anything_loads():
         kq.Engine.load("/no/such/folder", trust="00")
     checkpoint = small_checkpoint("animatediff", "bfloat16")
     with pytest.raises(
-        RequestError, match=r"^onnxruntime: dtype must be float32 or float16 on a CPU"
+        RequestError, match=r"got bfloat16; take float32, or use backend='openvino'$"
     ):
         loading.load_denoiser("onnxruntime", checkpoint)
     with pytest.raises(RequestError, match=r"^load: trust is for engines of TensorRT"):
@@ -525,6 +536,19 @@ def test_what_needs_the_network_itself_is_refused_by_request(tmp_path):
         guided = kq.Request("a red circle", control=kq.MoftGuidance(direction="left"), **SHAPE)
         results = list(engine.generate_many([guided], on_error="return"))
     assert "backend must be 'eager' for MoftGuidance, which needs gradients" in str(results[0])
+
+
+def test_a_size_that_no_exported_network_takes_is_refused_before_it_is_run(tmp_path, exported):
+    with kq.Engine.load(write_tiny_folder(tmp_path / "model")) as eager:
+        sizes = {"height": 18, "width": 16}
+        eager.resolve(kq.Request("a ring", **sizes))
+        engine = kq.Engine(eager.checkpoint, OnnxruntimeDenoiser(exported()), backend="onnxruntime")
+        words = (
+            r"^height: must be a multiple of 4 for model on onnxruntime, got 18; or load the "
+            r"model with backend='eager'$"
+        )
+        with pytest.raises(RequestError, match=words):
+            engine.resolve(kq.Request("a ring", **sizes))
 
 
 def sprites(backend, dtype="float32"):
