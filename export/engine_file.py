@@ -22,7 +22,12 @@ from typing import Any
 from kinetiq.errors import CheckpointError, KinetiqWarning, OutputError
 from kinetiq.export.engine_profile import Bounds, Profile
 from kinetiq.export.gpu import Gpu
-from kinetiq.export.metadata import NetworkMetadata, decode_metadata, encode_metadata
+from kinetiq.export.metadata import (
+    NetworkMetadata,
+    decode_metadata,
+    encode_metadata,
+    is_network,
+)
 from kinetiq.files import make_cache, replacing, write_text
 
 FORMAT = 3
@@ -251,8 +256,18 @@ def require_own_folder() -> Path:
     return folder
 
 
+def is_engine(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a plan, whole or damaged: a record beside a network makes no engine of it.
+
+    Nobody vouches for it here.
+    """
+    file = Path(path)
+    records = list_records(file)
+    return bool(records) and (_record_of(file) in records or not is_network(file))
+
+
 def list_records(path: str | os.PathLike[str]) -> list[Path]:
-    """The records beside a plan; a file without one is no engine."""
+    """The records beside a file that bear its name; a plan has one, of its content."""
     file = Path(path)
     return sorted(file.parent.glob(f"{glob.escape(file.name)}.{'[0-9a-f]' * _NAMED}.json"))
 

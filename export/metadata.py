@@ -192,6 +192,23 @@ def read_metadata(path: str | os.PathLike[str]) -> NetworkMetadata:
     return read_network(path)[1]
 
 
+def is_network(path: Path) -> bool:
+    """Whether a file can be parsed, and says that it is an exported network; it may be damaged.
+
+    Raises:
+        MissingDependencyError: onnx is not installed.
+    """
+    require_packages("onnx")
+    import onnx
+
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except Exception:  # protobuf's own class depends on how it was built
+        return False
+    return any(entry.key == KEY for entry in model.metadata_props)
+
+
 def read_network(path: str | os.PathLike[str]) -> tuple[Any, NetworkMetadata]:
     """The `onnx.ModelProto`, its outside weights not loaded, and what it says of itself.
 
