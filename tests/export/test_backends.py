@@ -221,6 +221,57 @@ def test_who_wants_what_another_makes_waits_for_it(cache, caplog):
     assert caplog.messages == [f"waiting for another process that makes {path}"] * 2
 
 
+def lose(cache):
+    """What a kill leaves, and what is none of it."""
+    file, folder = cache / f".kinetiq-{'0a' * 8}.tmp", cache / ".kinetiq-ab_cd123"
+    folder.mkdir(parents=True)
+    for one in (file, folder / "net.onnx", cache / ".kinetiq-mine.tmp", cache / "net.onnx"):
+        one.write_bytes(b"bytes")
+    return file, folder
+
+
+def test_what_a_kill_leaves_is_removed_and_nothing_else(cache):
+    lost, path = lose(cache), cache / "a.onnx"
+    loading._use_kept(path, path.touch, lambda _: None)
+    assert not any(one.exists() for one in lost)
+    assert {one.name for one in cache.iterdir()} >= {".kinetiq-mine.tmp", "net.onnx", "a.onnx"}
+
+
+def test_what_may_be_in_use_is_not_removed(cache):
+    path, other = cache / "a.onnx", cache / "b.onnx"
+    cache.mkdir(parents=True)
+    begun, ended = threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        ended.wait(30)
+
+    thread = threading.Thread(target=loading._use_kept, args=(other, work, lambda _: None))
+    thread.start()
+    assert begun.wait(30)
+    lost = lose(cache)
+    loading._use_kept(path, path.touch, lambda _: None)
+    assert all(one.exists() for one in lost)
+    ended.set()
+    thread.join()
+    path.unlink()
+    loading._use_kept(path, path.touch, lambda _: None)
+    assert not any(one.exists() for one in lost)
+
+
+def test_the_names_of_what_is_written_before_its_turn_are_known(tmp_path, monkeypatch):
+    seen = set()
+
+    def look(*_):
+        seen.update(one.name for one in tmp_path.iterdir() if one.name != "net.onnx")
+        return ()
+
+    monkeypatch.setattr(network, "outside_files", look)
+    network.export_onnx(small_checkpoint("animatediff"), tmp_path / "net.onnx", controls=())
+    assert len(seen) == 2
+    assert all(loading._TEMPORARY.fullmatch(name) for name in seen)
+
+
 def test_other_code_has_another_key(monkeypatch, tmp_path):
     assert re.fullmatch("[0-9a-f]{12}", code_key())
     code_key.cache_clear()
