@@ -465,6 +465,8 @@ class GraphDenoiser(ABC):
             raise CheckpointError(
                 f"{self._where}: a LoRA must change projections of the network, got {unknown[0]}"
             )
+        for path, bank in given.items():
+            self._require_lora(path, bank)
         sizes = {"lora_slots": 1, "lora_rank": 1, **self.least}
         for bank in given.values():
             sizes["lora_slots"] = max(sizes["lora_slots"], len(bank.down))
@@ -475,6 +477,23 @@ class GraphDenoiser(ABC):
             shape = tuple(sizes.get(str(axis), axis) for axis in info.axes)
             out[name] = self._filled(shape, getattr(given[path], side) if path in given else None)
         return out
+
+    def _require_lora(self, path: str, bank: LoraBank) -> None:
+        """Raise a `ShapeError` unless both sides of a bank fit the projection and each other."""
+        down, up = (self._infos.get(f"lora.{path}.{side}") for side in ("down", "up"))
+        if down is None or up is None:
+            return
+        slots, rank = (*bank.down.shape, 0, 0)[:2]
+        if (
+            not slots * rank
+            or list(bank.down.shape) != [slots, rank, down.axes[2]]
+            or list(bank.up.shape) != [slots, up.axes[1], rank]
+        ):
+            raise ShapeError(
+                f"{self._where}: a LoRA of {path} must be down [slots, rank, {down.axes[2]}] and "
+                f"up [slots, {up.axes[1]}, rank], got {list(bank.down.shape)} and "
+                f"{list(bank.up.shape)}; make its banks for this network"
+            )
 
     def _remembered(
         self,

@@ -28,6 +28,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is n
 from kinetiq.backends import BACKENDS, EXPORTED, ON_GPU  # noqa: E402
 from kinetiq.errors import (  # noqa: E402
     CheckpointError,
+    InputError,
     MissingDependencyError,
     OutputError,
     RequestError,
@@ -289,6 +290,9 @@ def test_other_code_has_another_key(monkeypatch, tmp_path):
     keys.add(code_key())
     code_key.cache_clear()
     assert len(keys) == 4
+    monkeypatch.setenv("KINETIQ_LAUNCH", str(tmp_path / "none.json"))
+    with pytest.raises(InputError, match=r"none.json must be readable, .*: No such file.*; where"):
+        code_key()
     assert options_key({"rows": Bounds(1, 2, 4)}) != options_key({"rows": Bounds(1, 2, 5)})
 
 

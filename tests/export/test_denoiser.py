@@ -1,5 +1,6 @@
 """What becomes of controls on their way into an exported graph, which is not run here."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -139,6 +140,30 @@ def test_banks_of_another_size_are_refused(denoiser, example, part, cut, got):
     )
     with pytest.raises(ShapeError, match=words):
         predict(denoiser, example, motion=replace(motion, banks={**motion.banks, site: wrong}))
+
+
+def test_loras_that_do_not_fit_are_refused(denoiser, example):
+    lora = example.controls.lora
+    path, bank = next(iter(lora.banks.items()))
+    down, up = bank.down, bank.up
+    for wrong in (
+        LoraBank(down[:2], up),
+        LoraBank(down[:, :1], up),
+        LoraBank(down[..., :3], up),
+        LoraBank(down, up[:, :3]),
+        LoraBank(down[:0], up[:0]),
+        LoraBank(down[0], up[0]),
+        LoraBank(down[:, :0], up[..., :0]),
+    ):
+        words = (
+            rf"^graph: a LoRA of {path} must be down \[slots, rank, 16\] and up \[slots, 16, rank\], "
+            rf"got {re.escape(str(list(wrong.down.shape)))} and .*; make its banks for this network$"
+        )
+        with pytest.raises(ShapeError, match=words):
+            predict(denoiser, example, lora=replace(lora, banks={**lora.banks, path: wrong}))
+    narrow = LoraBank(down[:2, :1], up[:2, :, :1])
+    predict(denoiser, example, lora=replace(lora, banks={**lora.banks, path: narrow}))
+    assert denoiser.inputs[f"lora.{path}.down"].shape == down.shape
 
 
 @pytest.mark.parametrize("place", [0, 99, -1])
