@@ -151,6 +151,7 @@ def demo(
 @network_options
 def generate(out: Path, as_json: bool, model: str, **said: Any) -> None:
     """Generate one clip that moves as it is told to."""
+    from kinetiq.backend_choice import settle_backend
     from kinetiq.clip import check_write
     from kinetiq.clip_options import ClipOptions
     from kinetiq.engine import Engine
@@ -162,6 +163,8 @@ def generate(out: Path, as_json: bool, model: str, **said: Any) -> None:
     asked.request_options()
     check_write(out, frames=asked.frames, fps=asked.fps)
     plan = asked.plan()
+    if plan.guided:
+        loading["backend"] = settle_backend(loading["backend"], "guidance needs gradients")
     with progress_bars() as progress:
         progress("loading", 0, 1)
         with Engine.load(model, **loading) as engine:
@@ -394,12 +397,14 @@ def shots(
 
     What is there of a run that was stopped is not made again.
     """  # noqa: D301  click's mark that lines stay as they are
+    from kinetiq.backend_choice import settle_backend
     from kinetiq.backends import usual_device
     from kinetiq.board_folder import BoardOptions, make_board
     from kinetiq.engine import Engine, require_eager_for_shots
     from kinetiq.progress import progress_bars
     from kinetiq.storyboard import Storyboard
 
+    backend = settle_backend(backend, "shots look into the network")
     require_eager_for_shots(backend)  # before a model is loaded, or exported, in vain
     options = BoardOptions(
         plain=plain, masks=save_masks, overwrite=overwrite, scale=scale, seed=seed

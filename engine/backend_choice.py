@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from kinetiq.backends import EAGER
+from kinetiq.backends import AUTO, EAGER
 
 RATIOS_FILE = Path(__file__).with_name("backend_ratios.json")
 Ratios = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -95,6 +95,19 @@ def take_backend(dtype: torch.dtype, device: torch.device) -> str:
     choice = choose_backend(dtype, device)
     _say(choice)
     return choice.backend
+
+
+def settle_backend(backend: str, what: str) -> str:
+    """The back end to load for work that nothing but "eager" does: of "auto", that one.
+
+    Args:
+        backend: that was asked for; another than "auto" is left as it is, and refused later.
+        what: the work, as the beginning of a sentence.
+    """
+    if backend != AUTO:
+        return backend
+    _say(Choice(EAGER, f"{what}, which no other back end is sure to take"))
+    return EAGER
 
 
 @functools.cache

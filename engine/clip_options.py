@@ -238,6 +238,11 @@ class ClipPlan:
         named = (self.reference, self.moft, *self.moving.values())
         return bool(self.controls) and any(isinstance(path, Path) for path in named)
 
+    @property
+    def guided(self) -> bool:
+        """Whether gradients steer it."""
+        return any(isinstance(control, MoftGuidance) for control in self.controls)
+
     def read_controls(
         self, defaults: "Defaults", read: Callable[..., Clip] = Clip.read
     ) -> "list[Control]":

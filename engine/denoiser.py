@@ -66,6 +66,8 @@ class Denoiser(Protocol):
     sites: tuple[Site, ...]
     most_rows: int | None
     """Of a batch; None: as many as memory holds."""
+    multiple: int
+    """What height and width of latents must be multiples of."""
 
     def predict(
         self, latents: Tensor, timesteps: Tensor, text: Tensor, controls: ControlTensors
@@ -144,6 +146,7 @@ class EagerDenoiser:
     """
 
     most_rows: int | None = None
+    multiple: int = 1
 
     def __init__(self, network: Any, *, keep_zero_taps: bool = False) -> None:
         self.family = detect_family(network)

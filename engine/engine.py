@@ -453,12 +453,7 @@ class Engine:
         defaults = self.defaults
         frames = request.frames or defaults.frames
         height, width = request.height or defaults.height, request.width or defaults.width
-        for name, pixels in {"height": height, "width": width}.items():
-            if pixels % self.vae_scale:
-                raise RequestError(
-                    f"{name}: must be a multiple of {self.vae_scale} for {self.checkpoint.name}, "
-                    f"got {pixels}"
-                )
+        self._check_size(height, width)
         self._check_frames(frames)
         guidance = request.guidance_scale
         table = build_sampler_table(
@@ -612,10 +607,12 @@ class Engine:
 
         @functools.cache
         def channels(tap: str) -> MotionChannels:
+            on_cpu = self.checkpoint.device.type == "cpu"
+            narrower = "bfloat16" if on_cpu else "bfloat16 or float16"  # which no CPU is given
             pans = (
                 "motion: the pans that show a tap's channels, one by one at the model's own size,"
             )
-            with span("motion"), _room_for(pans, "try bfloat16 or float16, or another device"):
+            with span("motion"), _room_for(pans, f"try {narrower}, or another device"):
                 return load_channels(self.checkpoint, self.denoiser, tap, progress=progress)
 
         @functools.lru_cache(maxsize=_KEPT_FEATURES)
@@ -683,6 +680,19 @@ class Engine:
                 device=self.checkpoint.device,
             )
 
+    def _check_size(self, height: int, width: int) -> None:
+        """Raise unless the model has clips of this size, and its back end takes them."""
+        halved = self.denoiser.multiple
+        where, advice = "", ""
+        if halved > 1:
+            where, advice = f" on {self.backend}", "; or load the model with backend='eager'"
+        for name, pixels in {"height": height, "width": width}.items():
+            if pixels % (self.vae_scale * halved):
+                raise RequestError(
+                    f"{name}: must be a multiple of {self.vae_scale * halved} for "
+                    f"{self.checkpoint.name}{where}, got {pixels}{advice}"
+                )
+
     def _check_frames(self, frames: int) -> None:
         limit = getattr(self.checkpoint.unet.config, "motion_max_seq_length", None)
         if limit is not None and frames > limit:
@@ -712,7 +722,7 @@ def _require_eager(backend: str, what: str) -> None:
     if backend != EAGER:
         raise RequestError(
             f"request: backend must be {EAGER!r} for {what}, got {backend!r}; load the model "
-            "without backend"
+            f"with backend={EAGER!r}"
         )
 
 

@@ -569,12 +569,22 @@ def make_banks(
 
 def _require_fit(control: MotionEmbedding, sites: Any, network: Any) -> None:
     """Raise unless the network has all of a motion's sites, as wide and as large as trained."""
-    widths = {site.name: site.width for site in sites}
-    widths |= {site.name.rpartition(".")[0]: site.width for site in sites}
+    attentions = {site.name: site.width for site in sites}
+    blocks = {_block_of(name): width for name, width in attentions.items()}
     info = control.info
-    for name, tensor in (control.query_key | control.value).items():  # type: ignore[operator]
-        require_site(info, name, widths)
-        require_width(info, name, tensor.shape[-1], widths[name])
+    for part, tensors, known, others, must in (
+        ("query_key", control.query_key, blocks, attentions, "a transformer block"),
+        ("value", control.value, attentions, blocks, "an attention"),
+    ):
+        for name, tensor in tensors.items():
+            if name in others and name not in known:  # there it would never be looked for
+                near = next(one for one in known if one in name or name in one)
+                raise CheckpointError(
+                    f"motion: {part} must be named by the path of {must}, such as {near}, got "
+                    f"{name}"
+                )
+            require_site(info, name, known)
+            require_width(info, name, tensor.shape[-1], known[name])
     for name, tensor in control.value.items():
         wanted = site_size(network, name, (info.height, info.width))
         if tuple(tensor.shape[1:3]) != wanted:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import kinetiq
 import kinetiq.kernels
+from kinetiq.errors import InputError
 from kinetiq.export.network import PACKAGES
-from kinetiq.kernels._launch import launch_file
+from kinetiq.kernels._launch import VARIABLE, launch_file
 
 ENGINE_MODULES = ("convolution", "families", "skips", "taps")
 """Those of `kinetiq` that decide what is in the graph: its sites and skips, and their order."""
@@ -18,10 +19,21 @@ _DIGITS = 12
 
 @functools.cache
 def code_key() -> str:
-    """A digest of all that decides what an export of a model is: code, settings and versions."""
+    """A digest of all that decides what an export of a model is: code, settings and versions.
+
+    Raises:
+        InputError: the launch file that the environment names cannot be read.
+    """
     digest = hashlib.sha256()
     for path in deciding_files():
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"cache: {path} must be readable, since what is kept depends on it, and is not: "
+                f"{error.strerror}; where {VARIABLE} names it, name another or unset that"
+            ) from error
+        digest.update(hashlib.sha256(data).digest())
     for package in PACKAGES:
         digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
     return digest.hexdigest()[:_DIGITS]

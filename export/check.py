@@ -185,7 +185,8 @@ def _require_same(
     if metadata.fingerprint != checkpoint.fingerprint:
         raise CheckpointError(
             f"check: {path} must be an export of {checkpoint.name}, "
-            f"got one of {metadata.checkpoint} with another fingerprint"
+            f"got one of {metadata.checkpoint} with another fingerprint; give the model that it "
+            "was exported from, as it was then"
         )
 
 

@@ -17,20 +17,23 @@ import click
 from kinetiq.checkpoint import load_checkpoint, parse_device
 from kinetiq.command_line import PlainGroup
 from kinetiq.errors import RequestError
-from kinetiq.export.engine_file import EngineFile, list_records, read_engine
+from kinetiq.export.engine_file import EngineFile, is_engine, read_engine
 from kinetiq.export.engine_profile import Bounds
 from kinetiq.export.functions import OPSET
 from kinetiq.export.metadata import precision_of, read_metadata
 from kinetiq.export.nodes import KINDS
-from kinetiq.export.plugin_choice import CHOICE_FILE, OPERATORS
-from kinetiq.export.plugin_ptx import PLAIN_SHARED
+from kinetiq.export.plugin_choice import OPERATORS, VARIABLE, check_operators, choice_file
+from kinetiq.export.plugin_ptx import PLAIN_SHARED, check_route
 from kinetiq.files import check_target
 from kinetiq.progress import progress_bars
 from kinetiq.taps import DEFAULT_TAP
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
-_json = click.option("--json", "as_json", is_flag=True, help="Print it as one JSON object.")
+_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print what came of it as one JSON object."
+)
 _ALL, _NONE = "all", "none"
+_EMBEDDED = "sprites"  # the one model whose name leads nowhere but to itself
 _Item = TypeVar("_Item")
 
 
@@ -44,18 +47,25 @@ def export() -> None:
 @click.option("--out", required=True, type=_FILE, help="The ONNX file.")
 @click.option("--motion-adapter", help="AnimateDiff motion adapter for an image model.")
 @click.option("--dtype", default="float32", show_default=True, help="float32, float16 or bfloat16.")
-@click.option("--opset", type=int, default=OPSET, show_default=True, help="Of ONNX.")
+@click.option(
+    "--opset",
+    type=int,
+    default=OPSET,
+    show_default=True,
+    help="Version of ONNX's operators to write; there is no other yet.",
+)
 @click.option(
     "--tap",
     default=DEFAULT_TAP,
     show_default=True,
-    help=f"Block whose features are an output too; {_NONE}: no block's.",
+    help=f"Block of the network whose features are an output too; {_NONE}: no block's.",
 )
 @click.option(
     "--controls",
     default=_ALL,
     show_default=True,
-    help=f"Kinds of control: {_ALL}, {_NONE}, or of {', '.join(KINDS)}, joined by commas.",
+    help=f"Kinds of control that it takes: {_ALL}, {_NONE}, or of {', '.join(KINDS)}, joined by "
+    "commas.",
 )
 @_json
 def onnx(
@@ -107,14 +117,35 @@ def onnx(
 
 @export.command()
 @click.argument("network", type=_FILE)
-@click.option("--model", help="The model that it was exported from; by default, by its name.")
+@click.option(
+    "--model",
+    help="The model that it was exported from, a diffusers folder or a hub id; may be left out for "
+    f"{_EMBEDDED} alone.",
+)
 @click.option("--motion-adapter", help="AnimateDiff motion adapter for an image model.")
 @click.option(
-    "--runtime", "runtimes", multiple=True, help="onnxruntime or openvino; all by default."
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    help="onnxruntime or openvino; can be repeated. By default all that are installed.",
 )
-@click.option("--nodes", is_flag=True, help="Name the first node that differs, in each runtime.")
-@click.option("--device", help="cpu (default), or cuda for the CUDA provider of onnxruntime.")
-@click.option("--trust", multiple=True, help="Checksum of an engine that you vouch for.")
+@click.option(
+    "--nodes",
+    is_flag=True,
+    help="Compare what each attention and each control computes too, and name the first that "
+    "differs in each runtime; for networks in float32.",
+)
+@click.option(
+    "--device",
+    help="What runs it: cpu, or cuda for onnxruntime with CUDA; by default cpu, and cuda for an "
+    "engine.",
+)
+@click.option(
+    "--trust",
+    multiple=True,
+    help="Checksum of an engine that was built elsewhere, as its build printed it; you vouch for "
+    "it, since an engine is code.",
+)
 @_json
 def check(
     network: Path,
@@ -140,29 +171,34 @@ def check(
         require_nodes,
     )
 
-    is_engine = bool(list_records(network))
-    place = parse_device(device or ("cuda" if is_engine else "cpu"))
-    if is_engine and (nodes or runtimes):
+    engine = is_engine(network)
+    place = parse_device(device or ("cuda" if engine else "cpu"))
+    if engine and (nodes or runtimes):
         raise RequestError(
             f"check: {'--nodes' if nodes else '--runtime'} must be left out for an engine, which "
             "its own runtime runs as a whole; check the network that it was built from"
         )
     metadata = (
-        read_engine(network, trust=trust)[0].record.network if is_engine else read_metadata(network)
+        read_engine(network, trust=trust)[0].record.network if engine else read_metadata(network)
     )
     if nodes:
         require_nodes(metadata)
+    if model is None and metadata.checkpoint != _EMBEDDED:
+        raise RequestError(  # a folder or a hub id of that name may be anything
+            f"check: --model must be the model that {network} was exported from, and is left out; "
+            f"the file says that it was called {metadata.checkpoint!r}: give its folder or hub id"
+        )
     with progress_bars() as progress:
         progress("loading", 0, 1)
-        checkpoint = load_checkpoint(model or metadata.checkpoint, motion_adapter=motion_adapter)
+        checkpoint = load_checkpoint(model or _EMBEDDED, motion_adapter=motion_adapter)
     used = runtimes or installed_runtimes(metadata.precision, place)
     comparisons = (
         check_engine_file(network, checkpoint, trust=trust, device=place)
-        if is_engine
+        if engine
         else check_network(network, checkpoint, runtimes=used, device=place)
     )
     found = []
-    total = count_comparisons(metadata) * (1 if is_engine else len(used))
+    total = count_comparisons(metadata) * (1 if engine else len(used))
     for comparison in _awaited("comparing", comparisons, total):
         found.append(comparison)
         if not as_json:
@@ -205,33 +241,52 @@ _profile = click.option(
     "profiles",
     multiple=True,
     metavar="AXIS=LEAST:BEST:MOST",
-    help="What a named axis may be, such as rows=1:2:4.",
+    help="Sizes that the engine takes of one axis, and the one that it is fastest at, such as "
+    "rows=1:2:4, or rows=2 for that alone; can be repeated. Axes are rows, frames, height and "
+    "width (of latents), text_tokens, motion_slots, lora_slots, lora_rank and feature_channels.",
 )
-_kept = click.option("--controls", help="Kinds of control to keep, joined by commas.")
+_kept = click.option(
+    "--controls",
+    help=f"Kinds of control that the engine takes: {_NONE}, or of {', '.join(KINDS)}, joined by "
+    "commas. By default all that NETWORK has, but for full TensorRT reduced, whose queries take "
+    "several kernels.",
+)
 _level = click.option(
-    "--level", type=click.IntRange(0, 5), help="How long to look for faster kernels."
+    "--level",
+    type=click.IntRange(0, 5),
+    help="How hard the builder looks for faster kernels: 5 builds longest. By default its own.",
 )
 _shared = click.option(
     "--shared-bytes",
     type=click.IntRange(1),
-    help=f"The most shared memory of a block that our kernels may take; {PLAIN_SHARED} by default.",
+    help="Bytes of shared memory that one of our kernels may take at the most; by default "
+    f"{PLAIN_SHARED}, which every GPU has.",
 )
 
 
 @export.command()
 @click.argument("network", type=_FILE)
 @click.option("--out", type=_FILE, help="The engine; by default, beside the network.")
-@click.option("--rtx", is_flag=True, help="For TensorRT for RTX, which needs no GPU to build.")
-@click.option("--target", help="Architecture of the GPU for --rtx, such as sm_89.")
+@click.option(
+    "--rtx", is_flag=True, help="Build for TensorRT for RTX, which takes no GPU, but --target."
+)
+@click.option(
+    "--target", help="With --rtx: architecture of the GPU that it will run on, such as sm_89."
+)
 @click.option(
     "--plugin",
     "plugins",
     multiple=True,
     metavar="OPERATOR",
-    help=f"Run this operator by our kernel, of {', '.join(OPERATORS)}; can be repeated. {_ALL}, or "
-    f"{_NONE} for TensorRT's own attention. By default, what the record of the GPU says.",
+    help=f"Run this operator by our kernel: {', '.join(OPERATORS)}; can be repeated. Or {_ALL}, or "
+    f"{_NONE}, which leaves them to TensorRT's own kernels. By default what `kinetiq export tune` "
+    f"recorded for the GPU, else {_ALL}.",
 )
-@click.option("--route", help="Which PTX our kernels are, such as sm_80 or sm_90a on sm_90.")
+@click.option(
+    "--route",
+    help="Architecture that our kernels are compiled for, the GPU's own or an older one, such as "
+    "sm_80 or sm_90a on sm_90. By default what is recorded, else the one that is sure to load.",
+)
 @_shared
 @_profile
 @_kept
@@ -254,7 +309,7 @@ def tensorrt(
 
     For the GPU at hand, by full TensorRT; or with --rtx for any RTX, without a GPU.
     """
-    kinds = None if controls is None else _split(controls)
+    kinds = _kinds(controls)
     options: dict[str, Any] = {"bounds": _bounds(profiles), "controls": kinds, "level": level}
     if rtx != (target is not None):
         raise RequestError(
@@ -262,6 +317,8 @@ def tensorrt(
             "one; leave both out to build for the GPU at hand"
         )
     operators = _operators(plugins)
+    if route is not None:
+        check_route(route)
     ours = {"--plugin": operators, "--route": route, "--shared-bytes": shared_bytes}
     given = [name for name, value in ours.items() if value is not None]
     if rtx and given:
@@ -297,7 +354,12 @@ def tensorrt(
 
 @export.command()
 @click.argument("network", type=_FILE)
-@click.option("--path", type=_FILE, help="File of choices to change; the package's own.")
+@click.option(
+    "--path",
+    type=_FILE,
+    help=f"File to write it to; it is used where {VARIABLE} names it. By default the one that "
+    f"{VARIABLE} names, else the package's own.",
+)
 @_shared
 @_profile
 @_kept
@@ -319,13 +381,15 @@ def tune(
     from kinetiq.export.plugin_choice import write_record
     from kinetiq.export.plugin_tuning import tune_plugins
 
-    check_target(path or CHOICE_FILE, "export tune")
+    kinds, bounds = _kinds(controls), _bounds(profiles)
+    written = path or choice_file()
+    check_target(written, "export tune")
     with progress_bars() as progress:
         progress("tuning", 0, 1)
         target, record = tune_plugins(
             network,
-            bounds=_bounds(profiles),
-            controls=None if controls is None else _split(controls),
+            bounds=bounds,
+            controls=kinds,
             shared_bytes=shared_bytes or PLAIN_SHARED,
         )
     if as_json:
@@ -336,7 +400,7 @@ def tune(
         for name, why in record.refused.items():
             click.echo(f"{name:<48} {why}")
         click.echo(f"{target}: {record.choice.name}")
-    write_record(path or CHOICE_FILE, target, record)
+    write_record(written, target, record)
 
 
 def _awaited(stage: str, items: Iterable[_Item], total: int) -> Iterator[_Item]:
@@ -380,6 +444,13 @@ def _say_engine(made: EngineFile, as_json: bool) -> None:
     click.echo(f"checksum, to vouch for it elsewhere: {made.checksum}")
 
 
+def _kinds(controls: str | None) -> tuple[str, ...] | None:
+    """What was asked for, None where nothing was."""
+    from kinetiq.export.network import check_kinds
+
+    return None if controls is None else check_kinds(_split(controls))
+
+
 def _split(controls: str) -> tuple[str, ...]:
     if controls == _NONE:
         return ()
@@ -392,7 +463,8 @@ def _operators(plugins: tuple[str, ...]) -> tuple[str, ...] | None:
         return None
     if len(plugins) > 1 and not {_ALL, _NONE}.isdisjoint(plugins):
         raise RequestError(f"export: --plugin {_ALL} or {_NONE} must stand alone, got {plugins}")
-    return {_ALL: OPERATORS, _NONE: ()}.get(plugins[0], plugins)
+    whole = {_ALL: OPERATORS, _NONE: ()}
+    return whole[plugins[0]] if plugins[0] in whole else check_operators(plugins)
 
 
 def _bounds(profiles: tuple[str, ...]) -> dict[str, Bounds]:

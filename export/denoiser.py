@@ -60,6 +60,7 @@ class GraphDenoiser(ABC):
 
     def __init__(self, metadata: NetworkMetadata, where: str, device: torch.device) -> None:
         self.metadata = metadata
+        self.multiple = metadata.multiple
         self.family = metadata.family_of()
         self.sites = metadata.sites
         self.device = device
@@ -139,8 +140,11 @@ class GraphDenoiser(ABC):
 
         Raises:
             RequestError: the network was exported without this tap, or gradients are wanted.
+            ShapeError: an input does not fit the network, or the block has not all the channels;
+                on a GPU their values are not looked at.
         """
         self._require_tap(tap)
+        self._require_channels(channels, tap)
         return self._run(latents, timesteps, text, controls, "motion", {CHANNELS: channels})
 
     def keeping(
@@ -217,10 +221,9 @@ class GraphDenoiser(ABC):
                 f"{self._where}: latents must have at most {positions} frames, of which the "
                 f"network knows the positions, got {frames}"
             )
-        multiple = self.metadata.multiple
-        if latents.shape[3] % multiple or latents.shape[4] % multiple:
+        if latents.shape[3] % self.multiple or latents.shape[4] % self.multiple:
             raise ShapeError(
-                f"{self._where}: height and width of latents must be multiples of {multiple}, "
+                f"{self._where}: height and width of latents must be multiples of {self.multiple}, "
                 f"got {latents.shape[3]}x{latents.shape[4]}; ask for another size, or load the "
                 "model with backend='eager'"
             )
@@ -299,7 +302,7 @@ class GraphDenoiser(ABC):
     def _refuse(self, what: str, advice: str) -> NoReturn:
         raise RequestError(f"{self._where}: must be asked for what it can do, got {what}; {advice}")
 
-    def _require_inside(self, what: str, index: Tensor, count: int) -> None:
+    def _require_inside(self, what: str, index: Tensor, count: int, advice: str = "") -> None:
         """Raise a `ShapeError` unless indices are some of `count`; on a GPU none are looked at."""
         if index.device.type != "cpu":  # the look would wait for the GPU at every step
             return
@@ -307,7 +310,20 @@ class GraphDenoiser(ABC):
         if least < 0 or most >= count:
             raise ShapeError(
                 f"{self._where}: {what} must be from 0 to {count - 1}, got {least} to {most}"
+                f"{advice}"
             )
+
+    def _require_channels(self, channels: Tensor, tap: str) -> None:
+        """Raise a `ShapeError` unless these are channels of a block's output."""
+        if channels.dtype != torch.int64 or channels.ndim != 1 or not len(channels):
+            raise ShapeError(
+                f"{self._where}: channels must be int64 [K], one at the least, got "
+                f"{str(channels.dtype).removeprefix('torch.')} {list(channels.shape)}; give the "
+                f"numbers of channels of {tap} in such a tensor"
+            )
+        axes = {info.name: info.axes for info in self.metadata.outputs}["features"]
+        advice = f"; choose among the {axes[-1]} channels of {tap}"
+        self._require_inside("channels", channels, int(axes[-1]), advice)
 
     def _named(self, prefix: str) -> dict[str, TensorInfo]:
         return {name: info for name, info in self._infos.items() if name.startswith(prefix)}
@@ -357,7 +373,9 @@ class GraphDenoiser(ABC):
 
     def _motion(self, control: MotionControl | None, sizes: "_Sizes") -> dict[str, Tensor]:
         given = {} if control is None else control.banks
-        slots = [self._count_slots(site, bank) for site, bank in given.items()]
+        for site, bank in given.items():
+            self._require_bank(site, bank, sizes)
+        slots = [_count_slots(bank) for bank in given.values()]
         banks = self._remembered(
             "motion", given, sizes.frames, lambda: self._motion_banks(given, sizes.frames)
         )
@@ -366,8 +384,16 @@ class GraphDenoiser(ABC):
         self._require_inside("motion_slot", control.slot, max(slots))
         return {"motion_slot": control.slot, "motion_scale": control.scale, **banks}
 
-    def _count_slots(self, site: int, bank: MotionBank) -> int:
-        """Slots of a site's bank, 0 where it has no part."""
+    def _require_bank(self, site: int, bank: MotionBank, sizes: "_Sizes") -> None:
+        """Raise unless a bank is one of a temporal site, for clips of these sizes."""
+        known = dict(enumerate(self.sites)).get(site)
+        if known is None or known.kind is not SiteKind.TEMPORAL:
+            temporal = [n for n, one in enumerate(self.sites) if one.kind is SiteKind.TEMPORAL]
+            raise CheckpointError(
+                f"{self._where}: a motion must be at temporal sites of the network, "
+                f"{', '.join(map(str, temporal))} of its {len(self.sites)}, got site {site}"
+                f"{'' if known is None else f', {known.name}'}; make its banks for this network"
+            )
         projected = bank.projected_query is not None or bank.projected_key is not None
         if (bank.query_key is None and projected) or (
             bank.value is None and bank.projected_value is not None
@@ -376,9 +402,21 @@ class GraphDenoiser(ABC):
                 f"{self._where}: a motion's embedding must be given beside its projections, which "
                 f"an exported network makes itself, got projections alone at site {site}"
             )
-        return max(
-            (len(part) for part in (bank.query_key, bank.value) if part is not None), default=0
-        )
+        for part in ("query_key", "value"):
+            given, info = getattr(bank, part), self._infos.get(f"motion.{known.name}.{part}")
+            if given is None or info is None:  # an engine lacks what none of its outputs reads
+                continue
+            places = str(info.axes[2]).removeprefix("motion_tokens_")
+            tokens = [level_tokens(*sizes.space, int(places))] if part == "value" else []
+            wanted = [sizes.frames, *tokens, info.axes[3]]
+            if list(given.shape[1:]) != wanted or not len(given):
+                height, width = sizes.space
+                raise ShapeError(
+                    f"{self._where}: {part} of a motion at {known.name} must be "
+                    f"[slots, {', '.join(map(str, wanted))}] beside latents of {sizes.frames} "
+                    f"frames of {height}x{width}, got {list(given.shape)}; make its banks for the "
+                    "size of the clip"
+                )
 
     def _motion_banks(self, given: Mapping[int, MotionBank], frames: int) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
@@ -392,11 +430,10 @@ class GraphDenoiser(ABC):
         parts = {name: part for name, part in parts.items() if name in infos}
         # All that have an axis in common must agree on it; zeros of one token suffice alone.
         sizes = {str(infos[name].axes[2]): part.shape[2] for name, part in parts.items()}
-        given_slots = max((len(part) for part in parts.values()), default=1)
-        slots = max(given_slots, self.least.get("motion_slots", 1))
+        slots = max(self.least.get("motion_slots", 1), *map(len, parts.values()), 1)
         return {
             name: self._own(parts[name])
-            if name in parts and slots == given_slots
+            if name in parts and len(parts[name]) == slots
             else self._filled(
                 (slots, frames, sizes.get(str(info.axes[2]), 1), info.axes[3]), parts.get(name)
             )
@@ -428,6 +465,8 @@ class GraphDenoiser(ABC):
             raise CheckpointError(
                 f"{self._where}: a LoRA must change projections of the network, got {unknown[0]}"
             )
+        for path, bank in given.items():
+            self._require_lora(path, bank)
         sizes = {"lora_slots": 1, "lora_rank": 1, **self.least}
         for bank in given.values():
             sizes["lora_slots"] = max(sizes["lora_slots"], len(bank.down))
@@ -438,6 +477,23 @@ class GraphDenoiser(ABC):
             shape = tuple(sizes.get(str(axis), axis) for axis in info.axes)
             out[name] = self._filled(shape, getattr(given[path], side) if path in given else None)
         return out
+
+    def _require_lora(self, path: str, bank: LoraBank) -> None:
+        """Raise a `ShapeError` unless both sides of a bank fit the projection and each other."""
+        down, up = (self._infos.get(f"lora.{path}.{side}") for side in ("down", "up"))
+        if down is None or up is None:
+            return
+        slots, rank = (*bank.down.shape, 0, 0)[:2]
+        if (
+            not slots * rank
+            or list(bank.down.shape) != [slots, rank, down.axes[2]]
+            or list(bank.up.shape) != [slots, up.axes[1], rank]
+        ):
+            raise ShapeError(
+                f"{self._where}: a LoRA of {path} must be down [slots, rank, {down.axes[2]}] and "
+                f"up [slots, {up.axes[1]}, rank], got {list(bank.down.shape)} and "
+                f"{list(bank.up.shape)}; make its banks for this network"
+            )
 
     def _remembered(
         self,
@@ -503,6 +559,11 @@ class _Sizes:
     def own_rows(self) -> Tensor:
         """[sites, rows], under which every row uses its own."""
         return torch.arange(self.rows, device=self._device).repeat(self.sites, 1)
+
+
+def _count_slots(bank: MotionBank) -> int:
+    """Slots of a site's bank, 0 where it has no part."""
+    return max((len(part) for part in (bank.query_key, bank.value) if part is not None), default=0)
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:

@@ -19,10 +19,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kinetiq.errors import CheckpointError, KinetiqWarning, OutputError
+from kinetiq.errors import CheckpointError, KinetiqWarning, OutputError, RequestError
 from kinetiq.export.engine_profile import Bounds, Profile
 from kinetiq.export.gpu import Gpu
-from kinetiq.export.metadata import NetworkMetadata, decode_metadata, encode_metadata
+from kinetiq.export.metadata import (
+    NetworkMetadata,
+    as_file,
+    decode_metadata,
+    encode_metadata,
+    is_network,
+)
+from kinetiq.export.record_types import check_types
 from kinetiq.files import make_cache, replacing, write_text
 
 FORMAT = 3
@@ -128,7 +135,7 @@ def read_engine(
         CheckpointError: the files are missing or damaged.
         NotVouchedForError: nobody vouches for them.
     """
-    file = Path(path)
+    file = as_file(path, "engine")
     where = f"engine {file}"
     beside = record_path(file, b"")
     try:
@@ -154,7 +161,7 @@ def read_engine(
     try:
         entries = json.loads(text)
         said, checksum = str(entries["record"]), str(entries["checksum"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(
             f"{where}: {beside.name} must be the record of an engine, and is not ({error!r}); "
             f"build {file} again"
@@ -251,8 +258,18 @@ def require_own_folder() -> Path:
     return folder
 
 
+def is_engine(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a plan, whole or damaged: a record beside a network makes no engine of it.
+
+    Nobody vouches for it here.
+    """
+    file = Path(path)
+    records = list_records(file)
+    return bool(records) and (_record_of(file) in records or not is_network(file))
+
+
 def list_records(path: str | os.PathLike[str]) -> list[Path]:
-    """The records beside a plan; a file without one is no engine."""
+    """The records beside a file that bear its name; a plan has one, of its content."""
     file = Path(path)
     return sorted(file.parent.glob(f"{glob.escape(file.name)}.{'[0-9a-f]' * _NAMED}.json"))
 
@@ -323,18 +340,36 @@ def _decode(said: str, where: str) -> EngineRecord:
                 "it again with this version"
             )
         bounds = entries["profile"]["bounds"]
-        return EngineRecord(
-            **{
-                **entries,
-                "profile": Profile({name: Bounds(*ends) for name, ends in bounds.items()}),
-                "network": decode_metadata(entries["network"], where),
-                "plugins": tuple(entries["plugins"]),
-                "left_out": dict(entries["left_out"]),
-                "gpu": None if entries["gpu"] is None else Gpu(**entries["gpu"]),
-            }
+        return _checked(
+            EngineRecord(
+                **{
+                    **entries,
+                    "profile": Profile({name: Bounds(*ends) for name, ends in bounds.items()}),
+                    "network": decode_metadata(entries["network"], where),
+                    "plugins": tuple(entries["plugins"]),
+                    "left_out": dict(entries["left_out"]),
+                    "gpu": None if entries["gpu"] is None else Gpu(**entries["gpu"]),
+                }
+            )
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, RequestError) as error:
         raise CheckpointError(
             f"{where}: its record must be what `kinetiq export tensorrt` writes, and is not "
             f"({error!r}); build it again"
         ) from error
+
+
+def _checked(record: EngineRecord) -> EngineRecord:
+    """The record, of which types are right and every axis of an input has bounds.
+
+    Raises:
+        KeyError: an axis has none.
+        RequestError: bounds are out of order.
+        TypeError: a value is of another type.
+    """
+    check_types(record)
+    for tensor in record.network.inputs:
+        for axis in tensor.axes:
+            if isinstance(axis, str):
+                record.profile.bounds[axis].check(axis)
+    return record

@@ -4,6 +4,8 @@ import contextlib
 import importlib.metadata
 import logging
 import os
+import re
+import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +37,8 @@ from kinetiq.taps import DEFAULT_TAP, list_taps
 _NAMED = 20  # digits of a fingerprint in the name of a file
 _BOUNDS = {"rows": Bounds(1, 2, 16)}  # of a cached engine; clips of more go in several batches
 _OUTPUTS = ("prediction",)  # an engine computes all that it has at each step, and nobody reads more
+# As `kinetiq.files.replacing` and `kinetiq.export.network` name what they write before its turn.
+_TEMPORARY = re.compile(r"\.kinetiq-([0-9a-f]{16}\.tmp|[a-z0-9_]{8})")
 _Result = TypeVar("_Result")
 _LOG = logging.getLogger(__name__)
 
@@ -231,9 +235,39 @@ def _alone(path: Path) -> Iterator[None]:
             f"{error.strerror}; set XDG_CACHE_HOME to one that can be"
         ) from error
     try:
+        _remove_leftovers(path)
         yield
     finally:
         lock.release()
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what makers that were killed have left in the folder of a file whose lock is held.
+
+    Who makes a file there holds its lock from before it writes until after. So what was there
+    before no other lock was held is nobody's.
+    """
+    found = [one for one in path.parent.iterdir() if _TEMPORARY.fullmatch(one.name)]
+    others = (lock for lock in path.parent.glob("*.lock") if lock.name != f"{path.name}.lock")
+    if not found or any(_is_held(lock) for lock in others):
+        return
+    for one in found:
+        _LOG.info("removing %s, which a process that was stopped has left", one)
+        if one.is_dir():
+            shutil.rmtree(one, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                one.unlink()
+
+
+def _is_held(path: Path) -> bool:
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False
 
 
 def _load_engine(
@@ -265,7 +299,10 @@ def _require_same(
             f"{metadata.fingerprint[:_NAMED]}"
         )
     if metadata.precision != (wanted := precision_of(checkpoint.dtype)):
+        advice = f"export it in {wanted}"
+        if metadata.precision != "float16" or checkpoint.device.type != "cpu":
+            advice = f"load the model with dtype {metadata.precision!r}, or {advice}"
         raise RequestError(
-            f"network {network}: its {metadata.precision} must be the model's, got {wanted}; load "
-            f"the model with dtype {metadata.precision!r}, or export it in {wanted}"
+            f"network {network}: its {metadata.precision} must be the model's, got {wanted}; "
+            f"{advice}"
         )

@@ -20,11 +20,13 @@ import torch
 from kinetiq.checkpoint import DTYPES
 from kinetiq.errors import CheckpointError, RequestError
 from kinetiq.export.packages import require_packages
+from kinetiq.export.record_types import check_types
 from kinetiq.families import FAMILIES, Family, Site, SiteKind
 
 KEY = "kinetiq"
 FORMAT = 2
 PRECISIONS = ("float32", "float16", "bfloat16")
+_MOST_LEVELS = 16  # of which the last would halve 65,536 pixels to one
 _PIECE = 1 << 24  # bytes that are hashed at a time
 
 
@@ -145,22 +147,41 @@ def decode_metadata(text: str, where: str) -> NetworkMetadata:
                 "export it again with this version"
             )
         _require_known(said, where)
-        return NetworkMetadata(
-            **{
-                **{field.name: said[field.name] for field in fields(NetworkMetadata)},
-                "controls": tuple(said["controls"]),
-                "sites": tuple(
-                    Site(**{**site, "kind": SiteKind(site["kind"])}) for site in said["sites"]
-                ),
-                "inputs": _tensors(said["inputs"]),
-                "outputs": _tensors(said["outputs"]),
-            }
+        return _checked(
+            NetworkMetadata(
+                **{
+                    **{field.name: said[field.name] for field in fields(NetworkMetadata)},
+                    "controls": tuple(said["controls"]),
+                    "sites": tuple(
+                        Site(**{**site, "kind": SiteKind(site["kind"])}) for site in said["sites"]
+                    ),
+                    "inputs": _tensors(said["inputs"]),
+                    "outputs": _tensors(said["outputs"]),
+                }
+            )
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{where}: its metadata must be what `kinetiq export onnx` writes, and is not "
             f"({error}); export it again"
         ) from error
+
+
+def _checked(metadata: NetworkMetadata) -> NetworkMetadata:
+    """The record, of which types, numbers and the tap are some that a network may have.
+
+    Raises:
+        TypeError: a value is of another type.
+        ValueError: it is out of range.
+    """
+    check_types(metadata)
+    if not 1 <= metadata.levels <= _MOST_LEVELS:
+        raise ValueError(f"levels must be from 1 to {_MOST_LEVELS}, got {metadata.levels}")
+    if metadata.positions is not None and metadata.positions < 1:
+        raise ValueError(f"positions must be at least 1, got {metadata.positions}")
+    if metadata.tap is not None:
+        tap_level(metadata.tap, metadata.levels)
+    return metadata
 
 
 def _require_known(said: Mapping[str, Any], where: str) -> None:
@@ -192,6 +213,43 @@ def read_metadata(path: str | os.PathLike[str]) -> NetworkMetadata:
     return read_network(path)[1]
 
 
+def as_file(path: str | os.PathLike[str], where: str) -> Path:
+    """The path of a file to read.
+
+    Args:
+        path: what the user gave.
+        where: what the message of an error begins with.
+
+    Raises:
+        CheckpointError: it is no path, or can be none of a file.
+    """
+    try:
+        file = Path(path)
+        os.fsencode(file)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: must be the path of a file, got {path!r}") from error
+    if "\0" in str(file) or not file.name:
+        raise CheckpointError(f"{where}: must be the path of a file, got {str(path)!r}")
+    return file
+
+
+def is_network(path: Path) -> bool:
+    """Whether a file can be parsed, and says that it is an exported network; it may be damaged.
+
+    Raises:
+        MissingDependencyError: onnx is not installed.
+    """
+    require_packages("onnx")
+    import onnx
+
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except Exception:  # protobuf's own class depends on how it was built
+        return False
+    return any(entry.key == KEY for entry in model.metadata_props)
+
+
 def read_network(path: str | os.PathLike[str]) -> tuple[Any, NetworkMetadata]:
     """The `onnx.ModelProto`, its outside weights not loaded, and what it says of itself.
 
@@ -202,12 +260,15 @@ def read_network(path: str | os.PathLike[str]) -> tuple[Any, NetworkMetadata]:
     require_packages("onnx")
     import onnx
 
-    file = Path(path)
+    file = as_file(path, "network")
     where = f"network {file}"
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(
+            f"{where}: cannot be read: {error.strerror}; name the file that `kinetiq export onnx` "
+            "wrote"
+        ) from error
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)

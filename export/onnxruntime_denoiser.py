@@ -128,8 +128,8 @@ def require_support(precision: str, device: torch.device) -> None:
     """Raise a `RequestError` unless onnxruntime runs a precision on a device."""
     if precision == "bfloat16" and device.type == "cpu":
         raise RequestError(
-            f"{_NAME}: dtype must be float32 or float16 on a CPU, got bfloat16; or use "
-            "backend='openvino'"
+            f"{_NAME}: dtype must be one that it computes in on a CPU, got bfloat16; take float32, "
+            "or use backend='openvino'"
         )
 
 

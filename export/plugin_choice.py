@@ -3,6 +3,7 @@
 TensorRT has fused attention of its own, which it makes of a node's function body. Whether our
 kernel is faster depends on the GPU, so it is data: `plugin_choice.json` maps target → what was
 fastest there and the seconds of all that was tried. `kinetiq export tune` measures it, on the GPU.
+The environment's `KINETIQ_PLUGINS` names another file in its place.
 
 A target without a record gets our kernels for all operators that can be one kernel, by its first
 route: they are what an engine of full TensorRT is built for, and nothing is known against them.
@@ -10,6 +11,7 @@ route: they are what an engine of full TensorRT is built for, and nothing is kno
 
 import functools
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from kinetiq.export.plugin_layers import KINDS
 from kinetiq.files import write_text
 
 CHOICE_FILE = Path(__file__).with_name("plugin_choice.json")
+VARIABLE = "KINETIQ_PLUGINS"  # of the environment: another file in its place
 OPERATORS = tuple(dict.fromkeys(kind.operator for kind in KINDS.values()))
 _WORTH = 0.98  # of the time without our kernels; less of a gain is noise
 
@@ -69,10 +72,19 @@ def choose_by_record(target: str, table: Table | None = None) -> PluginChoice:
 
     Args:
         target: such as "sm_90".
-        table: the records; None: the package's.
+        table: the records; None: those of `choice_file`.
+
+    Raises:
+        InputError: the file that the environment names cannot be used.
     """
-    found = (_package_table() if table is None else table).get(target)
+    found = (_kept_table(choice_file()) if table is None else table).get(target)
     return PluginChoice(OPERATORS) if found is None else found.choice
+
+
+def choice_file() -> Path:
+    """The file that records are read from: the package's unless the environment names another."""
+    named = os.environ.get(VARIABLE)
+    return Path(named) if named else CHOICE_FILE
 
 
 def check_operators(asked: Collection[str]) -> tuple[str, ...]:
@@ -142,7 +154,10 @@ def read_table(path: Path) -> Table:
         said = json.loads(path.read_text(encoding="utf-8"))
         return {target: _parse(entry) for target, entry in said.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: must be a file of plugin choices, got: {error!r}") from error
+        raise InputError(
+            f"{path}: must be a file of plugin choices, as `kinetiq export tune --path` writes, "
+            f"got: {error!r}"
+        ) from error
 
 
 def write_record(path: Path, target: str, record: PluginRecord) -> None:
@@ -158,8 +173,8 @@ def write_record(path: Path, target: str, record: PluginRecord) -> None:
 
 
 @functools.cache
-def _package_table() -> Table:
-    return read_table(CHOICE_FILE)
+def _kept_table(path: Path) -> Table:
+    return read_table(path)
 
 
 def _parse(entry: Mapping[str, Mapping[str, object]]) -> PluginRecord:

@@ -70,6 +70,13 @@ def find_route(target: str, name: str | None = None) -> Route:
     raise RequestError(f"plugins: the route to {target} must be one of {known}, got {name!r}")
 
 
+def check_route(name: str) -> None:
+    """Raise a `RequestError` unless a route of this name leads to any target."""
+    known = dict.fromkeys(route.name for routes in ROUTES.values() for route in routes)
+    if name not in known:
+        raise RequestError(f"export: route must be one of {', '.join(known)}, got {name!r}")
+
+
 def route_names(target: str) -> list[str]:
     """The names of a target's routes, the one that is usual first."""
     return [route.name for route in ROUTES[target]]

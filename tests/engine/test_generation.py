@@ -174,7 +174,7 @@ class Fragile:
 
     def __init__(self, inner, rows=100, poison=None, most_rows=None):
         self.inner, self.rows, self.poison, self.most_rows = inner, rows, poison, most_rows
-        self.family, self.sites = inner.family, inner.sites
+        self.family, self.sites, self.multiple = inner.family, inner.sites, inner.multiple
         self.seen = []
 
     def predict(self, latents, timesteps, text, controls):
@@ -249,6 +249,7 @@ class Narrow:
     """A denoiser that takes no queries and few frames, as an engine may be built."""
 
     most_rows = None
+    multiple = 1
 
     def __init__(self, inner):
         self.inner, self.family, self.sites = inner, inner.family, inner.sites

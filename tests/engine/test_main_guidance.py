@@ -256,3 +256,22 @@ def test_says_what_does_not_fit_the_clip(tiny_model, tmp_path, words, message):
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr, result.stderr
     assert not (tmp_path / "out.gif").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "backend"),
+    [
+        ("--backend auto --direction left", "eager"),
+        ("--backend auto", "auto"),
+        ("--backend openvino --direction left", "openvino"),
+    ],
+)
+def test_the_best_backend_for_guidance_is_the_one_that_takes_it(
+    generate, monkeypatch, words, backend
+):
+    load, loads = Engine.load, []
+    monkeypatch.setattr(
+        Engine, "load", lambda *_, **how: loads.append(how["backend"]) or load(*_, **how)
+    )
+    generate(*words.split())
+    assert loads == [backend]

@@ -263,6 +263,16 @@ def test_a_backend_that_cannot_is_said_before_anything_is_loaded(run, monkeypatc
     assert not Path("out").exists()
 
 
+def test_the_best_backend_for_shots_is_the_one_that_takes_them(run, painter, monkeypatch, caplog):
+    loads = []
+    monkeypatch.setattr(Engine, "load", lambda *_, **how: loads.append(how["backend"]) or painter)
+    assert run("--backend", "auto").exit_code == 0
+    assert loads == ["eager"]
+    assert caplog.messages == [
+        "back end eager: shots look into the network, which no other back end is sure to take"
+    ]
+
+
 @pytest.mark.parametrize(
     ("masks", "shot"),
     [

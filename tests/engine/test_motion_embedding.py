@@ -11,6 +11,7 @@ import kinetiq as kq
 from kinetiq import engine as engine_module
 from kinetiq import generation
 from kinetiq.control_tensors import ControlTensors, LoraControl, MotionControl
+from kinetiq.errors import CheckpointError
 from kinetiq.families import SiteKind
 from kinetiq.motion_embedding import (
     MotionEmbedding,
@@ -764,3 +765,21 @@ def test_one_bad_motion_does_not_stop_the_others(engine):
     first, second, third = engine.generate_many(requests, on_error="return")
     assert isinstance(second, kq.CheckpointError)
     assert first.num_frames == third.num_frames == 4
+
+
+def test_parts_at_paths_of_the_other_part_are_refused(engine):
+    """Nothing would look for them there, so they would be lost."""
+    motion = learn(engine)
+    site = temporal_sites(engine)[0].name
+    block = site.rpartition(".")[0]
+    query_key = {site: motion.query_key[block]}
+    value = {block: motion.value[site]}
+    for changes, words in (
+        (
+            {"query_key": query_key},
+            rf"query_key must be named .* a transformer .* {block}, got {site}",
+        ),
+        ({"value": value}, rf"value must be named by the path of an attention, .*, got {block}$"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"^motion: {words}"):
+            latents_of(engine, attrs.evolve(motion, **changes))

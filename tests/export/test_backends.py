@@ -28,6 +28,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is n
 from kinetiq.backends import BACKENDS, EXPORTED, ON_GPU  # noqa: E402
 from kinetiq.errors import (  # noqa: E402
     CheckpointError,
+    InputError,
     MissingDependencyError,
     OutputError,
     RequestError,
@@ -221,6 +222,57 @@ def test_who_wants_what_another_makes_waits_for_it(cache, caplog):
     assert caplog.messages == [f"waiting for another process that makes {path}"] * 2
 
 
+def lose(cache):
+    """What a kill leaves, and what is none of it."""
+    file, folder = cache / f".kinetiq-{'0a' * 8}.tmp", cache / ".kinetiq-ab_cd123"
+    folder.mkdir(parents=True)
+    for one in (file, folder / "net.onnx", cache / ".kinetiq-mine.tmp", cache / "net.onnx"):
+        one.write_bytes(b"bytes")
+    return file, folder
+
+
+def test_what_a_kill_leaves_is_removed_and_nothing_else(cache):
+    lost, path = lose(cache), cache / "a.onnx"
+    loading._use_kept(path, path.touch, lambda _: None)
+    assert not any(one.exists() for one in lost)
+    assert {one.name for one in cache.iterdir()} >= {".kinetiq-mine.tmp", "net.onnx", "a.onnx"}
+
+
+def test_what_may_be_in_use_is_not_removed(cache):
+    path, other = cache / "a.onnx", cache / "b.onnx"
+    cache.mkdir(parents=True)
+    begun, ended = threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        ended.wait(30)
+
+    thread = threading.Thread(target=loading._use_kept, args=(other, work, lambda _: None))
+    thread.start()
+    assert begun.wait(30)
+    lost = lose(cache)
+    loading._use_kept(path, path.touch, lambda _: None)
+    assert all(one.exists() for one in lost)
+    ended.set()
+    thread.join()
+    path.unlink()
+    loading._use_kept(path, path.touch, lambda _: None)
+    assert not any(one.exists() for one in lost)
+
+
+def test_the_names_of_what_is_written_before_its_turn_are_known(tmp_path, monkeypatch):
+    seen = set()
+
+    def look(*_):
+        seen.update(one.name for one in tmp_path.iterdir() if one.name != "net.onnx")
+        return ()
+
+    monkeypatch.setattr(network, "outside_files", look)
+    network.export_onnx(small_checkpoint("animatediff"), tmp_path / "net.onnx", controls=())
+    assert len(seen) == 2
+    assert all(loading._TEMPORARY.fullmatch(name) for name in seen)
+
+
 def test_other_code_has_another_key(monkeypatch, tmp_path):
     assert re.fullmatch("[0-9a-f]{12}", code_key())
     code_key.cache_clear()
@@ -238,6 +290,9 @@ def test_other_code_has_another_key(monkeypatch, tmp_path):
     keys.add(code_key())
     code_key.cache_clear()
     assert len(keys) == 4
+    monkeypatch.setenv("KINETIQ_LAUNCH", str(tmp_path / "none.json"))
+    with pytest.raises(InputError, match=r"none.json must be readable, .*: No such file.*; where"):
+        code_key()
     assert options_key({"rows": Bounds(1, 2, 4)}) != options_key({"rows": Bounds(1, 2, 5)})
 
 
@@ -276,6 +331,17 @@ def test_a_given_network_must_compute_in_the_type_of_the_model(exported, gpu):
                 loading.load_denoiser(backend, checkpoint, network=path)
 
 
+def test_no_cpu_is_advised_to_load_a_model_in_float16(exported):
+    network, checkpoint = exported(precision="float16"), small_checkpoint("animatediff")
+    with pytest.raises(RequestError, match=r"must be the model's, got float32; export it in flo"):
+        loading.load_denoiser("onnxruntime", checkpoint, network=network)
+    on_gpu = types.SimpleNamespace(
+        fingerprint=checkpoint.fingerprint, dtype=torch.float32, device=torch.device("cuda")
+    )
+    with pytest.raises(RequestError, match=r"got float32; load the model with dtype 'float16', or"):
+        loading._require_same(on_gpu, loading.read_metadata(network), network)
+
+
 def test_options_without_a_meaning_are_refused_before_anything_loads():
     with pytest.raises(RequestError, match=r"^load: network needs a backend that runs an exported"):
         kq.Engine.load("/no/such/folder", network="net.onnx")
@@ -283,7 +349,7 @@ def test_options_without_a_meaning_are_refused_before_anything_loads():
         kq.Engine.load("/no/such/folder", trust="00")
     checkpoint = small_checkpoint("animatediff", "bfloat16")
     with pytest.raises(
-        RequestError, match=r"^onnxruntime: dtype must be float32 or float16 on a CPU"
+        RequestError, match=r"got bfloat16; take float32, or use backend='openvino'$"
     ):
         loading.load_denoiser("onnxruntime", checkpoint)
     with pytest.raises(RequestError, match=r"^load: trust is for engines of TensorRT"):
@@ -525,6 +591,19 @@ def test_what_needs_the_network_itself_is_refused_by_request(tmp_path):
         guided = kq.Request("a red circle", control=kq.MoftGuidance(direction="left"), **SHAPE)
         results = list(engine.generate_many([guided], on_error="return"))
     assert "backend must be 'eager' for MoftGuidance, which needs gradients" in str(results[0])
+
+
+def test_a_size_that_no_exported_network_takes_is_refused_before_it_is_run(tmp_path, exported):
+    with kq.Engine.load(write_tiny_folder(tmp_path / "model")) as eager:
+        sizes = {"height": 18, "width": 16}
+        eager.resolve(kq.Request("a ring", **sizes))
+        engine = kq.Engine(eager.checkpoint, OnnxruntimeDenoiser(exported()), backend="onnxruntime")
+        words = (
+            r"^height: must be a multiple of 4 for model on onnxruntime, got 18; or load the "
+            r"model with backend='eager'$"
+        )
+        with pytest.raises(RequestError, match=words):
+            engine.resolve(kq.Request("a ring", **sizes))
 
 
 def sprites(backend, dtype="float32"):

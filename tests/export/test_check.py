@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -34,7 +36,7 @@ from kinetiq.export.metadata import (  # noqa: E402
     read_metadata,
     read_network,
 )
-from kinetiq.export.nodes import DOMAIN  # noqa: E402
+from kinetiq.export.nodes import DOMAIN, KINDS  # noqa: E402
 from kinetiq.kernels import motion_feature  # noqa: E402
 
 FAULT = 7  # which of our nodes is made wrong
@@ -175,13 +177,13 @@ def test_an_engine_is_compared_inside_its_profile(engine, monkeypatch):
         command, "load_checkpoint", lambda *_, **__: small_checkpoint("animatediff")
     )
     path = engine.file.path
-    result = run("check", path)
+    result = run("check", path, "--model", "small")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert len(lines) == 18 and all(line.startswith("ok   tensorrt") for line in lines)
     assert engine.shapes[::2] == [(1, 4, 2, 4, 4), (2, 4, 4, 4, 4), (2, 4, 4, 8, 4)]
     engine.factor = 1 + 2e-4
-    result = run("check", path)
+    result = run("check", path, "--model", "small")
     assert result.exit_code == 1
     assert sum(line.startswith("FAIL tensorrt") for line in result.stdout.splitlines()) == 6
     for words, said in (
@@ -200,13 +202,14 @@ def test_the_command_says_what_it_compared(exported, faulty, monkeypatch):
     monkeypatch.setattr(
         command, "load_checkpoint", lambda *_, **__: small_checkpoint("animatediff")
     )
-    result = run("check", exported(), "--runtime", "onnxruntime", "--nodes")
+    result = run("check", exported(), "--model", "small", "--runtime", "onnxruntime", "--nodes")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert len(lines) == 3 * 2 * 3 + 1  # shapes, controls on and off, outputs; and the nodes
     assert all(line.startswith("ok   onnxruntime") for line in lines[:-1])
     assert lines[-1] == "ok   no node differs in onnxruntime"
-    result = run("check", faulty[0], "--runtime", "onnxruntime", "--nodes", "--json")
+    words = ("--model", "small", "--runtime", "onnxruntime", "--nodes", "--json")
+    result = run("check", faulty[0], *words)
     assert result.exit_code == 1
     said = json.loads(result.stdout)
     assert not said["passed"] and said["differing_nodes"][0]["runtime"] == "onnxruntime"
@@ -223,7 +226,7 @@ def test_the_command_says_on_a_terminal_what_is_under_way(engine, monkeypatch):
     monkeypatch.setattr(
         command, "load_checkpoint", lambda *_, **__: small_checkpoint("animatediff")
     )
-    assert run("check", engine.file.path).exit_code == 0
+    assert run("check", engine.file.path, "--model", "small").exit_code == 0
     assert told == [("loading", 0, 1), *(("comparing", number, 18) for number in range(18))]
     told.clear()
     monkeypatch.setattr(network, "export_onnx", lambda *_, **__: (_ for _ in ()).throw(WorkError))
@@ -255,6 +258,13 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, exported):
         (("check", tmp_path / "missing.onnx"), "cannot be read: No such file"),
         (("tensorrt", exported(), "--out", exported()), "must not replace the network"),
         (("tensorrt", exported().with_suffix(".engine")), "must not replace the network"),
+        (("check", exported()), "--model must be the model that"),
+        (("check", exported(), "--model", "sprites"), "must be an export of sprites, got one of s"),
+        (("tensorrt", exported(), "--plugin", "bogus"), "plugins must be among query_attention"),
+        (("tensorrt", exported(), "--plugin", "all", "--plugin", "none"), "must stand alone"),
+        (("tensorrt", exported(), "--route", "sm_9"), "route must be one of sm_80, sm_86, sm_89"),
+        (("tensorrt", exported(), "--controls", "x"), "controls must be among query, reduced"),
+        (("tune", exported(), "--controls", "x"), "controls must be among query, reduced"),
         (("tensorrt", exported(), "--rtx"), "--rtx and --target go together"),
         (("tensorrt", exported(), "--profile", "rows"), "must be AXIS=LEAST:BEST:MOST"),
         (
@@ -270,6 +280,43 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, exported):
         assert result.exit_code == 2, result.output
         assert words in result.stderr and result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_loaded_by_the_word_of_a_file_only_where_it_is_the_embedded_one(
+    exported, monkeypatch
+):
+    """Whatever lies in a folder of that name, or on the hub, the user has not asked for."""
+    loads = []
+    monkeypatch.setattr(
+        command,
+        "load_checkpoint",
+        lambda name, **_: loads.append(name) or small_checkpoint("animatediff"),
+    )
+    monkeypatch.setattr(check_module, "check_network", lambda *_, **__: iter(()))
+    assert run("check", exported()).exit_code == 2
+    assert loads == []
+    metadata = read_metadata(exported())
+    monkeypatch.setattr(command, "read_metadata", lambda _: replace(metadata, checkpoint="sprites"))
+    assert run("check", exported()).exit_code == 0
+    assert run("check", exported(), "--model", "mine").exit_code == 0
+    assert loads == ["sprites", "mine"]
+
+
+def test_a_record_beside_a_network_makes_no_engine_of_it(exported, tmp_path):
+    network = tmp_path / "net.onnx"
+    shutil.copy(exported(), network)
+    (tmp_path / f"net.onnx.{'0' * 16}.json").write_text("{}")
+    assert "--model must be" in run("check", network, "--runtime", "onnxruntime").stderr
+    network.write_bytes(b"no network")
+    assert "the record beside it must be of this plan" in run("check", network).stderr
+
+
+def test_help_names_every_axis_and_kind_that_can_be_asked_for(exported):
+    said = " ".join(run("tensorrt", "--help").stdout.split())
+    metadata = read_metadata(exported())
+    axes = {axis for info in metadata.inputs for axis in info.axes if isinstance(axis, str)}
+    wanted = {axis for axis in axes if not re.search(r"tokens_\d", axis)}
+    assert all(word in said for word in (*wanted, *KINDS))
 
 
 def test_banks_are_inside_a_profile():

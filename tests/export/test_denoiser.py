@@ -1,5 +1,6 @@
 """What becomes of controls on their way into an exported graph, which is not run here."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from kinetiq.errors import CheckpointError, RequestError, ShapeError
 from kinetiq.export.denoiser import GraphDenoiser
 from kinetiq.export.example import example_shapes, make_example
 from kinetiq.export.nodes import KINDS
+from kinetiq.families import SiteKind
 
 
 class Recording(GraphDenoiser):
@@ -95,11 +97,105 @@ def test_indices_of_nothing_are_refused(denoiser, example, kind, name):
 
 def test_a_motion_of_which_nothing_is_left_is_none(denoiser, example):
     slot, scale = torch.ones(3, dtype=torch.int64), torch.ones(3)
-    for banks in ({}, {1: MotionBank()}):
+    temporal = next(iter(example.controls.motion.banks))
+    for banks in ({}, {temporal: MotionBank()}):
         predict(denoiser, example, motion=MotionControl(slot, scale, banks))
         assert not denoiser.inputs["motion_slot"].any()
     predict(denoiser, example, lora=LoraControl(slot, scale, {}))
     assert not denoiser.inputs["lora_slot"].any()
+
+
+def test_a_site_with_fewer_motions_than_another_is_filled_up(denoiser, example):
+    motion = example.controls.motion
+    site, bank = next(iter(motion.banks.items()))
+    name = denoiser.sites[site].name
+    fewer = {**motion.banks, site: MotionBank(query_key=bank.query_key[:2])}
+    predict(denoiser, example, motion=replace(motion, banks=fewer))
+    inputs = {name: one for name, one in denoiser.inputs.items() if name.startswith("motion.")}
+    assert {len(given) for given in inputs.values()} == {3}
+    sent = inputs[f"motion.{name}.query_key"]
+    assert torch.equal(sent[:2], bank.query_key[:2].unsqueeze(2))
+    assert not sent[2].any()
+
+
+@pytest.mark.parametrize(
+    ("part", "cut", "got"),
+    [
+        ("query_key", (slice(None), slice(4)), r"\[3, 4, 16\]"),
+        ("value", (slice(None), slice(4)), r"\[3, 4, 24, 16\]"),
+        ("value", (slice(None), slice(None), slice(23)), r"\[3, 5, 23, 16\]"),
+        ("query_key", (..., slice(15)), r"\[3, 5, 15\]"),
+        ("value", (slice(0),), r"\[0, 5, 24, 16\]"),
+    ],
+)
+def test_banks_of_another_size_are_refused(denoiser, example, part, cut, got):
+    motion = example.controls.motion
+    site, bank = next(iter(motion.banks.items()))
+    name = denoiser.sites[site].name
+    wrong = replace(bank, **{part: getattr(bank, part)[cut]})
+    tokens = "24, " * (part == "value")
+    words = (
+        rf"^graph: {part} of a motion at {name} must be \[slots, 5, {tokens}16\] beside latents of "
+        rf"5 frames of 4x6, got {got}; make its banks for the size of the clip$"
+    )
+    with pytest.raises(ShapeError, match=words):
+        predict(denoiser, example, motion=replace(motion, banks={**motion.banks, site: wrong}))
+
+
+def test_loras_that_do_not_fit_are_refused(denoiser, example):
+    lora = example.controls.lora
+    path, bank = next(iter(lora.banks.items()))
+    down, up = bank.down, bank.up
+    for wrong in (
+        LoraBank(down[:2], up),
+        LoraBank(down[:, :1], up),
+        LoraBank(down[..., :3], up),
+        LoraBank(down, up[:, :3]),
+        LoraBank(down[:0], up[:0]),
+        LoraBank(down[0], up[0]),
+        LoraBank(down[:, :0], up[..., :0]),
+    ):
+        words = (
+            rf"^graph: a LoRA of {path} must be down \[slots, rank, 16\] and up \[slots, 16, rank\], "
+            rf"got {re.escape(str(list(wrong.down.shape)))} and .*; make its banks for this network$"
+        )
+        with pytest.raises(ShapeError, match=words):
+            predict(denoiser, example, lora=replace(lora, banks={**lora.banks, path: wrong}))
+    narrow = LoraBank(down[:2, :1], up[:2, :, :1])
+    predict(denoiser, example, lora=replace(lora, banks={**lora.banks, path: narrow}))
+    assert denoiser.inputs[f"lora.{path}.down"].shape == down.shape
+
+
+@pytest.mark.parametrize("place", [0, 99, -1])
+def test_motions_where_none_can_be_are_refused(denoiser, example, place):
+    motion = example.controls.motion
+    assert denoiser.sites[0].kind is not SiteKind.TEMPORAL
+    bank = next(iter(motion.banks.values()))
+    name = rf", {denoiser.sites[0].name}" if place == 0 else ""
+    words = (
+        rf"^graph: a motion must be at temporal sites of the network, .* of its "
+        rf"{len(denoiser.sites)}, got site {place}{name}; make its banks for this network$"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        predict(denoiser, example, motion=replace(motion, banks={**motion.banks, place: bank}))
+
+
+@pytest.mark.parametrize(
+    ("channels", "words"),
+    [
+        ([0, 32], "channels must be from 0 to 31, got 0 to 32; choose among the 32 channels of"),
+        ([-1], "channels must be from 0 to 31, got -1 to -1; choose among the 32 channels of"),
+        ([], r"channels must be int64 \[K\], one at the least, got int64 \[0\]; give the"),
+        ([[1]], r"channels must be int64 \[K\], one at the least, got int64 \[1, 1\]; give the"),
+        ([1.0], r"channels must be int64 \[K\], one at the least, got float32 \[1\]; give the"),
+    ],
+)
+def test_channels_that_a_block_has_not_are_refused(denoiser, example, channels, words):
+    given = (example.latents, example.timesteps, example.text, example.controls, TAP)
+    index = torch.tensor(channels) if channels else torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(ShapeError, match=rf"^graph: {words}"):
+        denoiser.motion(*given, index)
+    denoiser.motion(*given, torch.tensor([31, 0]))
 
 
 def test_gradients_are_refused_of_every_input(denoiser, example):

@@ -119,6 +119,14 @@ def test_a_tampered_engine(tmp_path, record, change, words):
         ({"format": 4}, "format 3, got 4"),
         ({"network": "{}"}, "metadata must be what"),
         ({"profile": {}}, "record must be what"),
+        ({"profile": {"bounds": []}}, "record must be what"),
+        ({"profile": {"bounds": {}}}, r"KeyError\('rows'\)"),
+        ({"profile": {"bounds": {"rows": ["1", "2", "3"]}}}, "least must be int, got '1'"),
+        ({"runtime": 5}, "runtime must be str, got 5"),
+        ({"plugins": [5]}, "plugins must be str, got 5"),
+        ({"left_out": {"a": 5}}, r"left_out\.a must be str, got 5"),
+        ({"gpu": {"name": 5, "multiprocessors": 5}}, "name must be str, got 5"),
+        ({"fused": True}, r"fused must be int \| None, got True"),
     ],
 )
 def test_another_record(tmp_path, record, change, words):
@@ -131,6 +139,26 @@ def test_another_record(tmp_path, record, change, words):
     beside.write_text(json.dumps({"record": said, "checksum": checksum}))
     with pytest.raises(CheckpointError, match=words):
         read_engine(path, trust=checksum)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "", "/", 5, None, "\ud800"])
+def test_what_is_no_path_of_an_engine_is_refused(path):
+    with pytest.raises(CheckpointError, match=r"^engine: must be the path of a file, got "):
+        read_engine(path)
+
+
+def test_a_folder_is_no_engine(tmp_path):
+    with pytest.raises(CheckpointError, match=r"must be readable: Is a directory; build"):
+        read_engine(tmp_path)
+
+
+def test_records_of_endless_depth_are_refused(tmp_path, record):
+    path = tmp_path / "net.engine"
+    write_engine(path, b"plan", record)
+    (beside,) = engine_file.list_records(path)
+    beside.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="must be the record of an engine"):
+        read_engine(path)
 
 
 def test_a_plan_without_its_record_never_carries_the_name(tmp_path, record, monkeypatch):

@@ -73,6 +73,54 @@ def test_what_was_written_is_read(tmp_path):
     assert read_metadata(str(path)).sites[0].kind is SiteKind.SPATIAL
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("checkpoint", None, "checkpoint must be str, got None"),
+        ("fingerprint", 5, "fingerprint must be str, got 5"),
+        ("opset", "23", "opset must be int, got '23'"),
+        ("controls", [5], "controls must be str, got 5"),
+        ("controls", 5, "not iterable"),
+        ("tap", 5, r"tap must be str \| None, got 5"),
+        ("tap", "up_blocks.x", "'x'"),
+        ("levels", "3", "levels must be int, got '3'"),
+        ("levels", True, "levels must be int, got True"),
+        ("levels", 0, "levels must be from 1 to 16, got 0"),
+        ("levels", 10**9, "levels must be from 1 to 16, got 1000000000"),
+        ("positions", 0, "positions must be at least 1, got 0"),
+        ("positions", 1.5, r"positions must be int \| None, got 1.5"),
+        ("sites", [{"name": 5, "kind": "spatial", "place": "mid", "width": 16}], "name must be st"),
+        ("sites", [5], "not a mapping"),
+        ("inputs", [{"name": "x", "dtype": "float32", "axes": [1.5]}], r"axes must be str \| int"),
+        ("outputs", [{"name": 5, "dtype": "float32", "axes": []}], "name must be str, got 5"),
+        ("versions", [], "versions must be .*Mapping.*, got "),
+        ("versions", {"torch": 2}, r"versions\.torch must be str, got 2"),
+        ("checksum", ["a"], r"checksum must be str, got \['a'\]"),
+    ],
+)
+def test_metadata_of_other_types_is_refused(name, value, words):
+    said = json.loads(encode_metadata(METADATA)) | {name: value}
+    with pytest.raises(CheckpointError, match=rf"^net: its metadata must be .*{words}.* again$"):
+        decode_metadata(json.dumps(said), "net")
+
+
+def test_metadata_of_endless_depth_is_refused():
+    with pytest.raises(CheckpointError, match=r"^net: its metadata must be .* again$"):
+        decode_metadata("[" * 100_000, "net")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "", "/", 5, None, "\ud800"])
+def test_what_is_no_path_of_a_network_is_refused(path):
+    with pytest.raises(CheckpointError, match=r"^network: must be the path of a file, got "):
+        read_metadata(path)
+
+
+def test_a_folder_and_what_is_missing_are_no_networks(tmp_path):
+    for path, words in ((tmp_path, "Is a directory"), (tmp_path / "no.onnx", "No such file or")):
+        with pytest.raises(CheckpointError, match=rf"cannot be read: {words}.*; name the file"):
+            read_metadata(path)
+
+
 def edit(path, change):
     model = onnx.load(path, load_external_data=False)
     change(model)

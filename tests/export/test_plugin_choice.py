@@ -21,6 +21,7 @@ from kinetiq.export.plugin_choice import (
     PluginChoice,
     PluginRecord,
     check_operators,
+    choice_file,
     choose_by_record,
     measure_choices,
     read_table,
@@ -124,6 +125,18 @@ def test_without_a_record_all_operators_are_ours():
         check_operators(("norm", "attention"))
 
 
+def test_a_file_that_the_environment_names_is_read_and_written(monkeypatch, tmp_path):
+    path = tmp_path / "choice.json"
+    write_record(path, "sm_00", RECORD)
+    assert choose_by_record("sm_00") == PluginChoice(OPERATORS)
+    monkeypatch.setenv("KINETIQ_PLUGINS", str(path))
+    assert choose_by_record("sm_00") == RECORD.choice
+    assert choice_file() == path
+    monkeypatch.setenv("KINETIQ_PLUGINS", str(tmp_path / "none.json"))
+    with pytest.raises(InputError, match=r"none.json: must be a file of plugin choices, as `kin"):
+        choose_by_record("sm_00")
+
+
 def check_choices(table):
     """Require of records that they can be followed, and that what they choose was measured."""
     for target, record in table.items():
@@ -189,6 +202,15 @@ def gpu(monkeypatch):
     monkeypatch.setattr(plugin_tuning, "best_inputs", lambda *_: ("inputs",))
     monkeypatch.setattr(plugin_tuning, "median_seconds", lambda call: seconds[call()])
     return SimpleNamespace(built=built, seconds=seconds)
+
+
+def test_what_is_measured_goes_where_it_is_read_from(gpu, tmp_path, monkeypatch):
+    network, path = tmp_path / "net.onnx", tmp_path / "choice.json"
+    write_one_node(network, "query_attention")
+    monkeypatch.setenv("KINETIQ_PLUGINS", str(path))
+    result = CliRunner().invoke(command.export, ["tune", str(network)])
+    assert result.exit_code == 0, result.output
+    assert choose_by_record("sm_90") == PluginChoice(("query_attention",), "sm_90a")
 
 
 def test_the_command_measures_and_writes(gpu, tmp_path):
