@@ -45,6 +45,7 @@ from kinetiq.bench.steps import (
     Step,
     free_memory,
     in_short,
+    lost,
     run_stages,
 )
 from kinetiq.bench.subjects import (
@@ -479,12 +480,15 @@ def sampled_together(
 def refusal(
     call: Callable[[], object], device: torch.device, ends: Callable[[Exception], bool]
 ) -> str:
-    """Why a call does not run, empty if it does; errors that do not end a search are raised."""
+    """Why a call does not run, empty if it does; errors that do not end a search are raised.
+
+    Nor does one of a GPU that answers nothing any more: what was too large is not known then.
+    """
     try:
         call()
         synchronise(device)
     except (RuntimeError, KinetiqError) as error:
-        if not ends(error):
+        if not ends(error) or lost(str(device)):
             raise
         return in_short(error)
     finally:

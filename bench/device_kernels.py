@@ -12,7 +12,7 @@ every GPU can run.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,17 @@ from kinetiq.bench import kernels
 from kinetiq.bench.figures import Figure, load_targets
 from kinetiq.bench.harness import BenchOptions, Progress
 from kinetiq.bench.kernels import Line, Machine, Plan, Roof
-from kinetiq.bench.steps import NO_GPU, Budget, Keep, Outcome, in_short
+from kinetiq.bench.steps import (
+    NO_GPU,
+    Budget,
+    Keep,
+    Outcome,
+    failing,
+    free_memory,
+    in_short,
+    lost,
+    require_device,
+)
 from kinetiq.errors import InputError
 from kinetiq.kernels._launch import (
     DEFAULT,
@@ -60,9 +70,11 @@ def measure_kernels(
         outcome.leave_out(names, f"{NO_GPU} (the device is {options.device})")
         return outcome
     plans = kernels.plan(options.device, quick=options.quick, seed=options.seed)
-    with torch.cuda.device(options.device):
+    names = [LAUNCH, *(describe(plan) for plan in plans)]
+    with failing(outcome, names), torch.cuda.device(options.device):
         machine = Machine(options.device)
         roof = machine.roof(sorted({plan.element for plan in plans}))
+        names.clear()  # from here on what breaks is named by itself
         run_plans(plans, machine, roof, options, budget, outcome, progress, keep)
     return outcome
 
@@ -80,7 +92,6 @@ def run_plans(
     """Run the cases in their order while time lasts, and look at the settings they ask for."""
     asked: dict[Asked, None] = {}
     lines: list[Line] = []
-    failed: list[Line] = []
     outcome.figures["kernels.roof.copy"] = Figure(roof.bytes_per_second / 1e9, unit="GB/s")
     for element, rate in roof.flops_per_second.items():
         outcome.figures[f"kernels.roof.{element}"] = Figure(rate / 1e12, unit="TFLOP/s")
@@ -89,27 +100,16 @@ def run_plans(
         asked[operator, key] = None
         return found
 
-    begun: list[str] = []
-    affordable = within(in_order(plans), budget, outcome, keep)
+    ordered = in_order(plans)
+    outcome.left = [describe(plan) for plan in ordered]
+    affordable = within(ordered, budget, outcome, keep)
     shown = progress.track(affordable, "kernels", len(plans))
     with choosing(note):
-        cases = kernels._run_all(_noted(shown, begun), machine, roof, _TIMED)  # noqa: SLF001  one bench, two ways
-        try:
-            for found in kernels._follow(cases, options.out):  # noqa: SLF001
-                lines += found
-                outcome.figures |= kernels.figures_of(found)
-                for line in (line for line in found if line.failed):
-                    failed.append(line)
-                    name = f"kernels: {line.operator} {line.shape} {line.element}"
-                    outcome.fail([name], f"{line.contestant}: {line.failed}")
-        except RuntimeError as error:  # a GPU that is lost refuses even to give memory back
-            outcome.fail(begun[-1:], f"the run ended here: {in_short(error)}")
-            left = {describe(plan) for plan in plans} - {*begun, *outcome.unmeasured}
-            outcome.leave_out(sorted(left), "the run ended before")
-    if lines:
-        outcome.figures["kernels.failed"] = Figure(
-            len({(line.operator, line.shape, line.element) for line in failed}), n=len(plans)
-        )
+        cases = _run_all(shown, machine, roof, outcome)
+        for found in kernels._follow(cases, options.out):  # noqa: SLF001  one bench, two ways
+            lines += found
+            outcome.figures |= kernels.figures_of(found)
+            outcome.figures["kernels.failed"] = Figure(len(outcome.failed), n=len(plans))
     if options.out is not None:
         kernels._write(options.out, lines)  # noqa: SLF001
     print(kernels.render(lines))  # noqa: T201  goes to standard error
@@ -123,11 +123,27 @@ def run_plans(
         outcome.figures[f"gpu.launch.{word}"] = Figure(len(names), n=max(1, len(asked)))
 
 
-def _noted(plans: Iterator[Plan], begun: list[str]) -> Iterator[Plan]:
-    """The same plans; `begun` names those that were asked for."""
+def _run_all(
+    plans: Iterable[Plan], machine: Machine, roof: Roof, outcome: Outcome
+) -> Iterator[list[Line]]:
+    """The lines of each case; one that failed is named before the next one begins.
+
+    Where the GPU answers nothing any more it ends, and all that is left is named.
+    """
     for plan in plans:
-        begun.append(describe(plan))
-        yield plan
+        name = describe(plan)
+        found: list[Line] = []
+        with failing(outcome, [name]):
+            found = kernels.run_plan(plan, machine, roof, _TIMED)
+            require_device(machine.device)
+        for line in found:
+            if line.failed and name not in outcome.failed:
+                outcome.fail([name], f"{line.contestant}: {line.failed}")
+        yield found
+        free_memory(machine.device)
+        if why := lost(machine.device):
+            outcome.leave_out(outcome.left, why)
+            return
 
 
 def in_order(plans: Sequence[Plan]) -> list[Plan]:
@@ -172,6 +188,7 @@ def within(
         if why := budget.refusal(_CASE):
             outcome.leave_out([describe(plan)], why)
             continue
+        outcome.left = [name for name in outcome.left if name != describe(plan)]
         keep(outcome, describe(plan))
         following = plans[place + 1 :]
         if stem(plan) in wanted:

@@ -20,7 +20,6 @@ end `kernels.json` and `kernels.md` have every contestant's line.
 
 import contextlib
 import functools
-import gc
 import json
 import math
 import time
@@ -40,6 +39,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from kinetiq.bench.figures import Figure
 from kinetiq.bench.harness import Bench, BenchOptions, Progress
 from kinetiq.bench.measure import Timing
+from kinetiq.bench.steps import free_memory, lost
 from kinetiq.errors import OutputError, WorkError
 from kinetiq.files import write_text
 from kinetiq.kernels import (
@@ -1078,6 +1078,8 @@ def run_case(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # they say at length what an error says in short
                 runs[name], refused[name] = _try(machine, way, gate)
+            if refused[name] and lost(machine.device):
+                return [empty(name, failed=refused[name])]
         if refused.get(OURS):
             return [empty(OURS, failed=refused[OURS])]
     skipped = {name: why for name, why in refused.items() if why}
@@ -1122,14 +1124,14 @@ def _in_short(error: Exception) -> str:
 
 
 def figures_of(lines: Sequence[Line]) -> dict[str, Figure]:
-    """The figures of one case; none of one that failed.
+    """The figures of one case; none of one that failed, or could not be built.
 
     A ratio is the time of the other over ours: above 1, ours is faster. Its interval is a
     bootstrap over the rounds, in which the two were timed in turn. The compiled one is the faster
     of the definition and the usual way: the definition computes in float32, at which a bar falls
     by itself.
     """
-    if any(line.failed for line in lines):
+    if not lines or any(line.failed for line in lines):
         return {}
     timed = {line.contestant: line for line in lines if line.seconds is not None}
     ours = timed.pop(OURS)
@@ -1227,11 +1229,16 @@ def _run_all(
     plans: Iterable[Plan], machine: Machine, roof: Roof, seconds: float
 ) -> Iterator[list[Line]]:
     for one in plans:
-        torch.compiler.reset()  # else its limit of shapes a function sends the next one to eager
-        yield run_case(one.build(), machine, roof, seconds=seconds, uncompiled=one.uncompiled)
-        gc.collect()
-        if machine.device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        yield run_plan(one, machine, roof, seconds)
+        free_memory(machine.device)
+        if why := lost(machine.device):
+            raise WorkError(f"bench kernels: the GPU must answer to go on, got: {why}")
+
+
+def run_plan(one: Plan, machine: Machine, roof: Roof, seconds: float) -> list[Line]:
+    """Build a case, and run it."""
+    torch.compiler.reset()  # else its limit of shapes a function sends the next one to eager
+    return run_case(one.build(), machine, roof, seconds=seconds, uncompiled=one.uncompiled)
 
 
 def _follow(cases: Iterable[list[Line]], folder: Path | None) -> Iterator[list[Line]]:

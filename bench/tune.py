@@ -14,7 +14,6 @@ on it does.
 
 import contextlib
 import functools
-import gc
 import itertools
 import json
 import math
@@ -45,6 +44,7 @@ from kinetiq.bench.kernels import (
     make_layer,
     timed_way,
 )
+from kinetiq.bench.steps import free_memory, lost
 from kinetiq.errors import MissingDependencyError, RequestError, WorkError
 from kinetiq.files import check_target, write_text
 from kinetiq.kernels._launch import Table, architecture, choosing, launch_file, read_table
@@ -101,10 +101,12 @@ class Subject:
         prepare: makes the call under the settings that hold meanwhile; what is timed, and the
             outputs that it filled.
         complaint: what is wrong with outputs; empty if nothing is.
+        device: where they are.
     """
 
     prepare: Callable[[], tuple[Run, Outputs]]
     complaint: Callable[[Outputs], str]
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,8 @@ def _try(
     except torch.OutOfMemoryError:  # which says nothing of the candidate
         raise
     except _refusals() as error:  # too much shared memory, too many registers, and the like
+        if why := lost(subject.device):
+            raise WorkError(f"bench tune: {judge.name} with {_words(settings)}: {why}") from error
         return f"{judge.name}: {type(error).__name__}: {_first_line(error)}", []
     if complaint := subject.complaint(outputs):
         return f"{judge.name}: {complaint}", []
@@ -250,8 +254,7 @@ def _in_memory(name: str) -> Iterator[None]:
             "what else runs there, or name other operators by --operator"
         ) from error
     finally:
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory("cuda")
 
 
 def _first_line(error: Exception) -> str:
@@ -291,7 +294,8 @@ def _survey(build: Callable[[], Case]) -> tuple[str, dict[Entry, Settings]]:
 def _subject(machine: Machine, build: Callable[[], Case]) -> Subject:
     case = build()
     gate = Gate(case, machine.prepare(case.ways[USUAL])[1])
-    return Subject(functools.partial(machine.prepare, case.ways[OURS]), gate.complaint)
+    prepare = functools.partial(machine.prepare, case.ways[OURS])
+    return Subject(prepare, gate.complaint, machine.device)
 
 
 def tune(

@@ -1,5 +1,6 @@
 """The bench of a GPU: what it measures is right on a CPU, and what it does not measure is named."""
 
+import contextlib
 import functools
 import json
 import subprocess
@@ -119,6 +120,45 @@ def test_what_a_step_gave_stays_if_it_breaks_later():
     outcome = run_stages(stages, "cpu", Budget(11.0, Clock()), SILENT, "fake")
     assert outcome.figures == {"a.one": Figure(1.0)} and outcome.failed == ["step"]
     assert outcome.details == {"notes": {"a.one": "the last that fitted"}}
+
+
+@pytest.fixture
+def lose_gpu(monkeypatch):
+    """Makes every call to a GPU end as it does after an illegal access, from now on."""
+
+    def lose():
+        def broken(*_):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+        monkeypatch.setattr(torch.cuda, "synchronize", broken)
+        monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return lose
+
+
+ILLEGAL = "RuntimeError: CUDA error: an illegal memory access was encountered"
+
+
+def test_a_gpu_that_is_lost_ends_the_stages_and_the_rest_is_named(lose_gpu):
+    def losing(_):
+        lose_gpu()
+        return {"a.lost": Figure(1.0)}
+
+    def steps(*names, run=lambda _: {"a.good": Figure(1.0)}):
+        return [Step(name, 1.0, run) for name in names]
+
+    first = [*steps("good"), *steps("losing", run=losing), *steps("after")]
+    stages = [
+        Stage("one", 1.0, lambda: None, first),
+        Stage("two", 1.0, lambda: pytest.fail("built"), steps("much after")),
+    ]
+    outcome = run_stages(stages, "cuda", Budget(60.0, Clock()), SILENT, "fake")
+    assert outcome.failed == ["losing"] and outcome.left == []
+    why = f"the GPU was lost before: {ILLEGAL}"
+    assert outcome.unmeasured == {"losing": ILLEGAL, "after": why, "much after": why}
+    assert "a.good" in outcome.figures
 
 
 # The test suite in a process of its own.
@@ -382,39 +422,51 @@ def test_a_case_gives_figures_and_its_settings_are_sorted(monkeypatch, tmp_path)
     assert outcome.failed == ["kernels: guided_step embedded fp32"]
 
 
-def test_a_gpu_that_is_lost_leaves_what_was_found_and_names_the_rest(monkeypatch, tmp_path):
-    plans = [p for p in kernels.plan("cpu", quick=True) if p.element == "fp32"][:3]
+def test_a_gpu_that_is_lost_ends_the_table_and_the_rest_is_named(monkeypatch, tmp_path, lose_gpu):
+    plans = kernels.plan("cuda", quick=True)
     ordered = [device_kernels.describe(plan) for plan in device_kernels.in_order(plans)]
-
-    def run_all(shown, *_):
-        for number, _plan in enumerate(shown):
-            if number == 1:
-                raise RuntimeError("CUDA error: an illegal memory access was encountered")
-            yield []
-
-    monkeypatch.setattr(kernels, "_run_all", run_all)
-    monkeypatch.setattr(kernels, "figures_of", lambda _: {})
     monkeypatch.setattr(kernels, "_write", lambda *_: None)
-    outcome, roof = Outcome(), kernels.Roof(1e10, {"fp32": 1e11})
+    kept = []
+
+    def run(plan, *_):
+        name = device_kernels.describe(plan)
+        if name == ordered[1]:
+            raise RuntimeError("no room to build")
+        if name == ordered[2]:
+            lose_gpu()
+            return [kernels.Line("o", "s", "bf16", "sdpa_cudnn", failed="AcceleratorError: x")]
+        return []
+
+    def keep(outcome, name):
+        kept.append((name, list(outcome.failed), outcome.figures.get("kernels.failed")))
+
+    monkeypatch.setattr(kernels, "run_plan", run)
+    outcome = Outcome()
+    roof = kernels.Roof(1e10, {"bf16": 1e11})
+    options = BenchOptions(device="cuda", out=tmp_path)
+    machine = kernels.Machine("cuda")
     device_kernels.run_plans(
-        *(plans, kernels.Machine("cpu"), roof, BenchOptions(out=tmp_path), Budget(60.0)),
-        *(outcome, SILENT),
+        plans, machine, roof, options, Budget(60.0, Clock()), outcome, SILENT, keep
     )
-    assert outcome.failed == [ordered[1]]
-    assert "illegal memory access" in outcome.unmeasured[ordered[1]]
-    assert outcome.unmeasured[ordered[2]] == "the run ended before"
-    assert ordered[0] not in outcome.unmeasured
+    # What failed is in the books before the next case begins.
+    assert kept[2] == (ordered[2], ordered[1:2], Figure(1, n=len(plans)))
+    assert outcome.failed == ordered[1:3] and outcome.figures["kernels.failed"].value == 2
+    assert outcome.unmeasured[ordered[1]] == "RuntimeError: no room to build"
+    assert {outcome.unmeasured[name] for name in ordered[3:]} == {
+        f"the GPU was lost before: {ILLEGAL}"
+    }
+    assert outcome.left == []
 
 
-def test_memory_that_cannot_be_given_back_does_not_end_a_run(monkeypatch):
-    def broken(_):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_a_gpu_that_is_lost_before_the_table_is_no_traceback(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no luck")
 
-    monkeypatch.setattr("kinetiq.bench.steps.free_memory", broken)
-    steps = [Step(name, 1.0, lambda _, name=name: {f"a.{name}": Figure(1.0)}) for name in "bc"]
-    stages = [Stage(step.name, 1.0, lambda: None, [step], gpu=False) for step in steps]
-    outcome = run_stages(stages, "cpu", Budget(60.0), SILENT, "fake")
-    assert list(outcome.figures) == ["a.b", "a.c"]
+    monkeypatch.setattr(kernels.Machine, "roof", broken)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    outcome = device_kernels.measure_kernels(BenchOptions(device="cuda"), Budget(9.0), SILENT)
+    names = {device_kernels.describe(plan) for plan in kernels.plan("cuda", quick=False)}
+    assert names <= set(outcome.failed)
 
 
 @pytest.mark.parametrize(
@@ -681,6 +733,9 @@ def test_only_stock_may_refuse_a_batch_for_another_reason(monkeypatch):
     error = RuntimeError("invalid configuration argument")
     monkeypatch.setattr(models.Stock, "clips", broken)
     assert "2 clips: RuntimeError: invalid conf" in next(clips.largest_stock(bench)).text
+    monkeypatch.setattr(clips, "lost", lambda _: "the GPU was lost before")
+    with pytest.raises(RuntimeError, match="invalid conf"):  # what fits is not known then
+        next(clips.largest_stock(bench))
 
 
 def test_stock_is_timed_without_what_is_set_up_for_it(monkeypatch):
@@ -1046,6 +1101,7 @@ def test_a_reason_that_is_known_stays(monkeypatch):
     }
 
 
+@pytest.mark.usefixtures("lose_gpu")  # which answers
 def test_a_ratio_to_the_best_says_which_way_was_not_timed(monkeypatch):
     steps = [Step("step", 1.0, lambda _: {"gpu.animatediff.eager.ratio_to_stock": Figure(1.2)})]
     stage = Stage("stage", 1.0, lambda: None, steps)

@@ -306,6 +306,19 @@ def test_one_that_fails_is_counted_and_the_others_go_on(tmp_path, monkeypatch, c
     assert json.loads(first)["failed"] == "OutOfResourcesError: shared memory"
 
 
+def test_the_contestant_that_loses_the_gpu_is_to_blame(monkeypatch):
+    case = BUILDERS["step"]()
+    never = lambda: pytest.fail("it came after")
+    ways = {OURS: case.ways[OURS], USUAL: case.ways[USUAL], "bad": unlaunchable, "next": never}
+    monkeypatch.setattr(bench, "lost", lambda _: "the GPU was lost before")
+    (found,) = bench.run_case(replace(case, ways=ways), CPU, ROOF, seconds=0.01)
+    assert (found.contestant, found.failed) == ("bad", "OutOfResourcesError: shared memory")
+    runs = bench._run_all([Plan(lambda: case, "fp32", "no")] * 2, CPU, ROOF, 0.01)
+    assert next(runs)[0].contestant == OURS
+    with pytest.raises(WorkError, match="the GPU must answer to go on, got: the GPU was lost"):
+        next(runs)
+
+
 def test_a_killed_run_has_left_its_part(tmp_path, monkeypatch):
     def killed():
         raise KeyboardInterrupt

@@ -93,6 +93,13 @@ def test_every_grid_fits_the_launch_file():
     assert kernels == {operator for operator in tried if tried[operator]}
 
 
+def test_a_candidate_that_loses_the_gpu_ends_the_search(monkeypatch):
+    why = "the GPU was lost before: RuntimeError: an illegal access"
+    monkeypatch.setattr(tune, "lost", lambda _: why)
+    with pytest.raises(WorkError, match=rf"bench tune: a with BLOCK=512 num_warps=8: {why}"):
+        search(ENTRY, [workload(broken={"BLOCK": 512, "num_warps": 8})], timer({}))
+
+
 class Launch(torch.autograd.Function):
     """What a public function launches on a GPU, forward and, when it is asked for, backward."""
 
