@@ -1,11 +1,11 @@
 """Seconds a clip and peak memory: AnimateDiff, ZeroScope and the embedded model.
 
-A clip is guided, has 25 steps and is decoded by the VAE; what happens once a prompt or a reference
-is left out, and so is compiling, whose seconds are a figure of their own. Ours, run eagerly, and
-the stock pipeline of diffusers are timed in turn on the same network and VAE, after a prediction of
-ours was compared with float32; so are ours compiled and ours eagerly. Larger batches, for which 25
-steps would take minutes, run 5 of them; their seconds are those of 25 (five times the steps, and
-the VAE once).
+A clip is guided, has 25 steps, is decoded by the VAE, and ends as bytes in the CPU's memory; what
+happens once a prompt or a reference is left out, and so is compiling, whose seconds are a figure of
+their own. Ours, run eagerly, and the stock pipeline of diffusers are timed in turn on the same
+network and VAE, after a prediction of ours was compared with float32; so are ours compiled and ours
+eagerly. Larger batches, for which 25 steps would take minutes, run 5 of them; their seconds are
+those of 25 (five times the steps, and the VAE once).
 
 `seconds_per_clip` and `ratio_to_stock_best` are of the better way of ours; those of one way have
 its name before them. The ratio of ours compiled to stock is the product of the two that were timed

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -532,7 +533,10 @@ def test_ours_and_stock_sample_the_same_clips(family):
     got = torch.stack(subject.sample(subject.resolve(subject.requests(2, steps=3))))
     assert apart(got, wanted) <= 1e-4
     assert apart(got[0], wanted[1]) > 0.1
-    assert stock.clips(1, steps=1).shape[1:] == (3, 3, 16, 16)
+    theirs = stock.clips(2, steps=3)  # end as ours do: bytes in memory, within one of ours
+    ours = [clip.frames for clip in subject.clips(subject.resolve(subject.requests(2, steps=3)))]
+    assert theirs.dtype == torch.uint8 and theirs.is_contiguous() and theirs.unique().numel() > 9
+    assert (theirs.int() - torch.tensor(np.stack(ours)).int()).abs().max() <= 1
     assert subject.engine.denoiser.attached
     assert subject.flops > 0
 
@@ -857,6 +861,24 @@ def test_every_control_runs_beside_plain_clips(case, monkeypatch):
     )
     if extra:
         assert seen["ours"] == [2 * case.clips + more for more in extra]
+
+
+def test_the_peak_is_not_that_of_the_first_run(monkeypatch):
+    """Which compiles, in memory that no later one needs."""
+    subject, seen = subject_of(), []
+    sample = models.Subject.sample
+    spy = lambda *given: (seen.append(id(given[1])), sample(*given))[1]
+    monkeypatch.setattr(models.Subject, "sample", spy)
+
+    def peak(call, _):
+        before = list(seen)
+        call()
+        assert seen[-1] in before
+        return 2**30
+
+    monkeypatch.setattr(control_costs, "peak_of", peak)
+    found = control_costs.cost(subject, case=control_costs.CASES[0], stem="gpu", repeats=1)
+    assert found["gpu.query_cost.one_target.peak_memory"].value == 1
 
 
 def test_a_control_is_timed_compiled(traced_by_nobody, monkeypatch):
