@@ -11,7 +11,6 @@ taken over where it has one for an older architecture of the generation, else th
 every GPU can run.
 """
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -48,13 +47,6 @@ _CASE, _COMPILED = 4.0, 40.0  # seconds that a case may take, and one with what 
 _TIMED = 1.0  # seconds of its rounds
 _NO_TIME = "no time was left to compile"
 _MAIN = "animatediff"
-_OPERATORS = {
-    "query_case": "query_attention",
-    "frame_case": "frame_attention",
-    "block_case": "temporal_block",
-    "feature_case": "motion_feature",
-    "step_case": "guided_step",
-}
 
 Asked = tuple[str, str]  # operator and key of the launch file
 
@@ -139,6 +131,11 @@ def _run_all(
         for line in found:
             if line.failed and name not in outcome.failed:
                 outcome.fail([name], f"{line.contestant}: {line.failed}")
+        ratio = f"{stem(plan)}.ratio_to_best"
+        if (rivals := kernels.untimed_rivals(found)) and ratio in load_targets():
+            names = ", ".join(line.contestant for line in rivals)
+            why = f"{rivals[0].contestant}: {rivals[0].skipped}"
+            outcome.leave_out([ratio], f"needs all other ways, {names} not timed: {why}")
         yield found
         free_memory(machine.device)
         if why := lost(machine.device):
@@ -164,12 +161,8 @@ def in_order(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def stem(plan: Plan) -> str:
-    """What the figures of a case begin with, told before it is built.
-
-    That is so for all that have targets; a case with controls has them in other words.
-    """
-    _, operator, *words, element = describe(plan).split()
-    return f"kernels.{operator}.{'_'.join(words)}.{element}"
+    """What the figures of a case begin with, told before it is built."""
+    return kernels.stem(plan.build, plan.element)
 
 
 def _targeted(plans: Sequence[Plan]) -> set[str]:
@@ -203,23 +196,11 @@ def within(
 
 def describe(plan: Plan) -> str:
     """A case in words before it is built."""
-    build = _partial(plan)
-    words = [value for value in build.args[1:] if isinstance(value, str)]
-    for name, value in build.keywords.items():
-        if value:
-            words.append(name if value is True else f"{name}={value}")
-    operator = _OPERATORS[build.func.__name__]
-    return " ".join(["kernels:", operator, _site(plan), *words, plan.element])
+    return " ".join(["kernels:", *kernels.describe(plan.build), plan.element])
 
 
 def _site(plan: Plan) -> str:
-    site = _partial(plan).args[0]
-    return str(getattr(site, "name", site))
-
-
-def _partial(plan: Plan) -> functools.partial[object]:
-    assert isinstance(plan.build, functools.partial)
-    return plan.build
+    return kernels.describe(plan.build)[1]
 
 
 def sort_settings(asked: Sequence[Asked], table: Table, name: str) -> dict[str, list[str]]:

@@ -381,7 +381,7 @@ def test_in_the_time_of_a_part_each_target_meets_what_is_compiled(seconds):
     targets = {name.rpartition(".")[0] for name in load_targets() if ".bf16." in name}
     assert targets <= seen
     firsts = {device_kernels.stem(plan) for plan in plans if not plan.uncompiled}
-    assert len(targets & firsts) == 6 and targets & firsts == compiled & targets
+    assert len(targets & firsts) == 8 and targets & firsts == compiled & targets
     assert "kernels.temporal_block.animatediff_64x64.bf16" in compiled
 
 
@@ -457,6 +457,26 @@ def test_a_gpu_that_is_lost_ends_the_table_and_the_rest_is_named(monkeypatch, tm
         f"the GPU was lost before: {ILLEGAL}"
     }
     assert outcome.left == []
+
+
+def test_a_target_that_lacks_a_contestant_is_named(monkeypatch):
+    build = functools.partial(kernels.query_case, kernels.SITES[0], kernels.Inputs("cpu", "bf16"))
+    timing = {"seconds": kernels.Timing(1, 1, 1), "times_ours": 1.0, "rounds": (1.0,)}
+    line = functools.partial(kernels.Line, "query_attention", "animatediff_64x64", "bf16")
+    lines = [line(name, **timing) for name in (kernels.OURS, kernels.USUAL)]
+    lines += [line("sdpa_cudnn", skipped="No kernel"), line("flex", skipped="no time")]
+    monkeypatch.setattr(kernels, "run_plan", lambda *_: lines)
+    outcome = Outcome()
+    plans, roof = [kernels.Plan(build, "bf16")], kernels.Roof(1e10, {"bf16": 1e11})
+    options = BenchOptions()
+    device_kernels.run_plans(
+        plans, kernels.Machine("cpu"), roof, options, Budget(60.0, Clock()), outcome, SILENT
+    )
+    assert outcome.unmeasured == {
+        "kernels.query_attention.animatediff_64x64.bf16.ratio_to_best": (
+            "needs all other ways, sdpa_cudnn, flex not timed: sdpa_cudnn: No kernel"
+        )
+    }
 
 
 def test_a_gpu_that_is_lost_before_the_table_is_no_traceback(monkeypatch):
