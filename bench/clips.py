@@ -68,7 +68,7 @@ from kinetiq.sprites.cases import transfer_pairs
 
 STEPS = 25
 PART_STEPS = 5  # of a larger batch
-MOST = 32  # clips that are tried together
+MOST = 16  # clips that are tried together: a step of all of them takes seconds
 BATCHES = (4, 8)
 H200_RATE = 790e12  # operations a second in bfloat16
 _REPEATS = 3
@@ -458,6 +458,8 @@ def largest(
             yield Note(f"{bench.stem}.{word}.clips", f"{2 * count} clips: {why}")
             break
         count *= 2
+    else:
+        yield Note(f"{bench.stem}.{word}.clips", f"{MOST} clips fit, and more are not tried")
     yield bench.figure(f"{word}.clips", count)
     yield sampled_together(bench, word, count, run)
 
