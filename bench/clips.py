@@ -77,6 +77,9 @@ _KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _HEADLINE = torch.bfloat16
 STOCK_WAYS = ("stock", "stock_cudnn", "stock_compiled")
 ELSEWHERE: Mapping[str, str] = {  # what the figures of a part leave open, and why
+    "gpu.animatediff.fp16: stock with cuDNN attention, or anything compiled": (
+        "the headline has these ways, in bfloat16"
+    ),
     "gpu.zeroscope: bfloat16": "float16 is measured, which its weights are published in",
     "gpu.zeroscope: stock with cuDNN attention, or compiled": "the headline has the stock ways",
     "gpu.zeroscope: 4 and 8 clips": "as many as fit are measured",

@@ -14,15 +14,16 @@ A control that changes nothing cannot be right.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kinetiq.bench.clips import H200_RATE, peak_of
-from kinetiq.bench.figures import Figure
+from kinetiq.bench.figures import Figure, load_targets
 from kinetiq.bench.harness import BenchOptions, Progress
 from kinetiq.bench.measure import time_ratio
 from kinetiq.bench.steps import Budget, Keep, Outcome, Stage, Step, run_stages
@@ -35,9 +36,10 @@ from kinetiq.bench.subjects import (
     random_embedding,
     random_lora,
 )
-from kinetiq.moft_guidance import MoftGuidance
+from kinetiq.moft_guidance import MoftGuidance, MoftRegion
 from kinetiq.motion_injection import MotionInjection
 from kinetiq.query_injection import QueryInjection
+from kinetiq.shots import ConsistentShots, Shot
 from kinetiq.sprites.cases import transfer_pairs
 
 STEPS, MOFT_STEPS = 5, 25
@@ -45,6 +47,15 @@ MOTIONS = 8
 _BUILD = 45.0
 _COMPILE = 200.0  # the network with and without a control
 _COMPILED = ("query_cost.one_target", "injection_cost.one_target")
+ELSEWHERE: Mapping[str, str] = {  # what the figures of the part leave open, and why
+    "gpu.zeroscope: controls": "their rows are those of AnimateDiff, whose costs are measured",
+    "gpu: controls in bfloat16, run eagerly": "float16 has the same rows and bytes",
+    "gpu.compiled: four targets": "each number of rows is a plan, which takes minutes to compile",
+    "gpu.compiled: embedding, LoRA and MOFT": "each kind of control is a plan, likewise",
+    "gpu: costs of shots, of regions, and of an embedding with a LoRA": (
+        "they are compared with the CPU, and are made of what is timed"
+    ),
+}
 _CLOSE = {torch.float32: 1e-4}  # of the largest value
 _SLACK = 2.0  # times the CPU's error in a half type
 _SMALL = 0.005  # step of guidance: random features are far from any motion
@@ -92,6 +103,36 @@ def _lora_with_highway(subject: Subject) -> Any:
     return random_lora(subject, 0, highway="all")
 
 
+def _embedding_with_lora(subject: Subject) -> tuple[Any, ...]:
+    return _embedding(subject), _lora(subject)
+
+
+def _half(subject: Subject) -> np.ndarray:
+    """The left half of the frame, as a region."""
+    mask = np.zeros((subject.height, subject.width), np.float32)
+    mask[:, : subject.width // 2] = 1
+    return mask
+
+
+def _shots(subject: Subject) -> ConsistentShots:
+    """Two shots of the clips' own prompt, so that plain ones are these left alone.
+
+    Masks are given: found ones hang on a threshold, which rounding may cross.
+    """
+    return ConsistentShots(
+        "a red circle",
+        [Shot("a red circle")] * 2,
+        masks=[_half(subject)] * 2,
+        preserve_until=0.4,
+        steps=STEPS,
+        frames=subject.frames,
+        height=subject.height,
+        width=subject.width,
+        guidance_scale=subject.guidance_scale,
+        sampler="ddim",
+    )
+
+
 def _different_motions(subject: Subject) -> list[Any]:
     return [random_embedding(subject, seed) for seed in range(MOTIONS)]
 
@@ -117,13 +158,21 @@ COMPARED: dict[str, Case] = {
     "query_leak_reduced": Case(
         "query_leak_reduced", lambda s: QueryInjection(s.reference, reduce_leak=True)
     ),
+    "query_region": Case("query_region", lambda s: QueryInjection(s.reference, region=_half(s))),
     "motion": Case("motion", _motion, 2),
+    "motion_region": Case("motion_region", lambda s: MotionInjection(s.reference, region=_half(s))),
     "embedding": Case("embedding", _embedding),
+    "embedding_with_lora": Case("embedding_with_lora", _embedding_with_lora),
     "lora": Case("lora", _lora),
     "lora_with_highway": Case("lora_with_highway", _lora_with_highway),
     "different_motions": Case("different_motions", _different_motions, MOTIONS),
     "moft": Case("moft", _moft),
     "moft_own_keys": Case("moft_own_keys", functools.partial(_moft, shared_keys_values=False)),
+    "moft_region": Case(
+        "moft_region",
+        lambda s: MoftGuidance(regions=[MoftRegion(_half(s), direction="left")], step_size=_SMALL),
+    ),
+    "shots": Case("shots", _shots, 2),
 }
 
 
@@ -131,7 +180,11 @@ def measure_controls(
     options: BenchOptions, budget: Budget, progress: Progress, keep: Keep = lambda *_: None
 ) -> Outcome:
     """Measure both models, and compare the GPU with the CPU."""
-    return run_stages(stages(options), options.device, budget, progress, "controls", keep)
+    outcome = run_stages(stages(options), options.device, budget, progress, "controls", keep)
+    if options.device.startswith("cuda"):
+        for name, why in ELSEWHERE.items():
+            outcome.leave_out([name], f"not part of the bench: {why}")
+    return outcome
 
 
 def stages(options: BenchOptions) -> list[Stage]:
@@ -152,13 +205,22 @@ def stages(options: BenchOptions) -> list[Stage]:
             for case in cases
         ]
 
+    def compiled_cost(case: Case) -> Step:
+        run = functools.partial(cost_compiled, case=case, stem="gpu.compiled", repeats=repeats)
+        return Step(f"gpu.compiled.{case.name}", _COMPILE + case.seconds, run)
+
+    def full_size(name: str, dtype: torch.dtype, steps: Sequence[Step]) -> Stage:
+        build = functools.partial(full_size_subject, ANIMATEDIFF, device, dtype)
+        return Stage(name, _BUILD, build, steps)
+
+    targets = load_targets()
+    first = [case for case in CASES if f"gpu.{case.name}" in targets]
+    rest = [case for case in CASES if case not in first]
+    compiled_first, *compiled_rest = (case for case in CASES if case.name in _COMPILED)
     return [
-        Stage(
-            "animatediff",
-            _BUILD,
-            functools.partial(full_size_subject, ANIMATEDIFF, device, torch.float16),
-            costs("gpu", CASES),
-        ),
+        full_size("animatediff", torch.float16, costs("gpu", first)),
+        # What compiles needs most of a part's time, so it comes while that is there, or never.
+        full_size("animatediff compiled", torch.bfloat16, [compiled_cost(compiled_first)]),
         Stage(
             "agreement",
             15.0,
@@ -168,6 +230,7 @@ def stages(options: BenchOptions) -> list[Stage]:
                 for name in COMPARED
             ],
         ),
+        full_size("animatediff, other controls", torch.float16, costs("gpu", rest)),
         Stage(
             "embedded",
             10.0,
@@ -175,21 +238,10 @@ def stages(options: BenchOptions) -> list[Stage]:
             costs(f"{kind}.embedded", embedded),
             gpu=False,
         ),
-        Stage(
-            "animatediff compiled",
-            _BUILD,
-            functools.partial(full_size_subject, ANIMATEDIFF, device, torch.bfloat16),
-            [
-                Step(
-                    f"gpu.compiled.{case.name}",
-                    _COMPILE + case.seconds,
-                    functools.partial(
-                        cost_compiled, case=case, stem="gpu.compiled", repeats=repeats
-                    ),
-                )
-                for case in CASES
-                if case.name in _COMPILED
-            ],
+        full_size(
+            "animatediff compiled, other controls",
+            torch.bfloat16,
+            [compiled_cost(case) for case in compiled_rest],
         ),
     ]
 
@@ -300,8 +352,11 @@ def agree(state: Agreement, *, name: str) -> dict[str, Figure]:
 
 def _latents(subject: Subject, case: Case) -> Tensor:
     """[clips, channels, frames, h, w] on the CPU; convolutions do without TensorFloat-32."""
-    requests = subject.requests(case.clips, case.controls(subject), steps=case.steps)
+    controls = case.controls(subject)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        if isinstance(controls, ConsistentShots):
+            return torch.stack(subject.sample_shots(controls)).cpu()
+        requests = subject.requests(case.clips, controls, steps=case.steps)
         return torch.stack(subject.sample(subject.resolve(requests))).cpu()
 
 

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kinetiq.backends import COMPILED
 from kinetiq.bench.moft_cost import random_channels
+from kinetiq.board_run import BoardLatents
 from kinetiq.checkpoint import Checkpoint
 from kinetiq.clip import Clip
 from kinetiq.compiled import CompiledDenoiser
@@ -34,6 +35,7 @@ from kinetiq.motion_embedding import MotionEmbedding, site_size
 from kinetiq.motion_file import MotionInfo
 from kinetiq.motion_lora import MotionLora, lora_paths
 from kinetiq.request import Request, ResolvedRequest
+from kinetiq.shots import ConsistentShots
 from kinetiq.text import encode_prompts
 
 _VAE: Mapping[str, Any] = MappingProxyType(
@@ -205,6 +207,27 @@ class Subject:
         if self._exhausted() > before:  # smaller parts fitted, which is not what is measured
             raise WorkError(f"{len(requests)} clips must fit into memory together, and do not")
         return found
+
+    def sample_shots(self, shots: ConsistentShots) -> list[Tensor]:
+        """Latents of the shots of one board.
+
+        Raises:
+            KinetiqError: what goes wrong.
+        """
+        results = denoise(
+            [(0, self.engine.resolve_shots(shots))],
+            self.engine.denoiser,
+            self.encode_text,
+            channels=self.engine.checkpoint.unet.config.in_channels,
+            device=self.device,
+            dtype=self.dtype,
+            max_clips=len(shots.shots),
+        )
+        (found,) = in_order(results)
+        if isinstance(found, KinetiqError):
+            raise found
+        assert isinstance(found, BoardLatents)
+        return list(found.latents)
 
     def clips(self, requests: Sequence[ResolvedRequest]) -> list[Clip]:
         """Whole clips: `sample`, then the VAE."""

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import attrs
 import numpy as np
 import pytest
 import tiny
@@ -948,7 +949,13 @@ def make_agreement(tested):
     return control_costs.Agreement(tested or trusted, trusted)
 
 
-@pytest.mark.parametrize("name", ["plain", "query", "motion", "embedding", "lora", "moft"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("plain", "query", "query_region", "motion", "motion_region", "embedding", "lora"),
+        *("embedding_with_lora", "moft", "moft_region"),
+    ],
+)
 def test_a_device_that_agrees_does(name, monkeypatch):
     monkeypatch.setattr(control_costs, "_SMALL", 0.5)
     found = control_costs.agree(make_agreement(None), name=name)
@@ -956,6 +963,46 @@ def test_a_device_that_agrees_does(name, monkeypatch):
     assert found["gpu.agreement.not_compared"].value == len(control_costs.COMPARED) - 1
     assert found[f"gpu.agreement.{name}.fp32"].value == 0
     assert found[f"gpu.agreement.{name}.bf16"].value > 0
+
+
+def test_every_control_is_compared():
+    """Each by itself, and all that a region, another control or other rows change in it."""
+    subject = control_costs.embedded_subject("cpu", control_costs.transfer_pairs(1)[0].reference())
+    asked = [case.controls(subject) for case in control_costs.COMPARED.values()]
+    kinds = {type(one) for one in asked}
+    assert kinds == {
+        *(type(None), control_costs.QueryInjection, control_costs.MotionInjection),
+        *(control_costs.MoftGuidance, control_costs.ConsistentShots, tuple, list),
+        *(type(control_costs._embedding(subject)), type(control_costs._lora(subject))),
+    }
+    in_regions = {type(one) for one in asked if getattr(one, "region", None) is not None}
+    assert in_regions == {control_costs.QueryInjection, control_costs.MotionInjection}
+    assert any(getattr(one, "regions", ()) for one in asked)
+
+
+def test_shots_left_alone_are_the_plain_clips():
+    """So what consistency changes is known, and sampled by the same model."""
+    subject = control_costs.embedded_subject("cpu", control_costs.transfer_pairs(1)[0].reference())
+    shots = control_costs._shots(subject)
+    shots = attrs.evolve(shots, steps=2)
+    alone = attrs.evolve(shots, keys_window=(0.0, 0.0), preserve_until=0.0, flow=False, refine=0.0)
+    plain = subject.sample(subject.resolve(subject.requests(2, steps=2)))
+    assert apart(torch.stack(subject.sample_shots(alone)), torch.stack(plain)) <= 1e-4
+    assert apart(torch.stack(subject.sample_shots(shots)), torch.stack(plain)) > 1e-3
+
+
+def test_what_compiles_has_its_turn_while_a_part_has_time():
+    stages = control_costs.stages(BenchOptions())
+    names = [step.name for stage in stages for step in stage.steps]
+    assert len(set(names)) == len(names)
+    assert {f"gpu.{case.name}" for case in control_costs.CASES} <= set(names)
+    assert names[:3] == [
+        "gpu.query_cost.one_target",
+        "gpu.query_cost.four_targets",
+        "gpu.compiled.query_cost.one_target",
+    ]
+    needed = sum(stage.seconds + sum(s.seconds for s in stage.steps) for stage in stages[:2])
+    assert needed <= gpu.SECONDS["full"]
 
 
 def test_a_device_that_does_not_agree_is_counted(monkeypatch):
