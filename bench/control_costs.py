@@ -8,7 +8,10 @@ counts as lost. Costs are of the network run eagerly in float16, but for those u
 they are of bfloat16, whose plain plan the part `clips` has compiled before.
 
 Right is what the CPU says: the embedded model's latents under every control, float32 within 1e-4
-of the largest value, bfloat16 with at most twice the error that the CPU makes in that type.
+of the largest value, bfloat16 with at most twice the error that the CPU makes in that type. The
+former is the largest error as a share of the largest value. The latter is a root mean square as a
+share of the same of the values: the largest of so many errors is less than half as large on one
+machine as on another by chance, and the same code would pass on one of two.
 A control that changes nothing cannot be right.
 """
 
@@ -316,21 +319,22 @@ def build_agreement(tested: str, trusted: str) -> Agreement:
 
 
 def agree(state: Agreement, *, name: str) -> dict[str, Figure]:
-    """How far the tested device is from the trusted one under a control, as shares of the largest.
+    """How far the tested device is from the trusted one under a control.
 
     Errors are those over all clips of the case, from the trusted device's float32.
     """
     case = COMPARED[name]
     exact = _latents(state.trusted[torch.float32], case)
-    largest = float(exact.abs().max())
     figures: dict[str, Figure] = {}
     right = True
     for dtype, word in _WORDS.items():
-        error = _apart(_latents(state.tested[dtype], case), exact) / largest
+        got = _latents(state.tested[dtype], case)
         if dtype in _CLOSE:
-            allowed = _CLOSE[dtype]
+            error, allowed = _apart(got, exact), _CLOSE[dtype]
         else:
-            theirs = _apart(_latents(state.trusted[dtype], case), exact) / largest
+            error, theirs = (
+                _spread(each, exact) for each in (got, _latents(state.trusted[dtype], case))
+            )
             allowed = _SLACK * theirs + torch.finfo(dtype).eps
         figures[f"gpu.agreement.{name}.{word}"] = Figure(error, n=case.clips)
         right = right and error <= allowed
@@ -338,7 +342,7 @@ def agree(state: Agreement, *, name: str) -> dict[str, Figure]:
         if case.clips not in state.plain:
             without = Case("plain", lambda _: None, case.clips)
             state.plain[case.clips] = _latents(state.trusted[torch.float32], without)
-        changed = _apart(state.plain[case.clips], exact) / largest
+        changed = _apart(state.plain[case.clips], exact)
         right = right and changed > 10 * _CLOSE[torch.float32]
     state.compared.append(name)
     if not right:
@@ -361,5 +365,12 @@ def _latents(subject: Subject, case: Case) -> Tensor:
 
 
 def _apart(got: Tensor, wanted: Tensor) -> float:
-    error = float((got.double() - wanted.double()).abs().max())
+    """The largest error as a share of the largest value."""
+    error = float((got.double() - wanted.double()).abs().max() / wanted.abs().max())
+    return error if math.isfinite(error) else math.inf
+
+
+def _spread(got: Tensor, wanted: Tensor) -> float:
+    """The root mean square of errors as a share of that of the values."""
+    error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
     return error if math.isfinite(error) else math.inf

@@ -1020,6 +1020,27 @@ def test_a_device_that_does_not_agree_is_counted(monkeypatch):
     assert found["gpu.agreement.disagreeing"] == Figure(1, n=1)
 
 
+def test_a_half_type_is_judged_by_all_errors_and_not_by_the_largest(monkeypatch):
+    """Of the largest one device may have three times the other's by chance, and both be right."""
+    exact = torch.full((1, 100), 4.0)
+    errors = {name: torch.zeros(1, 100) for name in ("near", "lone", "wide")}
+    errors["near"][0, :10] = 0.1
+    errors["lone"][0, :1] = 0.3
+    errors["wide"] += 0.1
+    monkeypatch.setattr(
+        control_costs, "_latents", lambda subject, _: exact + errors.get(subject, 0.0)
+    )
+    for name, wrong in (("lone", 0), ("wide", 1)):
+        state = control_costs.Agreement(
+            {torch.float32: "exact", torch.bfloat16: name},
+            {torch.float32: "exact", torch.bfloat16: "near"},
+        )
+        found = control_costs.agree(state, name="plain")
+        assert found["gpu.agreement.disagreeing"].value == wrong
+        size = float(errors[name].norm() / exact.norm())
+        assert found["gpu.agreement.plain.bf16"].value == pytest.approx(size)
+
+
 def test_a_control_that_does_nothing_is_not_right(monkeypatch):
     idle = replace(control_costs.COMPARED["query"], controls=lambda _: None)
     monkeypatch.setitem(control_costs.COMPARED, "query", idle)
