@@ -3,10 +3,12 @@
 import contextlib
 import functools
 import json
+import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import attrs
@@ -307,6 +309,31 @@ def test_marked_tests_are_all_in_the_files_that_are_read(tmp_path):
     assert sorted(found[0]) == sorted(found[1])
     (tmp_path / "tests").mkdir()
     assert selection.files(tmp_path) == ["tests"]
+
+
+def test_few_tests_are_run_under_the_eye_of_a_tool():
+    """Some of each file, and all of them in the seconds of a part."""
+    folder = Path(__file__).parents[1]
+    found = {
+        path: re.search(r'memory_check\(\s*__file__,\s+"([^"]+)"', path.read_text())
+        for path in (folder / "kernels").glob("test_*.py")
+    }
+    asked = {path: match[1] for path, match in found.items() if match}
+    assert len(asked) == 5
+    for path, expression in asked.items():
+        words = [sys.executable, "-P", "-m", "pytest", "--collect-only", "-qq"]
+        words += ["-o", "addopts=", "--import-mode=importlib", "-m", "not slow and not gpu"]
+        done = subprocess.run(
+            [*words, "-p", "no:cacheprovider", "-k", expression, str(path)],
+            cwd=folder.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        counted = re.search(r"test_\w+\.py: (\d+)", done.stdout)
+        assert 2 <= int(counted[1]) <= 12, (path.name, done.stdout)
+    (seconds,) = re.findall(r"MEMORY_CHECK = ([0-9.]+)", (folder / "conftest.py").read_text())
+    assert len(asked) * float(seconds) <= gpu.SECONDS["full"]
 
 
 def test_several_processes_share_the_tests_and_report_to_one_file(tmp_path):
