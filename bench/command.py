@@ -7,6 +7,7 @@ when the README differs from the records; 2 for bad input.
 import difflib
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -357,9 +358,22 @@ def _compare(before: Path, after: Path, as_json: bool) -> None:
 @click.option("--path", type=_FILE, help="Launch file to change; the one in use.")
 @click.option("--device", help="cuda or cuda:N; a GPU where there is one.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=math.inf,
+    show_default="as long as it takes",
+    help="After which nothing further is tried; what was not come to is named and stays.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def _tune(
-    operators: tuple[str, ...], path: Path | None, device: str | None, seed: int, *, as_json: bool
+    operators: tuple[str, ...],
+    path: Path | None,
+    device: str | None,
+    seed: int,
+    seconds: float,
+    *,
+    as_json: bool,
 ) -> None:
     """Find the launch settings of the GPU at hand, and write them to a launch file.
 
@@ -372,7 +386,10 @@ def _tune(
     outcomes = []
     progress = Progress(visible=sys.stderr.isatty())
     target = path or launch_file()
-    for outcome in tune(choose_device(device), target, operators, seed=seed, progress=progress):
+    found = tune(
+        choose_device(device), target, operators, seed=seed, progress=progress, seconds=seconds
+    )
+    for outcome in found:
         outcomes.append(asdict(outcome))
         if not as_json:
             click.echo(describe(outcome))

@@ -11,8 +11,7 @@ taken over where it has one for an older architecture of the generation, else th
 every GPU can run.
 """
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,7 +20,17 @@ from kinetiq.bench import kernels
 from kinetiq.bench.figures import Figure, load_targets
 from kinetiq.bench.harness import BenchOptions, Progress
 from kinetiq.bench.kernels import Line, Machine, Plan, Roof
-from kinetiq.bench.steps import NO_GPU, Budget, Keep, Outcome, in_short
+from kinetiq.bench.steps import (
+    NO_GPU,
+    Budget,
+    Keep,
+    Outcome,
+    failing,
+    free_memory,
+    in_short,
+    lost,
+    require_device,
+)
 from kinetiq.errors import InputError
 from kinetiq.kernels._launch import (
     DEFAULT,
@@ -38,13 +47,6 @@ _CASE, _COMPILED = 4.0, 40.0  # seconds that a case may take, and one with what 
 _TIMED = 1.0  # seconds of its rounds
 _NO_TIME = "no time was left to compile"
 _MAIN = "animatediff"
-_OPERATORS = {
-    "query_case": "query_attention",
-    "frame_case": "frame_attention",
-    "block_case": "temporal_block",
-    "feature_case": "motion_feature",
-    "step_case": "guided_step",
-}
 
 Asked = tuple[str, str]  # operator and key of the launch file
 
@@ -60,9 +62,11 @@ def measure_kernels(
         outcome.leave_out(names, f"{NO_GPU} (the device is {options.device})")
         return outcome
     plans = kernels.plan(options.device, quick=options.quick, seed=options.seed)
-    with torch.cuda.device(options.device):
+    names = [LAUNCH, *(describe(plan) for plan in plans)]
+    with failing(outcome, names), torch.cuda.device(options.device):
         machine = Machine(options.device)
         roof = machine.roof(sorted({plan.element for plan in plans}))
+        names.clear()  # from here on what breaks is named by itself
         run_plans(plans, machine, roof, options, budget, outcome, progress, keep)
     return outcome
 
@@ -80,7 +84,6 @@ def run_plans(
     """Run the cases in their order while time lasts, and look at the settings they ask for."""
     asked: dict[Asked, None] = {}
     lines: list[Line] = []
-    failed: list[Line] = []
     outcome.figures["kernels.roof.copy"] = Figure(roof.bytes_per_second / 1e9, unit="GB/s")
     for element, rate in roof.flops_per_second.items():
         outcome.figures[f"kernels.roof.{element}"] = Figure(rate / 1e12, unit="TFLOP/s")
@@ -89,27 +92,16 @@ def run_plans(
         asked[operator, key] = None
         return found
 
-    begun: list[str] = []
-    affordable = within(in_order(plans), budget, outcome, keep)
+    ordered = in_order(plans)
+    outcome.left = [describe(plan) for plan in ordered]
+    affordable = within(ordered, budget, outcome, keep)
     shown = progress.track(affordable, "kernels", len(plans))
     with choosing(note):
-        cases = kernels._run_all(_noted(shown, begun), machine, roof, _TIMED)  # noqa: SLF001  one bench, two ways
-        try:
-            for found in kernels._follow(cases, options.out):  # noqa: SLF001
-                lines += found
-                outcome.figures |= kernels.figures_of(found)
-                for line in (line for line in found if line.failed):
-                    failed.append(line)
-                    name = f"kernels: {line.operator} {line.shape} {line.element}"
-                    outcome.fail([name], f"{line.contestant}: {line.failed}")
-        except RuntimeError as error:  # a GPU that is lost refuses even to give memory back
-            outcome.fail(begun[-1:], f"the run ended here: {in_short(error)}")
-            left = {describe(plan) for plan in plans} - {*begun, *outcome.unmeasured}
-            outcome.leave_out(sorted(left), "the run ended before")
-    if lines:
-        outcome.figures["kernels.failed"] = Figure(
-            len({(line.operator, line.shape, line.element) for line in failed}), n=len(plans)
-        )
+        cases = _run_all(shown, machine, roof, outcome)
+        for found in kernels._follow(cases, options.out):  # noqa: SLF001  one bench, two ways
+            lines += found
+            outcome.figures |= kernels.figures_of(found)
+            outcome.figures["kernels.failed"] = Figure(len(outcome.failed), n=len(plans))
     if options.out is not None:
         kernels._write(options.out, lines)  # noqa: SLF001
     print(kernels.render(lines))  # noqa: T201  goes to standard error
@@ -123,11 +115,32 @@ def run_plans(
         outcome.figures[f"gpu.launch.{word}"] = Figure(len(names), n=max(1, len(asked)))
 
 
-def _noted(plans: Iterator[Plan], begun: list[str]) -> Iterator[Plan]:
-    """The same plans; `begun` names those that were asked for."""
+def _run_all(
+    plans: Iterable[Plan], machine: Machine, roof: Roof, outcome: Outcome
+) -> Iterator[list[Line]]:
+    """The lines of each case; one that failed is named before the next one begins.
+
+    Where the GPU answers nothing any more it ends, and all that is left is named.
+    """
     for plan in plans:
-        begun.append(describe(plan))
-        yield plan
+        name = describe(plan)
+        found: list[Line] = []
+        with failing(outcome, [name]):
+            found = kernels.run_plan(plan, machine, roof, _TIMED)
+            require_device(machine.device)
+        for line in found:
+            if line.failed and name not in outcome.failed:
+                outcome.fail([name], f"{line.contestant}: {line.failed}")
+        ratio = f"{stem(plan)}.ratio_to_best"
+        if (rivals := kernels.untimed_rivals(found)) and ratio in load_targets():
+            names = ", ".join(line.contestant for line in rivals)
+            why = f"{rivals[0].contestant}: {rivals[0].skipped}"
+            outcome.leave_out([ratio], f"needs all other ways, {names} not timed: {why}")
+        yield found
+        free_memory(machine.device)
+        if why := lost(machine.device):
+            outcome.leave_out(outcome.left, why)
+            return
 
 
 def in_order(plans: Sequence[Plan]) -> list[Plan]:
@@ -148,12 +161,8 @@ def in_order(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def stem(plan: Plan) -> str:
-    """What the figures of a case begin with, told before it is built.
-
-    That is so for all that have targets; a case with controls has them in other words.
-    """
-    _, operator, *words, element = describe(plan).split()
-    return f"kernels.{operator}.{'_'.join(words)}.{element}"
+    """What the figures of a case begin with, told before it is built."""
+    return kernels.stem(plan.build, plan.element)
 
 
 def _targeted(plans: Sequence[Plan]) -> set[str]:
@@ -172,6 +181,7 @@ def within(
         if why := budget.refusal(_CASE):
             outcome.leave_out([describe(plan)], why)
             continue
+        outcome.left = [name for name in outcome.left if name != describe(plan)]
         keep(outcome, describe(plan))
         following = plans[place + 1 :]
         if stem(plan) in wanted:
@@ -186,23 +196,11 @@ def within(
 
 def describe(plan: Plan) -> str:
     """A case in words before it is built."""
-    build = _partial(plan)
-    words = [value for value in build.args[1:] if isinstance(value, str)]
-    for name, value in build.keywords.items():
-        if value:
-            words.append(name if value is True else f"{name}={value}")
-    operator = _OPERATORS[build.func.__name__]
-    return " ".join(["kernels:", operator, _site(plan), *words, plan.element])
+    return " ".join(["kernels:", *kernels.describe(plan.build), plan.element])
 
 
 def _site(plan: Plan) -> str:
-    site = _partial(plan).args[0]
-    return str(getattr(site, "name", site))
-
-
-def _partial(plan: Plan) -> functools.partial[object]:
-    assert isinstance(plan.build, functools.partial)
-    return plan.build
+    return kernels.describe(plan.build)[1]
 
 
 def sort_settings(asked: Sequence[Asked], table: Table, name: str) -> dict[str, list[str]]:

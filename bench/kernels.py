@@ -11,6 +11,9 @@ The roof of a case is what the machine itself takes to move its bytes, or to do 
 whichever is slower, at the rates of a copy and of a matrix product that the same run measures. On
 a CPU whose cache holds all tensors a share of it can exceed 1.
 
+`ratio_to_best` is there once all who may be the best were timed: else it would look better the less
+was measured. `ratio_to_best_timed` is to whoever was.
+
 `kernels.cpu_worst_ratio`, on a CPU, is the ratio to the usual way of the case whose interval ends
 lowest: of many ratios the least value is one that was disturbed.
 
@@ -20,7 +23,6 @@ end `kernels.json` and `kernels.md` have every contestant's line.
 
 import contextlib
 import functools
-import gc
 import json
 import math
 import time
@@ -37,9 +39,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from kinetiq.bench.figures import Figure
+from kinetiq.bench.figures import Figure, load_targets
 from kinetiq.bench.harness import Bench, BenchOptions, Progress
 from kinetiq.bench.measure import Timing
+from kinetiq.bench.steps import free_memory, lost
 from kinetiq.errors import OutputError, WorkError
 from kinetiq.files import write_text
 from kinetiq.kernels import (
@@ -75,17 +78,19 @@ Function = Callable[..., Any]  # of a case's inputs; returns a tensor or several
 OURS, USUAL, COMPILED, FLEX = "ours", "usual", "compiled_reference", "flex"
 COMPILED_USUAL, SEPARATE = "compiled_usual", "ours_separate"
 COMPILED_ONES = (COMPILED, COMPILED_USUAL, FLEX)
+MATH = "sdpa_math"
 BACKENDS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa_math": SDPBackend.MATH,
+    MATH: SDPBackend.MATH,
 }
 SLACK = {False: 2.0, True: 3.0}  # times the usual way's error, forward and backward
 _SANE = 32  # units in the last place of the largest value that the usual way may err
 _RESAMPLES = 2000
 _ROUNDS = (3, 50)  # at least and at most
 _SECONDS = {"quick": 0.8, "cuda": 2.0, "cpu": 4.0}  # that the rounds of one case may take
+_SCORES = 2**33  # bytes of scores beyond which a way that writes them all is left out
 _EXTREME = 2  # times its part's error that all of a result may err, whose extremes lie further out
 _CHECKED = 64  # positions that are compared with float64 where positions do not depend on others
 _WEIGHTS = (
@@ -96,6 +101,13 @@ _BANKS = ("query_bank", "key_bank", "value_bank")
 _EPS = 1e-5  # of a layer normalisation, in PyTorch and in ours
 _MOTION = 0.04  # share of the channels that carry motion
 _SHARE = 0.75  # of a blend
+_OPERATORS = {
+    "query_case": "query_attention",
+    "frame_case": "frame_attention",
+    "block_case": "temporal_block",
+    "feature_case": "motion_feature",
+    "step_case": "guided_step",
+}
 _CONTROLLED = ("animatediff_64x64", "embedded_16x16")  # sites with a case for each control
 _QUERY_KINDS: tuple[dict[str, Any], ...] = (  # each further control, and the way back of the first
     {"injected": True, "backward": True},
@@ -379,7 +391,8 @@ def plan(device: str, *, quick: bool, seed: int = 0) -> list[Plan]:
     one row, and one frame where attention stays within a frame, in fp32; and attention over many
     frames, whose scores are larger than what they are made of. Compiling takes longer
     than everything else, so contestants that are compiled first take part in the first case of
-    each operator and model, and in bf16 on a GPU. A quick run has the embedded model, on a GPU
+    each operator and model, and in bf16 on a GPU, where each case whose ratio to the best has a
+    target has them too. A quick run has the embedded model, on a GPU
     AnimateDiff's largest site in bf16 as well, and compiles nothing.
     """
     gpu = device.startswith("cuda")
@@ -390,11 +403,36 @@ def plan(device: str, *, quick: bool, seed: int = 0) -> list[Plan]:
         for models in builders(inputs, quick=quick).values():
             for builds in models.values():
                 for place, build in enumerate(builds):
-                    reason = "compiled for a model's first case only" if place else ""
+                    later = place and not (gpu and _wants_best(build, element))
+                    reason = "compiled for a model's first case only" if later else ""
                     reason = "compiled for bf16 only" if element == "fp16" else reason
                     reason = "not in a quick run" if quick else reason
                     plans.append(Plan(build, element, reason))
     return plans
+
+
+def describe(build: Callable[[], Case]) -> list[str]:
+    """Operator, site and further words of a case, told before it is built."""
+    assert isinstance(build, functools.partial)
+    site, *rest = build.args
+    words = [value for value in rest if isinstance(value, str)]
+    for name, value in build.keywords.items():
+        if value:
+            words.append(name if value is True else f"{name}={value}")
+    return [_OPERATORS[build.func.__name__], str(getattr(site, "name", site)), *words]
+
+
+def stem(build: Callable[[], Case], element: str) -> str:
+    """What the figures of a case begin with, told before it is built.
+
+    That is so for all that have targets; a case with controls has them in other words.
+    """
+    operator, *words = describe(build)
+    return f"kernels.{operator}.{'_'.join(words)}.{element}"
+
+
+def _wants_best(build: Callable[[], Case], element: str) -> bool:
+    return f"{stem(build, element)}.ratio_to_best" in load_targets()
 
 
 def builders(
@@ -512,6 +550,11 @@ def query_case(
             functools.partial(_usual_within, attend, site.heads, controls), given, grad
         )
     ways[COMPILED] = timed_way(lambda: _compiled_definition(reference), given, grad)
+    scores = rows * frames * site.heads * site.tokens * (keys or (1 + further) * site.tokens) * 4
+    if scores > _SCORES:
+        ways[MATH] = _too_large(scores)
+        if backward:  # which keeps several of them
+            ways[COMPILED] = _too_large(scores)
     first = (slice(None), slice(1), slice(None), slice(site.d))  # one frame of one head
     one_head = functools.partial(query_attention_reference, heads=1, **controls)
     return Case(
@@ -526,6 +569,15 @@ def query_case(
         _exact(one_head, given, grad, first),
         backward,
     )
+
+
+def _too_large(scores: int) -> Prepare:
+    """What says that a way is left out: its graph would keep the memory that others need."""
+
+    def prepare() -> Call:
+        raise WorkError(f"writes all scores, {scores / 1e9:.1f} GB in float32")
+
+    return prepare
 
 
 def frame_case(site: Site, inputs: Inputs, *, control: str = "", backward: bool = False) -> Case:
@@ -1078,6 +1130,8 @@ def run_case(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # they say at length what an error says in short
                 runs[name], refused[name] = _try(machine, way, gate)
+            if refused[name] and lost(machine.device):
+                return [empty(name, failed=refused[name])]
         if refused.get(OURS):
             return [empty(OURS, failed=refused[OURS])]
     skipped = {name: why for name, why in refused.items() if why}
@@ -1122,21 +1176,21 @@ def _in_short(error: Exception) -> str:
 
 
 def figures_of(lines: Sequence[Line]) -> dict[str, Figure]:
-    """The figures of one case; none of one that failed.
+    """The figures of one case; none of one that failed, or could not be built.
 
     A ratio is the time of the other over ours: above 1, ours is faster. Its interval is a
     bootstrap over the rounds, in which the two were timed in turn. The compiled one is the faster
     of the definition and the usual way: the definition computes in float32, at which a bar falls
     by itself.
     """
-    if any(line.failed for line in lines):
+    if not lines or any(line.failed for line in lines):
         return {}
     timed = {line.contestant: line for line in lines if line.seconds is not None}
     ours = timed.pop(OURS)
     stem = f"kernels.{ours.operator}.{ours.shape}.{ours.element}"
     separate = timed.pop(SEPARATE, None)
     best = min(timed.values(), key=_by_time)
-    rivals = {"best": best, "usual": timed[USUAL]}
+    rivals = {"best_timed" if untimed_rivals(lines) else "best": best, "usual": timed[USUAL]}
     compiled = [timed[name] for name in (COMPILED, COMPILED_USUAL) if name in timed]
     if compiled:
         rivals["compiled"] = min(compiled, key=_by_time)
@@ -1147,6 +1201,21 @@ def figures_of(lines: Sequence[Line]) -> dict[str, Figure]:
     figures[f"{stem}.share_of_roof"] = Figure(ours.share_of_roof, n=n)
     figures[f"{stem}.useful_tflops"] = Figure(ours.useful_tflops, n=n, unit="TFLOP/s")
     return figures
+
+
+def untimed_rivals(lines: Sequence[Line]) -> list[Line]:
+    """Those of a case who may be the best and were not timed, in a half type.
+
+    Not among them are, where attention has better ways, those that write all scores. Flash and
+    cuDNN take no float32, and a CPU has no cuDNN, so there whoever was timed is all there is.
+    """
+    names = {line.contestant for line in lines}
+    none = {SEPARATE, *((MATH, COMPILED) if FLEX in names else ())}
+    return [
+        line
+        for line in lines
+        if line.skipped and line.element != "fp32" and line.contestant not in none
+    ]
 
 
 def _at_best(figure: Figure) -> float:
@@ -1227,11 +1296,16 @@ def _run_all(
     plans: Iterable[Plan], machine: Machine, roof: Roof, seconds: float
 ) -> Iterator[list[Line]]:
     for one in plans:
-        torch.compiler.reset()  # else its limit of shapes a function sends the next one to eager
-        yield run_case(one.build(), machine, roof, seconds=seconds, uncompiled=one.uncompiled)
-        gc.collect()
-        if machine.device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        yield run_plan(one, machine, roof, seconds)
+        free_memory(machine.device)
+        if why := lost(machine.device):
+            raise WorkError(f"bench kernels: the GPU must answer to go on, got: {why}")
+
+
+def run_plan(one: Plan, machine: Machine, roof: Roof, seconds: float) -> list[Line]:
+    """Build a case, and run it."""
+    torch.compiler.reset()  # else its limit of shapes a function sends the next one to eager
+    return run_case(one.build(), machine, roof, seconds=seconds, uncompiled=one.uncompiled)
 
 
 def _follow(cases: Iterable[list[Line]], folder: Path | None) -> Iterator[list[Line]]:

@@ -1,9 +1,9 @@
 """Measurements that share a time budget: each runs if it can, and what does not run is named.
 
 A step says how long it may take, and begins only while that much time is left, so that a run ends
-when it was promised to. One that breaks is named with its error, and the next one goes on. What is
-found is handed on after every step, with the name of the next, so that a step which does not end
-takes nothing along.
+when it was promised to. One that breaks is named with its error, and the next one goes on, unless
+the GPU answers nothing any more: then all that follows is named. What is found is handed on after
+every step, with the name of the next, so that a step which does not end takes nothing along.
 """
 
 import contextlib
@@ -167,19 +167,22 @@ def run_stages(
         if why := budget.refusal(least):
             outcome.leave_out(names, why)
             continue
-        _run_stage(stage, budget, outcome, keep)
-        # A GPU that a step has broken refuses this too; its own error is said there already.
-        with contextlib.suppress(RuntimeError):
-            free_memory(device)
+        _run_stage(stage, device, budget, outcome, keep)
+        free_memory(device)
+        if why := lost(device):
+            outcome.leave_out(outcome.left, why)
+            break
     return outcome
 
 
-def _run_stage(stage: Stage, budget: Budget, outcome: Outcome, keep: Keep) -> None:
+def _run_stage(stage: Stage, device: str, budget: Budget, outcome: Outcome, keep: Keep) -> None:
     built: list[Any] = []
+    names = [step.name for step in stage.steps]
     keep(outcome, f"{stage.name}: building")
-    with _failing(outcome, [step.name for step in stage.steps]):
+    with failing(outcome, names):
         built.append(stage.build())
-    if not built:
+        require_device(device)
+    if outcome.unmeasured.keys() >= set(names):
         return
     for step in stage.steps:
         if why := budget.refusal(step.seconds):
@@ -187,15 +190,19 @@ def _run_stage(stage: Stage, budget: Budget, outcome: Outcome, keep: Keep) -> No
             continue
         outcome.left = [name for name in outcome.left if name != step.name]
         keep(outcome, step.name)
-        with _failing(outcome, [step.name]):
+        with failing(outcome, [step.name]):
             found = step.run(built[0])
             for part in [found] if isinstance(found, Mapping) else found:
                 outcome.take(part)
+            require_device(device)
         gc.collect()
+        if lost(device):
+            return
 
 
 @contextlib.contextmanager
-def _failing(outcome: Outcome, names: Sequence[str]) -> Iterator[None]:
+def failing(outcome: Outcome, names: Sequence[str]) -> Iterator[None]:
+    """Inside, an error is kept as what broke these names."""
     try:
         yield
     except Exception as error:  # one that breaks must not take the others' time away
@@ -212,4 +219,29 @@ def free_memory(device: str) -> None:
     """Give back what nobody holds."""
     gc.collect()
     if device.startswith("cuda"):
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # of a GPU that is lost, which `lost` tells
+            torch.cuda.empty_cache()
+
+
+def lost(device: str) -> str:
+    """Why a GPU answers nothing any more, empty if it does.
+
+    After an illegal access and its like every further call of the process fails with that error.
+    """
+    if not device.startswith("cuda"):
+        return ""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return f"the GPU was lost before: {in_short(error)}"
+    return ""
+
+
+def require_device(device: str) -> None:
+    """Wait for a GPU, so that an error of what was queued is that of the one who queued it.
+
+    Raises:
+        RuntimeError: whatever went wrong on it.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

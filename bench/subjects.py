@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kinetiq.backends import COMPILED
 from kinetiq.bench.moft_cost import random_channels
+from kinetiq.board_run import BoardLatents
 from kinetiq.checkpoint import Checkpoint
 from kinetiq.clip import Clip
 from kinetiq.compiled import CompiledDenoiser
@@ -34,6 +35,7 @@ from kinetiq.motion_embedding import MotionEmbedding, site_size
 from kinetiq.motion_file import MotionInfo
 from kinetiq.motion_lora import MotionLora, lora_paths
 from kinetiq.request import Request, ResolvedRequest
+from kinetiq.shots import ConsistentShots
 from kinetiq.text import encode_prompts
 
 _VAE: Mapping[str, Any] = MappingProxyType(
@@ -205,6 +207,27 @@ class Subject:
         if self._exhausted() > before:  # smaller parts fitted, which is not what is measured
             raise WorkError(f"{len(requests)} clips must fit into memory together, and do not")
         return found
+
+    def sample_shots(self, shots: ConsistentShots) -> list[Tensor]:
+        """Latents of the shots of one board.
+
+        Raises:
+            KinetiqError: what goes wrong.
+        """
+        results = denoise(
+            [(0, self.engine.resolve_shots(shots))],
+            self.engine.denoiser,
+            self.encode_text,
+            channels=self.engine.checkpoint.unet.config.in_channels,
+            device=self.device,
+            dtype=self.dtype,
+            max_clips=len(shots.shots),
+        )
+        (found,) = in_order(results)
+        if isinstance(found, KinetiqError):
+            raise found
+        assert isinstance(found, BoardLatents)
+        return list(found.latents)
 
     def clips(self, requests: Sequence[ResolvedRequest]) -> list[Clip]:
         """Whole clips: `sample`, then the VAE."""
@@ -394,13 +417,18 @@ class Stock:
         self.pipeline = _pipeline(subject, network)
 
     def clips(self, count: int, *, steps: int, latent: bool = False) -> Tensor:
-        """Clips [count, frames, channels, h, w], or latents [count, channels, frames, h, w]."""
+        """Clips as `prepared` makes them, or latents [count, channels, frames, h, w]."""
         call = self.prepared(count, steps=steps, latent=latent)
         with self.borrowing():
             return call()
 
     def prepared(self, count: int, *, steps: int, latent: bool = False) -> Callable[[], Tensor]:
-        """What makes the clips inside `borrowing`, and does nothing that stock would not do."""
+        """What makes the clips inside `borrowing`, and does nothing that stock would not do.
+
+        They end as ours do, as bytes in the CPU's memory, [count, frames, h, w, channels], and by
+        the quickest way there: rounded where they were decoded. The pipeline's own arrays are
+        float32, four times as much to be moved.
+        """
         subject = self.subject
         text, negative = (
             subject.encode_text(prompt).to(subject.dtype).expand(count, -1, -1)
@@ -420,8 +448,10 @@ class Stock:
                 negative_prompt_embeds=negative,
                 output_type="latent" if latent else "pt",
             )
-            clips: Tensor = out.frames
-            return clips
+            video: Tensor = out.frames
+            if latent:
+                return video
+            return (255 * video).round().byte().movedim(2, -1).contiguous().cpu()
 
         return call
 

@@ -7,6 +7,10 @@ in float32 where types share an entry, and its score is the geometric mean of it
 of the settings that it would replace. One case is in memory at a time. What a GPU takes that is not
 in the file, and has not been tuned, `kinetiq.kernels._launch` says.
 
+What is about to be launched is compiled before, in several processes, into Triton's cache on disk:
+compiling takes longer than all else. An entry that is not done in time stays as it is, and is
+named.
+
 Where a whole temporal layer in one kernel beats the separate operators is measured likewise, after
 the settings of all of them: "temporal_block_wins" in the launch file says from how many positions
 on it does.
@@ -14,11 +18,13 @@ on it does.
 
 import contextlib
 import functools
-import gc
 import itertools
 import json
 import math
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,13 +51,17 @@ from kinetiq.bench.kernels import (
     make_layer,
     timed_way,
 )
+from kinetiq.bench.steps import Budget, free_memory, lost
 from kinetiq.errors import MissingDependencyError, RequestError, WorkError
 from kinetiq.files import check_target, write_text
+from kinetiq.kernels._compile import CompileCase, Request, compile_case
 from kinetiq.kernels._launch import Table, architecture, choosing, launch_file, read_table
 
 Settings = dict[str, int]
 Entry = tuple[str, str]  # operator and key of the launch file
 Timer = Callable[[Mapping[str, Run]], Mapping[str, Sequence[float]]]
+Launch = Callable[[], None]
+ENDLESS = Budget(math.inf)
 _ATTENTION = {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)}
 _GRADIENT = {"BLOCK_M": (32, 64), "BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
 _FRAMES = {"TILE": (4096, 8192, 16384), "num_warps": (2, 4, 8)}
@@ -90,6 +100,9 @@ OPERATORS = (
 )
 WINS = "temporal_block_wins"
 _CLIP_ROWS = (1, 2, 4, 8, 16)  # halves of guidance of up to eight clips
+_PROCESSES = 16  # that compile at most
+_ROOM = 8 * 2**30  # bytes of the GPU's memory for each of them: a context and the largest case
+_KIND = 15.0  # seconds that a kind of layer may take to be compared with the separate operators
 _WORTH = 0.98  # of the present time; less of a gain may be noise
 
 
@@ -101,10 +114,12 @@ class Subject:
         prepare: makes the call under the settings that hold meanwhile; what is timed, and the
             outputs that it filled.
         complaint: what is wrong with outputs; empty if nothing is.
+        device: where they are.
     """
 
     prepare: Callable[[], tuple[Run, Outputs]]
     complaint: Callable[[Outputs], str]
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -116,12 +131,14 @@ class Workload:
         build: puts the case into memory, where all of an operator's would not fit.
         asked: entries that the timed call asks for, with the settings that it gets.
         timed: whether it is timed, or only has to be right.
+        launch: builds the case and launches the call once; another process can be given it.
     """
 
     name: str
     build: Callable[[], Subject]
     asked: Mapping[Entry, Settings]
     timed: bool = True
+    launch: Launch | None = None
 
 
 @dataclass(frozen=True)
@@ -135,13 +152,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one entry; `best` is `present` where nothing was worth a change."""
+    """What became of one entry; `best` is `present` where nothing was worth a change.
+
+    `searched` says whether it was searched to the end, for which there may be no time.
+    """
 
     entry: Entry
     present: Settings
     best: Settings
     score: float
     trials: tuple[Trial, ...]
+    searched: bool = True
 
 
 def candidates(entry: Entry, present: Settings) -> list[Settings]:
@@ -174,8 +195,21 @@ def asked_by(make: Prepare) -> dict[Entry, Settings]:
     return seen
 
 
-def search(entry: Entry, workloads: Sequence[Workload], timer: Timer) -> Outcome:
+def not_searched(entry: Entry, present: Settings) -> Outcome:
+    """What there is to say of an entry for which no time was left."""
+    return Outcome(entry, present, present, 1.0, (), searched=False)
+
+
+def search(
+    entry: Entry, workloads: Sequence[Workload], timer: Timer, budget: Budget = ENDLESS
+) -> Outcome:
     """Try every candidate of one entry on the workloads that ask for it, one after the other.
+
+    Args:
+        entry: what is searched.
+        workloads: those that may ask for it.
+        timer: takes the times of "present" and "candidate".
+        budget: once it is used up nothing further is tried, and the entry counts as not searched.
 
     Raises:
         WorkError: a workload is wrong with the settings that it has now, or the GPU has no memory
@@ -188,8 +222,13 @@ def search(entry: Entry, workloads: Sequence[Workload], timer: Timer) -> Outcome
     logs: list[list[float]] = [[] for _ in tried]
     for judge in judges:
         standing = [number for number, why in enumerate(rejected) if not why]
-        with _in_memory(judge.name):
-            verdicts = _judge(entry, judge, [tried[number] for number in standing], timer)
+        verdicts: list[tuple[str, list[float]]] = []
+        if budget.left > 0:
+            some = [tried[number] for number in standing]
+            with _in_memory(judge.name):
+                verdicts = _judge(entry, judge, some, timer, budget)
+        if len(verdicts) < len(standing):
+            return not_searched(entry, present)
         for number, (why, ratios) in zip(standing, verdicts, strict=True):
             rejected[number] = why
             logs[number] += ratios
@@ -207,14 +246,18 @@ def search(entry: Entry, workloads: Sequence[Workload], timer: Timer) -> Outcome
 
 
 def _judge(
-    entry: Entry, judge: Workload, tried: Sequence[Settings], timer: Timer
+    entry: Entry, judge: Workload, tried: Sequence[Settings], timer: Timer, budget: Budget
 ) -> list[tuple[str, list[float]]]:
-    """Of each candidate why it is out, and the logarithm of its time over that of the present."""
+    """Of each candidate why it is out, and the logarithm of its time over that of the present.
+
+    They are fewer than the candidates where there was no time for all.
+    """
     subject = judge.build()
     usual, outputs = subject.prepare()
     if complaint := subject.complaint(outputs):
         raise WorkError(f"{judge.name}: must be right before it is tuned, it is {complaint}")
-    return [_try(entry, settings, judge, subject, usual, timer) for settings in tried]
+    in_time = itertools.takewhile(lambda _: budget.left > 0, tried)
+    return [_try(entry, settings, judge, subject, usual, timer) for settings in in_time]
 
 
 def _try(
@@ -229,6 +272,8 @@ def _try(
     except torch.OutOfMemoryError:  # which says nothing of the candidate
         raise
     except _refusals() as error:  # too much shared memory, too many registers, and the like
+        if why := lost(subject.device):
+            raise WorkError(f"bench tune: {judge.name} with {_words(settings)}: {why}") from error
         return f"{judge.name}: {type(error).__name__}: {_first_line(error)}", []
     if complaint := subject.complaint(outputs):
         return f"{judge.name}: {complaint}", []
@@ -250,8 +295,7 @@ def _in_memory(name: str) -> Iterator[None]:
             "what else runs there, or name other operators by --operator"
         ) from error
     finally:
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory("cuda")
 
 
 def _first_line(error: Exception) -> str:
@@ -271,15 +315,25 @@ def workloads_of(machine: Machine, operator: str, seed: int = 0) -> list[Workloa
     float32 has for itself is left as it is.
     """
     found = []
-    for element in ("bf16", "fp32"):
-        inputs = Inputs(machine.device, element, seed)
-        builds = builders(inputs, everywhere=True)[operator]
-        for build in itertools.chain.from_iterable(builds.values()):
-            with _in_memory(f"{operator} in {element}"):
-                name, asked = _survey(build)
-            subject = functools.partial(_subject, machine, build)
-            found.append(Workload(name, subject, asked, timed=element == "bf16"))
+    for element, build in _builds(machine, operator, seed):
+        with _in_memory(f"{operator} in {element}"):
+            name, asked = _survey(build)
+        subject = functools.partial(_subject, machine, build)
+        launch = functools.partial(_launch_once, build)
+        found.append(Workload(name, subject, asked, element == "bf16", launch))
     return found
+
+
+def _builds(machine: Machine, operator: str, seed: int) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """The type of each case of an operator, and what builds it."""
+    for element in ("bf16", "fp32"):
+        models = builders(Inputs(machine.device, element, seed), everywhere=True)[operator]
+        for build in itertools.chain.from_iterable(models.values()):
+            yield element, build
+
+
+def _launch_once(build: Callable[[], Case]) -> None:
+    build().ways[OURS]()()
 
 
 def _survey(build: Callable[[], Case]) -> tuple[str, dict[Entry, Settings]]:
@@ -288,14 +342,82 @@ def _survey(build: Callable[[], Case]) -> tuple[str, dict[Entry, Settings]]:
     return case.name, asked_by(case.ways[OURS])
 
 
+def compile_ahead(
+    launches: Sequence[Launch],
+    choices: Sequence[Mapping[Entry, Settings]],
+    name: str,
+    pool: Executor,
+    budget: Budget,
+) -> None:
+    """Compile all that some launches reach under each choice of settings, as long as time lasts.
+
+    Args:
+        launches: what another process can be given.
+        choices: settings of some entries; of the others they are those of the launch file.
+        name: architecture to compile for.
+        pool: of processes.
+        budget: of the whole search.
+    """
+    # One that has died, as for want of memory, leaves the search right, and only slower.
+    with contextlib.suppress(BrokenExecutor):
+        waiting = [
+            pool.submit(compile_launch, launch, chosen, name)
+            for launch in launches
+            for chosen in choices
+        ]
+        wait(waiting, None if math.isinf(budget.left) else max(0.0, budget.left))
+        for one in waiting:
+            one.cancel()
+
+
+def compile_launch(launch: Launch, chosen: Mapping[Entry, Settings], name: str) -> int:
+    """Compile what a launch with these settings reaches, into Triton's cache; nothing is run.
+
+    Returns:
+        How many kernels it were; what does not compile is found again by the search.
+    """
+
+    def choose(operator: str, key: str, found: Settings) -> Settings:
+        return dict(chosen.get((operator, key), found))
+
+    case = CompileCase("", "", forward=True, launch=lambda _: launch())
+    with choosing(choose):
+        accounts = compile_case(case, Request("", "", forward=True, element="bf16", target=name))
+    free_memory("cuda" if torch.cuda.is_available() else "cpu")
+    return sum(not account.error for account in accounts)
+
+
+@contextlib.contextmanager
+def compilers(device: str) -> Iterator[Executor | None]:
+    """Processes that compile for a GPU, as many as it has room for; None where one is all."""
+    memory = torch.cuda.get_device_properties(device).total_memory
+    count = min(os.cpu_count() or 1, _PROCESSES, memory // _ROOM)
+    if count < 2:
+        yield None
+        return
+    # After a fork no process but the first could use the GPU.
+    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def _subject(machine: Machine, build: Callable[[], Case]) -> Subject:
     case = build()
     gate = Gate(case, machine.prepare(case.ways[USUAL])[1])
-    return Subject(functools.partial(machine.prepare, case.ways[OURS]), gate.complaint)
+    prepare = functools.partial(machine.prepare, case.ways[OURS])
+    return Subject(prepare, gate.complaint, machine.device)
 
 
 def tune(
-    device: str, path: Path, operators: Sequence[str], *, seed: int, progress: Progress
+    device: str,
+    path: Path,
+    operators: Sequence[str],
+    *,
+    seed: int,
+    progress: Progress,
+    seconds: float = math.inf,
 ) -> Iterator[Outcome]:
     """Tune operators on a GPU; a better entry is in the file before the next one is tried.
 
@@ -305,9 +427,10 @@ def tune(
         operators: names out of `OPERATORS`; none for all of them.
         seed: of the inputs.
         progress: shows how far it is.
+        seconds: after which nothing further is tried.
 
     Yields:
-        What became of each entry.
+        What became of each entry; of an operator that was not come to, as its entry "*".
 
     Raises:
         RequestError: there is no such operator.
@@ -325,17 +448,25 @@ def tune(
             f"bench tune: needs an NVIDIA GPU, whose settings it finds (the device is {device})"
         )
     check_target(path, "bench tune")
-    with torch.cuda.device(device):
+    budget = Budget(seconds)
+    with torch.cuda.device(device), compilers(device) as pool:
         machine, name = Machine(device), architecture()
         timer = functools.partial(machine.time, seconds=0.3)
         found: dict[Entry, Settings] = {}
         for operator in operators or OPERATORS:
+            if pool is not None:
+                builds = _builds(machine, operator, seed)
+                launches = [functools.partial(_launch_once, build) for _, build in builds]
+                compile_ahead(launches, [{}], name, pool, budget)
+            if budget.left <= 0:
+                yield not_searched((operator, "*"), {})
+                continue
             workloads = workloads_of(machine, operator, seed)
-            for outcome in improve(workloads, timer, path, name, progress):
+            for outcome in improve(workloads, timer, path, name, progress, budget, pool):
                 found[outcome.entry] = outcome.best
                 yield outcome
             if operator == "temporal_block":
-                yield from compare_blocks(machine, timer, path, name, found, seed, progress)
+                yield from compare_blocks(machine, timer, path, name, found, seed, progress, budget)
 
 
 def compare_blocks(
@@ -346,6 +477,7 @@ def compare_blocks(
     found: Mapping[Entry, Settings],
     seed: int,
     progress: Progress,
+    budget: Budget = ENDLESS,
 ) -> Iterator[Outcome]:
     """Measure from how many positions on the kernel of a temporal layer pays; keep it in the file.
 
@@ -357,6 +489,7 @@ def compare_blocks(
         found: settings that were found a moment ago, and are not what the package has read.
         seed: of the inputs.
         progress: shows how far it is.
+        budget: of the whole search.
 
     Yields:
         An entry for each type and each kind of site; its settings are POSITIONS, and a trial's
@@ -369,6 +502,9 @@ def compare_blocks(
     for kind, element in progress.track(asked, "tune temporal_block_wins"):
         frames, heads, d = kind
         entry = (WINS, f"frames{frames}_heads{heads}_d{d}_{element}")
+        if budget.refusal(_KIND):
+            yield not_searched(entry, {})
+            continue
         inputs = Inputs(machine.device, element, seed)
         with _in_memory(" ".join(entry)):
             trials = tuple(
@@ -425,16 +561,36 @@ def least_winning(trials: Sequence[Trial]) -> int:
 
 
 def improve(
-    workloads: Sequence[Workload], timer: Timer, path: Path, name: str, progress: Progress
+    workloads: Sequence[Workload],
+    timer: Timer,
+    path: Path,
+    name: str,
+    progress: Progress,
+    budget: Budget = ENDLESS,
+    pool: Executor | None = None,
 ) -> Iterator[Outcome]:
     """Search every entry that a timed workload asks for, and keep what is better in the file.
+
+    Args:
+        workloads: of one operator.
+        timer: takes the times of "present" and "candidate".
+        path: launch file to change.
+        name: architecture that it is for.
+        progress: shows how far it is.
+        budget: of the whole search.
+        pool: of processes that compile; None: nothing is compiled before it is launched.
 
     Raises:
         WorkError: see `search`.
     """
     entries = sorted({entry for w in workloads if w.timed for entry in w.asked})
     for entry in progress.track(entries, "tune"):
-        outcome = search(entry, workloads, timer)
+        if pool is not None:
+            judges = [w for w in workloads if entry in w.asked]
+            launches = [w.launch for w in judges if w.launch is not None]
+            tried = [{entry: settings} for settings in candidates(entry, judges[0].asked[entry])]
+            compile_ahead(launches, tried, name, pool, budget)
+        outcome = search(entry, workloads, timer, budget)
         if outcome.best != outcome.present:
             write_table(path, with_entry(load_table(path), entry, name, outcome.best))
         yield outcome
@@ -476,6 +632,8 @@ def write_table(path: Path, table: Table) -> None:
 def describe(outcome: Outcome) -> str:
     """One line a person can read."""
     operator, key = outcome.entry
+    if not outcome.searched:
+        return f"{operator} {key}: left as it is, no time for it"
     out = sum(bool(trial.rejected) for trial in outcome.trials)
     tried = f"{len(outcome.trials)} tried, {out} of them out"
     if outcome.best == outcome.present:

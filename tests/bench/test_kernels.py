@@ -188,7 +188,8 @@ def test_ratios_by_hand():
         line(USUAL, 3.0),
         line("sdpa_flash", 1.5),
         line(bench.COMPILED, 2.0),
-        Line("query_attention", "tiny", "bf16", "flex", skipped="not here"),
+        Line("query_attention", "tiny", "bf16", "sdpa_math", skipped="too large"),
+        line("flex", 2.5),
     ]
     figures = bench.figures_of([*lines, line(bench.SEPARATE, 1.2)])
     stem = "kernels.query_attention.tiny.bf16."
@@ -204,6 +205,41 @@ def test_ratios_by_hand():
     slow = replace(lines[0], rounds=(1.0, 1.0, 1.0, 2.0, 2.0))
     best = bench.figures_of([slow, *lines[1:]])[stem + "ratio_to_best"]
     assert (best.low, best.value, best.high) == (0.75, 1.5, 1.5)
+
+
+@pytest.mark.parametrize("name", ["sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "flex"])
+def test_without_one_that_may_be_the_best_there_is_no_ratio_to_it(name):
+    lines = [line(OURS, 1.0), line(USUAL, 3.0), line("flex", 2.0)]
+    missing = Line("query_attention", "tiny", "bf16", name, skipped="not here")
+    lines = [one for one in lines if one.contestant != name] + [missing]
+    stem = "kernels.query_attention.tiny.bf16."
+    figures = bench.figures_of(lines)
+    assert f"{stem}ratio_to_best" not in figures
+    assert figures[f"{stem}ratio_to_best_timed"].value == (3.0 if name == "flex" else 2.0)
+    assert bench.untimed_rivals(lines) == [missing]
+    in_float32 = [replace(one, element="fp32") for one in lines]
+    assert "kernels.query_attention.tiny.fp32.ratio_to_best" in bench.figures_of(in_float32)
+
+
+def test_what_was_not_compiled_may_be_the_best_where_nothing_attends():
+    lines = [line(OURS, 1.0), line(USUAL, 3.0)]
+    lines.append(Line("query_attention", "tiny", "bf16", bench.COMPILED, skipped="no time"))
+    assert [one.contestant for one in bench.untimed_rivals(lines)] == [bench.COMPILED]
+
+
+def test_ways_that_write_all_scores_are_left_out_where_those_are_large(names_on_a_gpu):
+    large, small = (Site("tiny", 2, tokens, 8, 40) for tokens in (16384, 64))
+    inputs = Inputs("meta", "bf16")
+    refused = []
+    for site, backward in ((large, False), (large, True), (small, True)):
+        ways = bench.query_case(site, inputs, backward=backward).ways
+        said = [
+            n for n, way in ways.items() if getattr(way, "__qualname__", "")[:10] == "_too_large"
+        ]
+        refused.append(said)
+    assert refused == [["sdpa_math"], ["sdpa_math", bench.COMPILED], []]
+    with pytest.raises(WorkError, match=r"writes all scores, 34\.4 GB in float32"):
+        bench.query_case(large, inputs).ways["sdpa_math"]()
 
 
 @pytest.fixture
@@ -254,8 +290,12 @@ def test_what_takes_part_where():
     assert {(p.element, p.uncompiled) for p in cpu} == {("fp32", ""), ("fp32", later)}
     sites = [p.build.args[0] for p in cpu if p.build.func is bench.frame_case]
     assert {site.frames for site in sites if "positions" in site.name} == {16, 32, 128}
-    for plans in (gpu, cpu):  # once for each of five operators and four models
-        assert sum(not p.uncompiled for p in plans) == 20
+    # Once for each of five operators and four models, and where the ratio to the best has a target.
+    counts = [sum(not p.uncompiled for p in plans) for plans in (gpu, cpu)]
+    assert counts == [22, 20]
+    compiled = {bench.stem(p.build, p.element) for p in gpu if not p.uncompiled}
+    wanted = {name.rpartition(".")[0] for name in load_targets() if name.endswith("ratio_to_best")}
+    assert len(wanted) == 4 and wanted <= compiled
     for device, full in (("cuda", gpu), ("cpu", cpu)):
         quick = bench.plan(device, quick=True)
         assert {p.uncompiled for p in quick} == {"not in a quick run"}
@@ -304,6 +344,19 @@ def test_one_that_fails_is_counted_and_the_others_go_on(tmp_path, monkeypatch, c
     assert "failed: OutOfResourcesError: shared memory" in capsys.readouterr().out
     first, *_ = (tmp_path / "kernels.ndjson").read_text().splitlines()
     assert json.loads(first)["failed"] == "OutOfResourcesError: shared memory"
+
+
+def test_the_contestant_that_loses_the_gpu_is_to_blame(monkeypatch):
+    case = BUILDERS["step"]()
+    never = lambda: pytest.fail("it came after")
+    ways = {OURS: case.ways[OURS], USUAL: case.ways[USUAL], "bad": unlaunchable, "next": never}
+    monkeypatch.setattr(bench, "lost", lambda _: "the GPU was lost before")
+    (found,) = bench.run_case(replace(case, ways=ways), CPU, ROOF, seconds=0.01)
+    assert (found.contestant, found.failed) == ("bad", "OutOfResourcesError: shared memory")
+    runs = bench._run_all([Plan(lambda: case, "fp32", "no")] * 2, CPU, ROOF, 0.01)
+    assert next(runs)[0].contestant == OURS
+    with pytest.raises(WorkError, match="the GPU must answer to go on, got: the GPU was lost"):
+        next(runs)
 
 
 def test_a_killed_run_has_left_its_part(tmp_path, monkeypatch):

@@ -156,7 +156,7 @@ def test_the_figures_are_of_the_parts_that_they_name(case, monkeypatch):
         "time_in_turn",
         lambda calls, **_: {name: np.array([took[name]]) for name in calls},
     )
-    monkeypatch.setattr(moft_cost, "require_agreement", lambda _: 1e-6)
+    monkeypatch.setattr(moft_cost, "require_agreement", lambda *_: 1e-6)
     monkeypatch.setattr(moft_cost, "embedded_case", lambda *_: case)
     monkeypatch.setattr(moft_cost, "large_case", lambda *_: case)
     peaks = {"_run_gradient": 3, "_run_whole_gradient": 6, "_run_both_halves": 12}
@@ -181,9 +181,34 @@ def test_the_figures_are_of_the_parts_that_they_name(case, monkeypatch):
     assert figures["moft_cost.arithmetic_error"].value == pytest.approx(0.2)
 
 
-def test_the_full_size_case_agrees_in_its_type():
-    case = moft_cost.large_case("cpu", 2, 8, TINY)
-    assert case.loop.dtype is torch.bfloat16
-    assert moft_cost.require_agreement(case) <= moft_cost.CLOSE[torch.bfloat16]
+def test_the_full_size_case_agrees_in_float32_and_in_its_type(monkeypatch):
+    case, exact = moft_cost.large_pair("cpu", 8, 16, TINY)  # fewer features hardly move
+    assert (case.loop.dtype, exact.loop.dtype) == (torch.bfloat16, torch.float32)
+    weights = case.loop.denoiser.network.state_dict()
+    for name, tensor in exact.loop.denoiser.network.state_dict().items():
+        assert torch.equal(tensor, weights[name].float()), name
+    assert moft_cost.require_agreement(case, exact) <= moft_cost.CLOSE
     for run in (moft_cost._run_gradient, moft_cost._run_whole_gradient, moft_cost._run_both_halves):
         run(case)
+    ours = moft_cost.our_gradient
+    for wrong, type_of_it, words in (
+        (1.001, torch.float32, "same gradient to 0.0001"),
+        (4.0, torch.bfloat16, "in torch.bfloat16 ours must err at most"),
+    ):
+        scale = lambda case, keys, w=wrong, t=type_of_it: (
+            ours(case, keys) * (w if case.loop.dtype is t else 1)
+        )
+        monkeypatch.setattr(moft_cost, "our_gradient", scale)
+        with pytest.raises(WorkError, match=words):
+            moft_cost.require_agreement(case, exact)
+
+
+def test_gradients_are_compared_in_exact_float32(case, monkeypatch):
+    """Convolutions in TF32 would err by more than the bound, in one of the ways alone."""
+    allowed = []
+    released = moft_cost.released_gradient
+    spy = lambda *given: (allowed.append(torch.backends.cudnn.allow_tf32), released(*given))[1]
+    monkeypatch.setattr(moft_cost, "released_gradient", spy)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        moft_cost.require_agreement(case)
+    assert allowed == [False, False]

@@ -1,12 +1,20 @@
 """The search for launch settings: with a timer of its own, so that no GPU is needed."""
 
+import contextlib
 import functools
 import importlib
 import itertools
 import json
+import math
+import os
+import pickle
+import subprocess
+import sys
 import weakref
 from collections import Counter, defaultdict
+from concurrent.futures import BrokenExecutor, Executor, Future
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +23,7 @@ from click.testing import CliRunner
 from kinetiq.bench import command, kernels, tune
 from kinetiq.bench.harness import Progress
 from kinetiq.bench.kernels import Inputs, Machine, Site
+from kinetiq.bench.steps import Budget
 from kinetiq.bench.tune import GRIDS, Subject, Workload, candidates, search
 from kinetiq.errors import InputError, MissingDependencyError, RequestError, WorkError
 from kinetiq.kernels import _launch
@@ -91,6 +100,144 @@ def test_every_grid_fits_the_launch_file():
     left_out = ("_fp32", "_with_motion")
     kernels = {operator for operator in kernels if not operator.endswith(left_out)}
     assert kernels == {operator for operator in tried if tried[operator]}
+
+
+def test_a_candidate_that_loses_the_gpu_ends_the_search(monkeypatch):
+    why = "the GPU was lost before: RuntimeError: an illegal access"
+    monkeypatch.setattr(tune, "lost", lambda _: why)
+    with pytest.raises(WorkError, match=rf"bench tune: a with BLOCK=512 num_warps=8: {why}"):
+        search(ENTRY, [workload(broken={"BLOCK": 512, "num_warps": 8})], timer({}))
+
+
+def test_what_there_is_no_time_for_stays_and_is_named(tmp_path):
+    """An entry whose search was begun and not ended as well."""
+    path, now = tmp_path / "launch.json", [0.0]
+
+    def time(runs):
+        now[0] += 4.0
+        return timer({(512, 8): 0.5})(runs)
+
+    other = (ENTRY[0], "other")
+    judges = [replace(workload(), asked={entry: PRESENT}) for entry in (ENTRY, other)]
+    budget = Budget(6.0, lambda: now[0])
+    outcomes = list(tune.improve(judges, time, path, "sm_90", Progress(), budget))
+    assert [outcome.best for outcome in outcomes] == [PRESENT] * 2 and not path.exists()
+    assert tune.describe(outcomes[0]) == f"{ENTRY[0]} *: left as it is, no time for it"
+    assert now[0] == 8.0  # two candidates of the first entry, and none of the second
+    enough = Budget(100.0, lambda: now[0])
+    (done,) = tune.improve(judges[:1], time, path, "sm_90", Progress(), enough)
+    assert done.searched and path.exists()
+
+
+def test_an_operator_that_is_not_come_to_is_named(monkeypatch, tmp_path):
+    now = [0.0]
+
+    def survey(_machine, operator, _seed):
+        now[0] += 2.0
+        return [replace(workload(), asked={(operator, "*"): PRESENT})]
+
+    monkeypatch.setattr(tune, "Budget", lambda seconds: Budget(seconds, lambda: now[0]))
+    monkeypatch.setattr(tune, "workloads_of", survey)
+    monkeypatch.setattr(tune, "compilers", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(tune, "Machine", lambda _: SimpleNamespace(time=lambda runs, **_: runs))
+    asked = ("guided_step", "motion_feature")
+    found = tune.tune("cuda", tmp_path / "x.json", asked, seed=0, progress=Progress(), seconds=1.0)
+    assert [(outcome.entry, outcome.searched) for outcome in found] == [
+        (("guided_step", "*"), False),
+        (("motion_feature", "*"), False),
+    ]
+    assert now == [2.0]
+
+
+class Pool(Executor):
+    """Takes what it is asked for, and does none of it, or is broken."""
+
+    def __init__(self, *, broken=False):
+        self.asked, self.broken = [], broken
+
+    def submit(self, *asked):
+        if self.broken:
+            raise BrokenExecutor("one died")
+        self.asked.append(asked)
+        return Future()
+
+
+def test_all_candidates_are_compiled_before_the_search_for_all_that_ask(tmp_path):
+    judges = [replace(workload(name), launch=launch) for name, launch in (("a", min), ("b", max))]
+    other = replace(workload("c"), asked={("g", "x"): {}}, timed=False, launch=print)
+    pool, broken = Pool(), Pool(broken=True)
+    searching = functools.partial(
+        tune.improve, [*judges, other], timer({}), tmp_path / "x.json", "sm_90", Progress()
+    )
+    (outcome,) = searching(Budget(0.0, lambda: 0.0), pool)
+    assert not outcome.searched  # compiling may take all the time there is
+    assert pool.asked == [
+        (tune.compile_launch, launch, {ENTRY: settings}, "sm_90")
+        for launch in (min, max)  # the same candidate of another shape is then in the cache
+        for settings in candidates(ENTRY, PRESENT)
+    ]
+    (outcome,) = searching(tune.ENDLESS, broken)
+    assert outcome.searched and len(outcome.trials) == 5
+
+
+@pytest.mark.parametrize("operator", tune.OPERATORS)
+def test_another_process_can_be_given_the_cases(operator):
+    launches = [w[1] for w in tune._builds(Machine("cpu"), operator, 0)]
+    again = pickle.loads(pickle.dumps(launches))  # noqa: S301  made a moment ago
+    assert [kernels.describe(build) for build in again] == [kernels.describe(b) for b in launches]
+
+
+def test_what_is_compiled_ahead_is_what_a_launch_finds(tmp_path):
+    """By a driver that says it has a GPU, under which nothing has to be compiled again."""
+    words = """
+import functools, os, pathlib, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+from kinetiq.bench import tune
+from kinetiq.kernels._compile import find_cases
+from kinetiq.kernels._launch import choosing, pretend
+
+class Driver:
+    get_current_device = get_current_stream = lambda *_: 0
+    get_current_target = lambda _: GPUTarget("cuda", 90, 32)
+
+def compiled():
+    return len(list(pathlib.Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")))
+
+case = next(c for c in find_cases() if c.operator == "guided_step" and c.forward)
+launch = functools.partial(case.launch, torch.float16)
+blocks = [{("guided_step", "forward"): {"BLOCK": b, "num_warps": 4}} for b in (512, 2048, 4096)]
+for chosen in blocks[:2]:
+    print(tune.compile_launch(launch, chosen, "sm_90"), compiled())
+run = JITFunction.run
+JITFunction.run = lambda *given, grid, warmup, **more: run(*given, grid=grid, warmup=True, **more)
+triton.runtime.driver.set_active(Driver())
+for chosen in blocks:
+    with pretend("sm_90"), choosing(lambda *asked: chosen.get(asked[:2], asked[2])):
+        launch()
+    print(compiled())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", words],
+        check=True,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.stdout.split() == [*("1", "1"), *("1", "2"), *("2", "2", "3")]
+
+
+@pytest.mark.parametrize(
+    ("memory", "cores", "count"), [(139, 16, 16), (139, 4, 4), (24, 16, 3), (12, 16, 0)]
+)
+def test_as_many_compile_as_the_gpu_has_room_for(monkeypatch, memory, cores, count):
+    properties = SimpleNamespace(total_memory=memory * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    with tune.compilers("cuda") as pool:
+        assert (pool._max_workers if pool else 0) == count
 
 
 class Launch(torch.autograd.Function):
@@ -482,8 +629,8 @@ def test_the_command(monkeypatch, tmp_path):
     assert "needs an NVIDIA GPU" in result.stderr and not result.stdout
     seen = []
 
-    def tuned(device, path, operators, *, seed, progress):
-        seen.append((device, path, operators, seed))
+    def tuned(device, path, operators, *, seed, progress, seconds):
+        seen.append((device, path, operators, seed, seconds))
         yield search(
             ENTRY, [workload(wrong={"BLOCK": 512, "num_warps": 4})], timer({(512, 8): 0.5})
         )
@@ -497,7 +644,7 @@ def test_the_command(monkeypatch, tmp_path):
     words_of_it = "BLOCK=512 num_warps=8, 0.50 of the time of BLOCK=1024 num_warps=4"
     assert changed == f"{ENTRY[0]} *: {words_of_it}; 5 tried, 1 of them out"
     assert kept == f"{ENTRY[0]} *: kept BLOCK=1024 num_warps=4; 5 tried, 0 of them out"
-    result = CliRunner().invoke(command.bench, [*words, "--json"])
+    result = CliRunner().invoke(command.bench, [*words, "--json", "--seconds", "9"])
     printed = json.loads(result.stdout)
     assert printed["outcomes"][0]["best"] == {"BLOCK": 512, "num_warps": 8}
-    assert seen == [("cpu", path, ("guided_step",), 0)] * 2
+    assert seen == [("cpu", path, ("guided_step",), 0, seconds) for seconds in (math.inf, 9.0)]

@@ -972,7 +972,10 @@ def test_more_elements_than_32_bits_count():
 @pytest.mark.slow
 @pytest.mark.gpu
 def test_touches_no_memory_but_its_own(memory_check):
-    memory_check(__file__, "kernel_agrees or kernel_mixes or kernel_takes")
+    memory_check(
+        __file__,
+        "kernel_agrees and odd and torch.float16 or mixes_rows and all or tails or long and motion",
+    )
 
 
 @pytest.mark.gpu

@@ -635,7 +635,7 @@ def test_is_captured_and_replayed(controlled):
 @pytest.mark.slow
 @pytest.mark.gpu
 def test_touches_no_memory_but_its_own(memory_check):
-    memory_check(__file__, "kernel_agrees")
+    memory_check(__file__, "kernel_agrees and odd and torch.float16")
 
 
 def test_cost_counts_each_tensor_once():
