@@ -330,8 +330,8 @@ def serve(
 
     Keys are the options of `kinetiq generate`, with _ for -, and "format": "mp4" (default), "webm",
     "gif", "webp" or "png". Requests that come at the same time share a batch. What goes wrong is
-    {"error": "..."} with status 400 (the request), 503 (too many) or 500 (the work). GET /health
-    says how many wait. An interrupt finishes what is under way.
+    {"error": "..."} with status 400 (the request), 503 (too many), 500 (the work), or another of
+    HTTP. GET /health says how many wait. An interrupt finishes what is under way.
     """  # noqa: D301  click's mark that lines stay as they are
     from kinetiq.engine import Engine
     from kinetiq.live_batch import LiveBatch

@@ -74,11 +74,11 @@ class BatchModel:
 
     Args:
         said: the contents of its folders, or else its ids, and the type of its numbers.
-        files: what was read of it; None where it comes from a hub.
+        files: what is read of it; none where it comes from a hub.
     """
 
     said: Mapping[str, Any]
-    files: ModelFiles | None = None
+    files: tuple[ModelFiles, ...] = ()
 
     @classmethod
     def describe(cls, model: str, motion_adapter: str | None, dtype: str | None) -> "BatchModel":
@@ -89,11 +89,12 @@ class BatchModel:
             RequestError: an option has no meaning.
         """
         found = find_local_model(model, motion_adapter)
-        said = {"dtype": str(resolve_dtype(dtype))}
+        said: dict[str, Any] = {"dtype": str(resolve_dtype(dtype))}
         if found is None:
             return cls({**said, "model": model, "motion_adapter": motion_adapter})
-        files = found.look_at_files()
-        return cls({**said, "files": files.fingerprint(), "scheduler": found.scheduler}, files)
+        files, settings = found.look_at_files(), found.look_at_settings()
+        said |= {"scheduler": found.scheduler, "settings": found.read_settings()}
+        return cls({**said, "files": files.fingerprint()}, (files, settings))
 
 
 @attrs.frozen
@@ -151,8 +152,8 @@ def make_batch(
             pending = run.sort(own, _named_files(lines), progress)
             if pending:
                 with load() as engine:
-                    if model.files is not None:
-                        model.files.require_unchanged()
+                    for files in model.files:
+                        files.require_unchanged()
                     run.make(pending, engine, progress)
         return {"out": str(out), "made": run.made, "kept": run.kept, "failed": run.failed}
 
@@ -208,6 +209,7 @@ class _Run:
             try:
                 with line.located():
                     asked = line.asked
+                    asked.request_options()
                     target = as_target(self._out / line.out, "out")
                     check_format(target, frames=asked.frames, fps=asked.fps)
                     task = _Task(line, self._fingerprint(line), target)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import stat
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -66,6 +67,8 @@ class BatchLog:
     def __init__(self, file: IO[bytes]) -> None:
         """For `open_log`, with a file that has no buffer: what was said is with the system."""
         self._file = file
+        self._broken = False
+        self._lock = threading.Lock()
 
     def start(self) -> None:
         """Say what the file is.
@@ -100,12 +103,17 @@ class BatchLog:
         self._write(json.dumps({**entry, "at": at}).encode() + b"\n")
 
     def _write(self, line: bytes) -> None:
-        try:
-            written = self._file.write(line)  # at once, so that lines of threads do not mix
-        except OSError as error:
-            raise _unwritable(error.strerror) from error
-        if written != len(line):
-            raise _unwritable(os.strerror(errno.ENOSPC))
+        with self._lock:  # else a line may come behind half a line, which the next run refuses
+            if self._broken:
+                raise _unwritable("an entry before was not")
+            self._broken = True
+            try:
+                written = self._file.write(line)
+            except OSError as error:
+                raise _unwritable(error.strerror) from error
+            if written != len(line):
+                raise _unwritable(os.strerror(errno.ENOSPC))
+            self._broken = False
 
 
 @contextlib.contextmanager

@@ -54,13 +54,6 @@ class Staging:
             raise type(error)(str(error).replace(str(staged), str(target))) from error
         except OSError as error:
             raise _unwritable(target, error) from error
-        except Exception as error:  # encoders say no as they like
-            size = f"{clip.height * scale}x{clip.width * scale}"
-            raise OutputError(
-                f"out: {target.suffix or 'a folder of images'} must be able to hold "
-                f"{clip.num_frames} frames of {size}, and is not: {error}; choose another format, "
-                "size or scale"
-            ) from error
         return staged
 
     def place(self, staged: Path, target: Path) -> bool:

@@ -40,6 +40,9 @@ DTYPES = {
 }
 """Names of the number types that a checkpoint can be loaded in."""
 
+SETTINGS = "kinetiq.json"
+"""Name of the file in a model's folder that says what a request may leave out."""
+
 _BASE_UNET = "UNet2DConditionModel"
 _UNETS = {family.network: family.name for family in FAMILIES.values()}
 _LIBRARIES = {
@@ -286,7 +289,7 @@ class ModelSource:
     scheduler: str
 
     def look_at_files(self) -> ModelFiles:
-        """All of its files but model_index.json, as they are now.
+        """What its network and its other parts are read from, as it is now.
 
         Raises:
             CheckpointError: a configuration, weights or the tokenizer are missing.
@@ -295,6 +298,21 @@ class ModelSource:
         files = [file for part in self.parts for file in part.files()]
         files += _tokenizer_files(self.folder / "tokenizer")
         return ModelFiles.look_at(self.name, [*files, self.folder / _SCHEDULER_CONFIG])
+
+    def look_at_settings(self) -> ModelFiles:
+        """What says which parts it has, and how it is used, as it is now."""
+        return ModelFiles.look_at(
+            self.name, [self.folder / name for name in ("model_index.json", SETTINGS)]
+        )
+
+    def read_settings(self) -> dict[str, Any]:
+        """What its `kinetiq.json` says, if there is one.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        path = self.folder / SETTINGS
+        return _read_json(path, "settings") if path.exists() else {}
 
 
 @dataclass(frozen=True)
@@ -364,6 +382,11 @@ class _Part:
         dotted = "" if self.variant is None else f".{self.variant}"
         single = self.folder / f"{stem}{dotted}.safetensors"
         shards = self.folder / f"{stem}.safetensors.index{dotted}.json"
+        if single.is_file() and shards.is_file():  # of which libraries choose differently
+            raise CheckpointError(
+                f"load: {self.name} must have its weights once, and {self.folder} has both "
+                f"{single.name} and {shards.name}; move one away"
+            )
         if single.is_file():
             return [single]
         if not shards.is_file():

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinetiq.errors import ClipError, OutputError, RequestError
+from kinetiq.errors import ClipError, KinetiqError, OutputError, RequestError
 from kinetiq.files import as_target, check_target, replacing
 
 if TYPE_CHECKING:
@@ -291,16 +291,31 @@ class Clip:
         if scale > 1:
             frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
         with replacing(target, _WRITE, folder=not suffix) as temporary:
-            if suffix in (".mp4", ".webm"):
-                _write_video(temporary, suffix, frames, rate)
-            elif suffix in (".gif", ".webp"):
-                _write_animation(temporary, suffix, frames, rate)
-            elif suffix == ".png":
-                _write_png(temporary, frames[0])
-            else:
-                temporary.mkdir()
-                for index, frame in enumerate(frames):
-                    _write_png(temporary / f"{index:05d}.png", frame)
+            try:
+                _encode(temporary, suffix, frames, rate)
+            except (KinetiqError, OSError):
+                raise
+            except Exception as error:  # encoders say no as they like
+                count, height, width, _ = frames.shape
+                raise OutputError(
+                    f"Clip.write: {suffix or 'a folder of images'} must be able to hold {count} "
+                    f"frames of {height}x{width}, and is not: {error}; choose another format, "
+                    "size or scale"
+                ) from error
+
+
+def _encode(path: Path, suffix: str, frames: np.ndarray, rate: float) -> None:
+    """Write frames to a file, or to a new folder where there is no suffix."""
+    if suffix in (".mp4", ".webm"):
+        _write_video(path, suffix, frames, rate)
+    elif suffix in (".gif", ".webp"):
+        _write_animation(path, suffix, frames, rate)
+    elif suffix == ".png":
+        _write_png(path, frames[0])
+    else:
+        path.mkdir()
+        for index, frame in enumerate(frames):
+            _write_png(path / f"{index:05d}.png", frame)
 
 
 def check_write(
@@ -551,7 +566,7 @@ def _read_folder(folder: Path, fps: float | None, budget: _Budget) -> Clip:
         )
     budget.check_count(len(images))
     frames: list[np.ndarray] = []
-    for path in sorted(images, key=_natural_key)[: budget.only]:
+    for path in sorted(images, key=natural_key)[: budget.only]:
         with path.open("rb") as file:
             pictures, _ = _read_picture(file, _Budget(str(path), budget.max_frames))
         if len(pictures) > 1:
@@ -563,9 +578,11 @@ def _read_folder(folder: Path, fps: float | None, budget: _Budget) -> Clip:
     return Clip(_sealed(np.stack(frames)), DEFAULT_FPS if fps is None else fps)
 
 
-def _natural_key(path: Path) -> list[tuple[int, int, str]]:
+def natural_key(path: Path) -> tuple[list[tuple[int, int, str]], str]:
+    """By which paths are in the order of their names, 2 before 10, whatever their case."""
     parts = re.findall(r"[0-9]+|[^0-9]+", path.name.lower())
-    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts]
+    key = [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts]
+    return key, path.name
 
 
 def _read_file(file: BinaryIO, fps: float | None, budget: _Budget) -> Clip:

@@ -319,7 +319,7 @@ def read_region(path: Path, where: str = "generate") -> np.ndarray:
         RequestError: it is all black.
     """
     clip = Clip.read(path)
-    mask: np.ndarray = clip.frames.astype("float32").mean(axis=-1) / 255.0
+    mask: np.ndarray = clip.frames.mean(axis=-1, dtype=np.float32) / 255.0
     if not mask.any():
         raise RequestError(
             f"{where}: --region must be white where the motion is wanted, and {path} is all black"

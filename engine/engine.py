@@ -25,7 +25,7 @@ from kinetiq.backends import (
     usual_device,
 )
 from kinetiq.board_run import BoardLatents
-from kinetiq.checkpoint import Checkpoint, load_checkpoint
+from kinetiq.checkpoint import SETTINGS, Checkpoint, load_checkpoint
 from kinetiq.clip import Clip
 from kinetiq.control_tensors import LoraBank, MotionBank
 from kinetiq.controls import Learned, LearnedMotion, resolve_controls
@@ -752,7 +752,7 @@ def read_defaults(checkpoint: Checkpoint, family: Family, vae_scale: int) -> Def
         "guidance_scale": family.guidance_scale,
         "fps": family.fps,
     }
-    path = None if checkpoint.path is None else Path(checkpoint.path) / "kinetiq.json"
+    path = None if checkpoint.path is None else Path(checkpoint.path) / SETTINGS
     if path is not None and path.exists():
         try:
             said = json.loads(path.read_text())

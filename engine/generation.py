@@ -156,8 +156,8 @@ def denoise(
         channels: of the latents.
         device: where the network is.
         dtype: what the network computes in; the samples themselves stay float32.
-        max_clips: clips in a batch; lowered for the rest of the run when memory runs out. A board
-            that has more is in a batch by itself.
+        max_clips: clips in a batch; lowered for clips of one shape when memory runs out, until
+            nothing is left to do for the moment. A board that has more is in a batch by itself.
         decode: clean latents [channels, frames, h, w] to float32 [frames, height, width, 3] in 0
             to 1, for boards whose masks are found in frames; without it they fail.
         progress: told of steps done and steps known of.
@@ -175,9 +175,9 @@ def denoise(
         raw_motions=not isinstance(denoiser, EagerDenoiser),
     )
     model = _Model(denoiser, encode_text, decode or _refuse_frames, build, device, dtype)
-    room = _Room(clips=max_clips, guided=max_clips)
+    rooms: dict[tuple[int, ...], _Room] = {}
     while running or more:
-        while more and _count(running) < room.clips:
+        while more and (not running or _count(running) < rooms[running[0].shape].clips):
             if upcoming is None:
                 upcoming, more = _draw(waiting)
             if upcoming is None:
@@ -185,16 +185,22 @@ def denoise(
             index, request = upcoming
             if isinstance(request, KinetiqError):
                 yield index, request
-            elif running and not _joins(request, running, room):
+            elif running and not _joins(request, running, rooms[running[0].shape]):
                 break
             else:
-                run = _start(index, request, encode_text, channels, device)
-                run.range = begin(f"request {index}")
-                running.append(run)
-                known_steps += run.all_steps
+                run = _try_start(index, request, encode_text, channels, device)
+                if isinstance(run, KinetiqError):
+                    yield index, run
+                else:
+                    rooms.setdefault(run.shape, _Room(clips=max_clips, guided=max_clips))
+                    run.range = begin(f"request {index}")
+                    running.append(run)
+                    known_steps += run.all_steps
             upcoming = None
         if not running:
+            rooms.clear()
             continue
+        room = rooms[running[0].shape]
         done_steps -= sum(run.taken_steps for run in running)
         # Inference mode is for predictions alone: banks of motions, which are joined here and kept,
         # go into guidance too, where autograd must be able to save them.
@@ -232,6 +238,30 @@ def _joins(request: ResolvedRequest | ResolvedShots, running: Sequence[Run], roo
 def _count(runs: Iterable[Run]) -> int:
     """How many clips some runs step."""
     return sum(len(run.clips) for run in runs)
+
+
+def _try_start(
+    index: int,
+    request: ResolvedRequest | ResolvedShots,
+    encode_text: EncodeText,
+    channels: int,
+    device: torch.device,
+) -> Run | KinetiqError:
+    """What `_start` returns, or what goes wrong with it, of which the others know nothing."""
+    try:
+        return _start(index, request, encode_text, channels, device)
+    except KinetiqError as error:
+        return error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+            raise
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    frames, height, width = request.shape
+    return WorkError(
+        f"denoise: noise of {frames} frames of {height}x{width} latents must fit in memory, and "
+        "does not; ask for fewer frames or a smaller size"
+    )
 
 
 def _start(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 import attrs
 
 from kinetiq.clip import Clip
-from kinetiq.errors import BusyError, KinetiqError, WorkError
+from kinetiq.errors import BusyError, KinetiqError, RequestError, WorkError
 from kinetiq.request import Request
 
 if TYPE_CHECKING:
@@ -50,16 +50,19 @@ class LiveBatch:
         self._changed = threading.Condition()
         self._waiting: deque[_Asked] = deque()
         self._running: dict[int, Future[Clip]] = {}
-        self._closed = False
+        self._open = False
         self._thread = threading.Thread(target=self._run, name="kinetiq-batch")
 
     def __enter__(self) -> Self:
+        self._open = True
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-        self._thread.join()
+        try:
+            self.close()
+        finally:
+            self._thread.join()
 
     @property
     def waiting(self) -> int:
@@ -71,39 +74,62 @@ class LiveBatch:
         """Requests whose turn it is."""
         return len(self._running)
 
+    def require_room(self) -> None:
+        """Raise what `submit` would, before a request is made for it at a cost.
+
+        Raises:
+            BusyError: too many wait, or none are taken.
+        """
+        with self._changed:
+            self._require_room()
+
     def submit(self, request: Request) -> "Future[Clip]":
         """Ask for a clip.
 
         Returns:
-            Where it comes, or a `KinetiqError` in its place.
+            Where it comes, or a `KinetiqError` in its place. It can be cancelled while it waits.
 
         Raises:
-            BusyError: too many wait, or no more are taken.
+            BusyError: too many wait, or none are taken, before the `with` block and after it.
+            RequestError: it is no request.
         """
+        if not isinstance(request, Request):
+            raise RequestError(f"request: must be a Request here, got {type(request).__name__}")
         asked = _Asked(request, Future())
         with self._changed:
-            if self._closed:
-                raise _closing()
-            if len(self._waiting) >= self._most_waiting:
-                raise BusyError(
-                    f"serve: at most {self._most_waiting} requests may wait for their turn, and so "
-                    "many do; ask again later"
-                )
+            self._require_room()
             self._waiting.append(asked)
             self._changed.notify()
         return asked.clip
 
+    def _require_room(self) -> None:
+        if not self._open:
+            raise _not_open()
+        if len(self._waiting) >= self._most_waiting:
+            raise BusyError(
+                f"serve: at most {self._most_waiting} requests may wait for their turn, and so "
+                "many do; ask again later"
+            )
+
     def close(self) -> None:
         """Take no more requests, and give up those that wait; does not wait itself."""
         with self._changed:
-            self._closed = True
+            self._open = False
             given_up = list(self._waiting)
             self._waiting.clear()
             self._changed.notify()
         for asked in given_up:
-            asked.clip.set_exception(_closing())
+            if asked.clip.set_running_or_notify_cancel():
+                asked.clip.set_exception(_not_open())
 
     def _run(self) -> None:
+        try:
+            self._generate()
+        finally:  # also of a thread that ends as it should not: nobody must wait for ever
+            self.close()
+            self._fail(_not_open())
+
+    def _generate(self) -> None:
         ended = False
         while not ended:
             try:
@@ -113,19 +139,21 @@ class LiveBatch:
                 for place, result in results:
                     _settle(self._running.pop(place), result)
                 ended = True
-            # Whatever it is, nobody must wait for ever, and the next request may do better.
-            except Exception as error:
+            except Exception as error:  # whatever it is, the next request may do better
                 traceback.print_exc()
-                failure = WorkError(f"serve: the batch failed: {type(error).__name__}: {error}")
-                for clip in self._running.values():
-                    clip.set_exception(failure)
-                self._running.clear()
+                words = f"serve: the batch failed: {type(error).__name__}: {error}"
+                self._fail(WorkError(words))
+
+    def _fail(self, error: KinetiqError) -> None:
+        """Tell all whose clips are under way."""
+        while self._running:
+            self._running.popitem()[1].set_exception(error)
 
     def _draw(self) -> Iterator[Request | None]:
         """What waits, and None where nothing does while others are under way; ends when closed."""
         for place in itertools.count():
             while (asked := self._take()) is None:
-                if self._closed:
+                if not self._open:
                     return
                 yield None
             self._running[place] = asked.clip
@@ -134,8 +162,12 @@ class LiveBatch:
     def _take(self) -> _Asked | None:
         with self._changed:
             if not self._running:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-            return self._waiting.popleft() if self._waiting else None
+                self._changed.wait_for(lambda: self._waiting or not self._open)
+            while self._waiting:
+                asked = self._waiting.popleft()
+                if asked.clip.set_running_or_notify_cancel():  # from here on it cannot be cancelled
+                    return asked
+            return None
 
 
 def _settle(clip: "Future[Clip]", result: Clip | KinetiqError) -> None:
@@ -145,5 +177,5 @@ def _settle(clip: "Future[Clip]", result: Clip | KinetiqError) -> None:
         clip.set_result(result)
 
 
-def _closing() -> BusyError:
-    return BusyError("serve: the server must be running, and is stopping; ask again later")
+def _not_open() -> BusyError:
+    return BusyError("serve: requests are taken within a `with` block of the batch; ask again then")

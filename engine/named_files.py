@@ -1,11 +1,11 @@
 """Files and folders that other files name: whether they are there, and what they hold."""
 
 import hashlib
-import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from kinetiq.clip import IMAGE_SUFFIXES
+from kinetiq.clip import IMAGE_SUFFIXES, natural_key
 from kinetiq.errors import ClipError
 
 
@@ -28,13 +28,8 @@ def stamp_file(path: Path) -> tuple[int, ...]:
 
 
 def natural_order(paths: Iterable[Path]) -> list[Path]:
-    """Paths by name, 2 before 10."""
-
-    def key(path: Path) -> list[tuple[int, str]]:
-        parts = re.findall("[0-9]+|[^0-9]+", path.name)
-        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
-
-    return sorted(paths, key=key)
+    """Paths by name, 2 before 10, as the frames of a folder are read."""
+    return sorted(paths, key=natural_key)
 
 
 def list_inside(folder: Path) -> list[Path]:
@@ -63,6 +58,8 @@ def content_digest(path: Path) -> str:
         ]
         return hashlib.sha256("\n".join(map(content_digest, pictures)).encode()).hexdigest()
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may never end
+            raise ClipError(f"{path} must be a file or a folder, and is neither")
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

@@ -5,20 +5,24 @@
 
 Keys are the options of `kinetiq generate`, with _ for -, and `format`: mp4 (default), webm, gif,
 webp or png. Requests of any number of clients share one batch of the network; see
-`kinetiq.live_batch`. What goes wrong is {"error": "..."} with 400 (the request), 503 (too many) or
-500 (the work).
+`kinetiq.live_batch`. What goes wrong is {"error": "..."} with 400 (the request), 503 (too many),
+500 (the work), or another status of HTTP where it was no such request.
 """
 
 import contextlib
 import json
 import os
+import re
 import signal
+import socket
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +30,15 @@ import attrs
 
 from kinetiq import __version__
 from kinetiq.clip import Clip, check_format
-from kinetiq.clip_options import ClipPlan
-from kinetiq.errors import BusyError, InputError, KinetiqError, RequestError
+from kinetiq.clip_options import ClipOptions
+from kinetiq.errors import (
+    BusyError,
+    InputError,
+    KinetiqError,
+    OutputError,
+    RequestError,
+    WorkError,
+)
 from kinetiq.live_batch import LiveBatch
 from kinetiq.manifest import parse_clip, read_object
 from kinetiq.request import Request
@@ -42,10 +53,13 @@ _MEDIA_TYPES = {
     "webp": "image/webp",
     "png": "image/png",
 }
-_MOST_BYTES = 2**20  # of a request
+_MOST_BYTES = 2**16  # of a request, whose prompt is cut into words by all others' thread
 _TIMES = 4  # that a clip may be larger than the model's own
 _MOST_WRITTEN = 2**27  # pixels of a clip, 3 bytes each
-_SECONDS = 30  # to send a request, or to take the next part of an answer
+_SECONDS = 30.0  # to send a whole request, and to take a part of an answer
+_PART = 2**16  # bytes of an answer
+_READERS = 2  # requests whose clips are read or written at a time, each with memory of its own
+_NAMES = ("localhost", "127.0.0.1", "[::1]")  # of this machine
 
 
 @attrs.frozen
@@ -65,6 +79,7 @@ class ClipService:
     model: str
     files: Path | None = None
     most_pixels: int | None = None
+    _reading: threading.Semaphore = attrs.field(factory=lambda: threading.Semaphore(_READERS))
 
     def make(self, body: bytes) -> tuple[str, bytes]:
         """The media type and the file of the clip that a request asks for, once it is made.
@@ -79,22 +94,25 @@ class ClipService:
                 f"format: must be one of {', '.join(_MEDIA_TYPES)}, got {json.dumps(form)}"
             )
         asked = parse_clip(said, self.files or Path(), "format")
-        _require_inside(asked.named_files, self.files)
+        _require_inside(asked, self.files)
+        self._require_small(asked.request_options(), asked.scale)
         rate, frames = asked.fps or self.defaults.fps, asked.frames or self.defaults.frames
         check_format(Path(f"clip.{form}"), frames=frames, fps=rate)
-        plan = asked.plan()
-        self._require_small(plan)
-        controls = plan.read_controls(self.defaults)
+        self.batch.require_room()
+        with self._reading:
+            plan = asked.plan()
+            controls = plan.read_controls(self.defaults)
         request = Request.from_options(asked.prompt, {**plan.options, "control": controls})
         clip = self.batch.submit(request).result()
-        return _MEDIA_TYPES[form], _encode(clip, form, asked.scale)
+        with self._reading:
+            return _MEDIA_TYPES[form], _encode(clip, form, asked.scale)
 
-    def _require_small(self, plan: ClipPlan) -> None:
+    def _require_small(self, said: Mapping[str, Any], scale: int) -> None:
         """Raise if a clip is so large that it could take the memory of all the others.
 
         A system without memory ends the process, which no `except` sees.
         """
-        own, said = self.defaults, plan.options
+        own = self.defaults
         most = self.most_pixels or _TIMES * own.frames * own.height * own.width
         frames = said["frames"] or own.frames
         area = (said["height"] or own.height) * (said["width"] or own.width)
@@ -103,10 +121,10 @@ class ClipService:
                 f"size: a clip must have at most {most} pixels in all its frames here, got "
                 f"{frames * area}; start the server with --most-pixels for more"
             )
-        if frames * area * plan.asked.scale**2 > _MOST_WRITTEN:
+        if frames * area * scale**2 > _MOST_WRITTEN:
             raise RequestError(
                 f"scale: a clip must have at most {_MOST_WRITTEN} pixels in all its frames when it "
-                f"is enlarged, got {frames * area * plan.asked.scale**2}; enlarge it less"
+                f"is enlarged, got {frames * area * scale**2}; enlarge it less"
             )
 
     def describe(self) -> dict[str, Any]:
@@ -132,12 +150,15 @@ class ClipServer(ThreadingHTTPServer):
         Raises:
             RequestError: they cannot be listened to.
         """
+        if not host:  # which would be every address of this machine
+            raise RequestError("serve: --host must be an address or a name, got none")
         self.service = service
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
             raise RequestError(
-                f"serve: --host {host} and --port {port} must be free to be listened to: "
+                f"serve: --host {host} and --port {port} must be this machine's and free: "
                 f"{error.strerror}"
             ) from error
 
@@ -150,7 +171,12 @@ class ClipServer(ThreadingHTTPServer):
     def address(self) -> str:
         """Its address, as browsers have them."""
         host, port = self.server_address[:2]
-        return f"http://{host!s}:{port}"
+        return f"http://{f'[{host!s}]' if ':' in str(host) else host!s}:{port}"
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it can be reached from this machine alone."""
+        return ip_address(str(self.server_address[0])).is_loopback
 
 
 @contextlib.contextmanager
@@ -178,8 +204,20 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
     timeout = _SECONDS
 
+    def handle(self) -> None:
+        """Answer a request that comes in time, however slowly each of its bytes does."""
+        late = threading.Timer(self.timeout, self._stop_reading)
+        late.daemon = True
+        late.start()
+        try:
+            super().handle()
+        finally:
+            late.cancel()
+
     def do_GET(self) -> None:
         """Answer /health."""
+        if not self._is_asked_for():
+            return
         if self.path != "/health":
             self._refuse(HTTPStatus.NOT_FOUND, "must be POST /clips or GET /health")
             return
@@ -187,6 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer /clips."""
+        if not self._is_asked_for():
+            return
         if self.path != "/clips":
             self._refuse(HTTPStatus.NOT_FOUND, "must be POST /clips or GET /health")
             return
@@ -204,6 +244,9 @@ class _Handler(BaseHTTPRequestHandler):
             )
             return
         body = self.rfile.read(int(length))
+        if len(body) < int(length):  # the client went away, or took too long
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"must come within {self.timeout:g} seconds")
+            return
         try:
             media, data = self.server.service.make(body)
         except BusyError as error:
@@ -219,6 +262,27 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(HTTPStatus.OK, media, data)
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse what is not even HTTP, as all else is refused."""
+        status = HTTPStatus(code)
+        self._refuse(status, message or explain or status.phrase)
+
+    def _is_asked_for(self) -> bool:
+        """Whether it is us whom a browser was sent to, and not another name for our address."""
+        name = self.headers.get("Host", "").rpartition(":")
+        host = name[0] if name[1] and name[2].isdecimal() else name[2]
+        if not self.server.is_private or host in _NAMES:
+            return True
+        self._refuse(
+            HTTPStatus.MISDIRECTED_REQUEST,
+            f"Host must be one of {', '.join(_NAMES)}, got {host!r}; a proxy must send such a one",
+        )
+        return False
+
+    def _stop_reading(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed already
+            self.connection.shutdown(socket.SHUT_RD)
+
     def _refuse(self, status: HTTPStatus, error: object) -> None:
         self._say(status, {"error": str(error).removeprefix("generate: ")})
 
@@ -232,27 +296,51 @@ class _Handler(BaseHTTPRequestHandler):
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             self.send_header("Retry-After", "1")
         self.end_headers()
-        self.wfile.write(data)
+        for start in range(0, len(data), _PART):  # each of which has the time that there is
+            self.wfile.write(data[start : start + _PART])
 
 
-def _require_inside(paths: Iterable[Path], folder: Path | None) -> None:
-    """Raise unless all paths lead to what is in a folder.
+def _require_inside(asked: ClipOptions, folder: Path | None) -> None:
+    """Raise unless all that options could name is in a folder, before anything is looked for.
 
     Raises:
-        RequestError: one does not.
+        RequestError: something is not.
     """
-    for path in paths:
+    said = [str(path) for path in (asked.reference, asked.moft) if path is not None]
+    words = [*asked.regions, *asked.motions]
+    # Words may be a path, or have one behind or before a mark; which, depends on what is there.
+    said += [part.lstrip("-") for each in words for part in (each, *re.split("[:*]", each))]
+    for name in filter(None, said):
         if folder is None:
             raise RequestError(
-                f"files: must not be named here, got {str(path)!r}; start the server with --files "
-                "and the folder that holds them"
+                f"files: must not be named here, got {name!r}; start the server with --files and "
+                "the folder that holds them"
             )
-        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-            raise RequestError(f"files: must be in the server's folder, got {str(path)!r}")
+        path = folder / name
+        inside = path.iterdir() if _is_inside(path, folder) and path.is_dir() else ()
+        if not all(_is_inside(each, folder) for each in (path, *inside)):
+            raise RequestError(f"files: must be in the server's folder, got {name!r}")
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _encode(clip: Clip, form: str, scale: int) -> bytes:
+    """The file of a clip.
+
+    Raises:
+        RequestError: the format cannot hold it.
+        WorkError: the disk cannot.
+    """
     with tempfile.TemporaryDirectory(prefix="kinetiq-") as folder:
         path = Path(folder) / f"clip.{form}"
-        clip.write(path, scale=scale)
-        return path.read_bytes()
+        try:
+            clip.write(path, scale=scale)
+            return path.read_bytes()
+        except OutputError as error:
+            if isinstance(error.__cause__, OSError):
+                raise WorkError(
+                    f"serve: the clip must be written for a moment: {error.__cause__.strerror}"
+                ) from error
+            raise RequestError(str(error).removeprefix("Clip.write: ")) from error

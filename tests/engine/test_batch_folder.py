@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from kinetiq import batch_folder, batch_log, batch_staging
+from kinetiq import batch_folder, batch_log, batch_staging, clip
 from kinetiq.__main__ import main
 from kinetiq.batch_folder import BatchModel, BatchOptions, make_batch
 from kinetiq.batch_log import BatchLog, Part
@@ -33,6 +33,7 @@ from kinetiq.errors import (
     WorkError,
 )
 from kinetiq.files import replacing
+from kinetiq.named_files import content_digest
 
 THREE = [{"prompt": "a"}, {"prompt": "b", "out": "stars/b.webp"}, {"prompt": "c", "seed": 5}]
 NAMES = ["clip_000001.mp4", "stars/b.webp", "clip_000003.mp4"]
@@ -292,6 +293,13 @@ class TestFailures:
         made = make([{"prompt": "a", "out": "a.png"}])
         assert "can hold one frame, got 4" in made["failed"][0]["error"]
 
+    @pytest.mark.parametrize("fps", [0, -1, "1e-400", 1e-300, 1e300])
+    @pytest.mark.parametrize("out", ["a.gif", "a.webp", "a.mp4"])
+    def test_a_rate_that_is_none_fails_its_line(self, make, out, fps):
+        made = make([{"prompt": "a", "fps": fps, "out": out}, {"prompt": "b"}])
+        assert made["made"] == [NAMES[0].replace("1", "2")]
+        assert "fps: must be" in made["failed"][0]["error"]
+
     def test_no_model_is_loaded_for_nothing(self, make, painter):
         make([{"prompt": "a", "steps": 0}])
         assert painter.loaded == 0
@@ -330,7 +338,7 @@ class TestFailures:
         (failure,) = made["failed"]
         assert failure["line"] == 2
         assert (
-            "clips.jsonl:2: out: .webp must be able to hold 1 frames of 64x1049600"
+            "clips.jsonl:2: Clip.write: .webp must be able to hold 1 frames of 64x1049600"
             in failure["error"]
         )
         assert [entry["line"] for entry in log() if "error" in entry] == [2]
@@ -870,14 +878,10 @@ class TestWriting:
 
     @pytest.mark.parametrize("error", [OverflowError("too long"), KeyError("no codec")])
     def test_encoders_may_say_no_as_they_like(self, make, monkeypatch, error):
-        write = Clip.write
+        def refuse(*_):
+            raise error
 
-        def refuse(self, path, **settings):
-            if path.suffix == ".webp":
-                raise error
-            write(self, path, **settings)
-
-        monkeypatch.setattr(Clip, "write", refuse)
+        monkeypatch.setattr(clip, "_write_animation", refuse)
         made = make(THREE)
         assert made["made"] == [NAMES[0], NAMES[2]]
         assert f"is not: {error}; choose another format" in made["failed"][0]["error"]
@@ -901,20 +905,45 @@ class TestWriting:
             monkeypatch.setattr(batch_log.os, "fsync", full)
             monkeypatch.setattr(batch_staging, "_sync", lambda _: None)
         else:
-            monkeypatch.setattr(BatchLog, "_file", types.SimpleNamespace(write=full), raising=False)
-            monkeypatch.setattr(BatchLog, "__init__", lambda *_: None)
+            start = BatchLog.__init__
+            monkeypatch.setattr(
+                BatchLog,
+                "__init__",
+                lambda self, _: start(self, types.SimpleNamespace(write=full)),
+            )
         with pytest.raises(WorkError, match=r"the log cannot be written \(no room\); make room"):
             make(THREE)
         monkeypatch.undo()
         assert files(tmp_path / "out") == {}
         assert make(THREE)["made"] == NAMES
 
-    def test_half_a_line_is_not_taken_for_written(self, make, monkeypatch):
-        half = types.SimpleNamespace(write=lambda line: len(line) // 2)
-        monkeypatch.setattr(BatchLog, "_file", half, raising=False)
-        monkeypatch.setattr(BatchLog, "__init__", lambda *_: None)
+    def test_nothing_is_written_behind_half_a_line(self, make, painter, monkeypatch, tmp_path):
+        """Where a disk is full for a moment, and clips wait to be written."""
+        start = BatchLog.__init__
+
+        def cut(self, file):
+            calls = []
+
+            def write(line):
+                calls.append(line)
+                return file.write(line[: len(line) // 2] if len(calls) == 2 else line)
+
+            start(self, types.SimpleNamespace(write=write, fileno=file.fileno))
+
+        def inner(requests, **settings):
+            return iter(list(paint(requests, **settings)))
+
+        paint = painter.generate_as_completed
+        monkeypatch.setattr(painter, "generate_as_completed", inner)
+        monkeypatch.setattr(BatchLog, "__init__", cut)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "batch_log.jsonl").write_text(
+            '{"log": "kinetiq batch", "version": 1}\n'
+        )
         with pytest.raises(WorkError, match="the log cannot be written"):
             make(THREE)
+        monkeypatch.undo()
+        assert make(THREE)["made"] == NAMES[1:]
 
     def test_a_disk_that_is_full_is_seen_before_more_is_made(self, make, painter, monkeypatch):
         def full(*_, **__):
@@ -971,6 +1000,42 @@ class TestReading:
         assert ["has changed since" in failure["error"] for failure in made["failed"]] == [True]
         assert made["made"] == ["clip_000002.mp4"]
 
+    @pytest.mark.parametrize(
+        ("names", "renamed"),
+        [
+            (["start.png", "1.png", "2.png"], ["0.png", "1.png", "2.png"]),
+            (["B.png", "a.png", "c.png"], ["a.png", "b.png", "c.png"]),
+            (["A.png", "a.png", "b.png"], ["a.png", "A.png", "b.png"]),
+            (["01.png", "1.png", "2.png"], ["1.png", "01.png", "2.png"]),
+        ],
+    )
+    def test_other_names_that_change_the_order_of_pictures_make_another_clip(
+        self, tmp_path, names, renamed
+    ):
+        """And the same order makes the same clip."""
+        digests, orders = [], []
+        for each, folder in ((names, tmp_path / "one"), (renamed, tmp_path / "other")):
+            folder.mkdir()
+            for shade, name in enumerate(each):
+                Clip(np.full((1, 8, 8, 3), shade, np.uint8), 8).write(folder / name)
+            digests.append(content_digest(folder))
+            orders.append(Clip.read(folder).frames[:, 0, 0, 0].tolist())
+        assert (digests[0] == digests[1]) == (orders[0] == orders[1])
+
+    @pytest.mark.parametrize("kind", ["pipe", "device"])
+    def test_what_may_never_end_is_no_file(self, make, tmp_path, kind):
+        path = Path("/dev/zero")
+        if kind == "pipe":
+            path = tmp_path / "pipe.gif"
+            os.mkfifo(path)
+        lines = [
+            {"prompt": "a", key: f"{path}{more}"}
+            for key, more in (("reference", ""), ("motion", ""), ("region", ":left"))
+        ]
+        made = make([*lines, {"prompt": "b"}])
+        assert made["made"] == ["clip_000004.mp4"]
+        assert ["must be a file or a folder" in f["error"] for f in made["failed"]] == [True] * 3
+
     def test_one_that_changes_there_and_back_while_it_is_read(self, make, monkeypatch, reference):
         reference(10)
         read = Clip.read
@@ -1021,6 +1086,25 @@ class TestModels:
         index["scheduler"][1] = "EulerDiscreteScheduler"
         (folder / "model_index.json").write_text(json.dumps(index))
         assert self.describe(folder) != said
+
+    def test_other_settings_are_another_model(self, folder):
+        """What a line leaves out is what they say."""
+        said = self.describe(folder)
+        settings = json.loads((folder / "kinetiq.json").read_text())
+        (folder / "kinetiq.json").write_text(json.dumps({**settings, "steps": 5}))
+        assert self.describe(folder) != said
+        (folder / "kinetiq.json").unlink()
+        assert self.describe(folder)["settings"] == {}
+
+    @pytest.mark.parametrize("name", ["unet/config.json", "kinetiq.json", "model_index.json"])
+    def test_all_that_is_read_must_stay(self, folder, name):
+        described = BatchModel.describe(str(folder), None, None)
+        for files in described.files:
+            files.require_unchanged()
+        (folder / name).unlink()
+        (changed,) = (files for files in described.files if folder / name in files.stamps)
+        with pytest.raises(CheckpointError, match="must stay as they were"):
+            changed.require_unchanged()
 
     def test_one_of_a_hub_is_its_id(self):
         assert self.describe("some/model") != self.describe("some/other")

@@ -1,6 +1,7 @@
 """Requests of many threads in one batch: who joins whom, and who is told of what goes wrong."""
 
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import kinetiq
 from kinetiq.clip import Clip
 from kinetiq.engine import Engine
-from kinetiq.errors import BusyError, NonFiniteError, WorkError
+from kinetiq.errors import BusyError, NonFiniteError, RequestError, WorkError
 from kinetiq.live_batch import LiveBatch
 from kinetiq.request import Request
 
@@ -44,7 +45,7 @@ class Walker:
             for each in list(running):
                 each[2] -= 1
                 failure = self.fails.get(each[1].prompt)
-                if isinstance(failure, RuntimeError):
+                if isinstance(failure, RuntimeError | SystemExit):
                     raise failure
                 if failure is not None or not each[2]:
                     running.remove(each)
@@ -124,17 +125,76 @@ class TestFailing:
             assert later.result(SECONDS) == "clip of c"
         assert "RuntimeError: a fault" in capfd.readouterr().err
 
+    def test_what_is_no_request_is_refused(self, walker):
+        with LiveBatch(walker) as batch:
+            for what in (None, "a ring"):
+                with pytest.raises(RequestError, match="must be a Request here, got"):
+                    batch.submit(what)
+
+    def test_one_that_waits_can_be_cancelled_and_one_under_way_cannot(self, walker):
+        with LiveBatch(walker, max_clips=1) as batch:
+            first = batch.submit(ask("a", 2))
+            assert walker.stepping.wait(SECONDS)
+            second, third, fourth = (batch.submit(ask(name)) for name in "bcd")
+            assert not first.cancel()
+            assert second.cancel()
+            walker.step.release(2)
+            assert first.result(SECONDS) == "clip of a"
+            assert walker.stepping.wait(SECONDS)
+            assert fourth.cancel()
+            batch.close()
+            walker.step.release(1)
+            assert third.result(SECONDS) == "clip of c"
+        assert walker.batches == [["a"], ["a"], ["c"]]
+
+    def test_whoever_waits_is_told_where_the_thread_ends(self, walker, monkeypatch):
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)
+        walker.fails["a"] = SystemExit()
+        with LiveBatch(walker, max_clips=1) as batch:
+            clips = [batch.submit(ask("a")), batch.submit(ask("b"))]
+            walker.step.release(1)
+            for clip in clips:
+                with pytest.raises(BusyError, match="within a `with` block"):
+                    clip.result(SECONDS)
+            with pytest.raises(BusyError):
+                batch.submit(ask("c"))
+
 
 class TestClosing:
+    def test_nothing_is_taken_outside_of_a_block(self, walker):
+        batch = LiveBatch(walker)
+        for _ in range(2):
+            with pytest.raises(BusyError, match="are taken within a `with` block"):
+                batch.submit(ask("a"))
+            with pytest.raises(BusyError, match="are taken within a `with` block"):
+                batch.require_room()
+            batch.close()
+
+    def test_it_does_nothing_where_there_is_nothing_to_do(self, walker, monkeypatch):
+        drawn = []
+        draw = LiveBatch._draw
+
+        def drawing(batch):
+            for request in draw(batch):
+                drawn.append(request)
+                yield request
+
+        monkeypatch.setattr(LiveBatch, "_draw", drawing)
+        walker.step.release(1)
+        with LiveBatch(walker) as batch:
+            batch.submit(ask("a")).result(SECONDS)
+            time.sleep(0.1)
+        assert len(drawn) <= 3
+
     def test_what_is_under_way_is_finished_and_what_waits_given_up(self, walker):
         with LiveBatch(walker, max_clips=1) as batch:
             under_way = batch.submit(ask("a", 2))
             assert walker.stepping.wait(SECONDS)
             waiting = batch.submit(ask("b"))
             batch.close()
-            with pytest.raises(BusyError, match="is stopping"):
+            with pytest.raises(BusyError, match="ask again then"):
                 waiting.result(SECONDS)
-            with pytest.raises(BusyError, match="is stopping"):
+            with pytest.raises(BusyError, match="ask again then"):
                 batch.submit(ask("c"))
             walker.step.release(2)
         assert under_way.result(0) == "clip of a"

@@ -1166,7 +1166,7 @@ def test_an_unknown_tap_and_two_guidances_are_refused(engine):
 
 
 def test_another_back_end_cannot_recompute(engine, monkeypatch):
-    other = SimpleNamespace(sites=engine.denoiser.sites, family=engine.denoiser.family)
+    other = SimpleNamespace(sites=engine.denoiser.sites, family=engine.denoiser.family, multiple=1)
     monkeypatch.setattr(engine, "denoiser", other)
     with pytest.raises(kq.RequestError, match="recompute: the back end must be eager, got Simple"):
         engine.resolve(request(kq.MoftGuidance(direction="left", recompute=True)))
