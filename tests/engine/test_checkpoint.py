@@ -207,6 +207,10 @@ def test_reads_a_variant_and_sharded_weights(folder: Path):
     assert not (folder / UNET_WEIGHTS).exists()
     got = load_checkpoint(folder)
     assert torch.equal(got.unet.conv_out.weight, wanted.unet.conv_out.weight)
+    (folder / UNET_WEIGHTS).touch()
+    with pytest.raises(CheckpointError, match=r"has both .*; move one away"):
+        load_checkpoint(folder)
+    (folder / UNET_WEIGHTS).unlink()
     shard = min((folder / "unet").glob("*.safetensors"))
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"{shard.name} is missing"):

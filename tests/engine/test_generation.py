@@ -4,6 +4,8 @@ import torch
 from stock import load_stock, stock_latents
 
 import kinetiq as kq
+from kinetiq import engine as engine_module
+from kinetiq import generation
 from kinetiq.generation import in_order
 
 SAMPLERS = [
@@ -169,6 +171,7 @@ def test_clips_come_as_they_are_completed_with_their_place(engine):
 class Fragile:
     """A denoiser that runs out of memory above some rows, or answers NaN to one row's latents.
 
+    A clip counts by its frames, of which four are usual.
     Above `most_rows` it must not be asked.
     """
 
@@ -180,7 +183,7 @@ class Fragile:
     def predict(self, latents, timesteps, text, controls):
         self.seen.append(len(latents))
         assert self.most_rows is None or len(latents) <= self.most_rows
-        if len(latents) > self.rows:
+        if len(latents) * latents.shape[2] > self.rows * 4:
             raise torch.OutOfMemoryError("out of memory")
         out = self.inner.predict(latents, timesteps, text, controls).clone()
         if self.poison is not None:
@@ -200,6 +203,61 @@ def test_running_out_of_memory_splits_the_batch(engine, reference):
         assert_equal(got, wanted)
     assert fragile.seen[0] == 9  # four clips and one source
     assert max(fragile.seen[1:]) <= 5
+
+
+def test_large_clips_that_had_to_be_split_do_not_split_small_ones(engine):
+    requests = [kq.Request("a ring", seed=s, frames=6 if s < 2 else 2, steps=2) for s in range(6)]
+    fragile = Fragile(engine.denoiser, rows=4)
+    engine.denoiser, kept = fragile, engine.denoiser
+    clips = list(engine.generate_latents(requests))
+    engine.denoiser = kept
+    assert [clip.shape[1] for clip in clips] == [6, 6, 2, 2, 2, 2]
+    assert fragile.seen == [4, 2, 2, 2, 2, 8, 8]
+
+
+def test_a_batch_is_whole_again_after_nothing_was_to_do(engine):
+    """As in a server, where memory that was short once need not be so for ever."""
+    fragile = Fragile(engine.denoiser, rows=4)
+    engine.denoiser, kept = fragile, engine.denoiser
+    done = []
+
+    def requests():
+        for wave in range(2):
+            yield from (kq.Request("a ring", seed=s, frames=4, steps=1) for s in range(3))
+            while len(done) < 3 * (wave + 1):
+                yield None
+            fragile.rows = 6
+            yield None
+
+    for place, _ in engine.generate_as_completed(requests()):
+        done.append(place)
+    engine.denoiser = kept
+    assert fragile.seen == [6, 4, 2, 6]
+
+
+@pytest.mark.parametrize("kind", ["text", "noise"])
+def test_memory_that_is_short_at_a_start_fails_one_clip(engine, monkeypatch, kind):
+    encode, start = engine_module.encode_prompts, generation._start_clip
+
+    def encode_prompts(checkpoint, prompts):
+        if kind == "text" and prompts == ["a bad ring"]:
+            raise torch.OutOfMemoryError("out of memory")
+        return encode(checkpoint, prompts)
+
+    def start_clip(index, request, *rest):
+        if kind == "noise" and request.prompt == "a bad ring":
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return start(index, request, *rest)
+
+    monkeypatch.setattr(engine_module, "encode_prompts", encode_prompts)
+    monkeypatch.setattr(generation, "_start_clip", start_clip)
+    prompts = ["a ring", "a bad ring", "a star"]
+    requests = [kq.Request(prompt, frames=2, steps=2) for prompt in prompts]
+    one, failed, other = engine.generate_many(requests, on_error="return")
+    assert isinstance(one, kq.Clip)
+    assert isinstance(other, kq.Clip)
+    assert isinstance(failed, kq.WorkError)
+    assert "must fit in" in str(failed)
 
 
 def test_a_batch_has_no_more_rows_than_the_network_takes(engine):
