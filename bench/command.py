@@ -4,6 +4,7 @@ Exit status: 0 when it measured, also when targets were missed; 1 when it could 
 when the README differs from the records; 2 for bad input.
 """
 
+import contextlib
 import difflib
 import functools
 import json
@@ -386,13 +387,17 @@ def _tune(
     outcomes = []
     progress = Progress(visible=sys.stderr.isatty())
     target = path or launch_file()
+    answers = sys.stdout
     found = tune(
         choose_device(device), target, operators, seed=seed, progress=progress, seconds=seconds
     )
-    for outcome in found:
-        outcomes.append(asdict(outcome))
-        if not as_json:
-            click.echo(describe(outcome))
+    # Compilers print to standard output, which belongs to the answers; and who is interrupted here
+    # must not wait for what compiles elsewhere.
+    with contextlib.closing(found), contextlib.redirect_stdout(sys.stderr):
+        for outcome in found:
+            outcomes.append(asdict(outcome))
+            if not as_json:
+                click.echo(describe(outcome), file=answers)
     if as_json:
         click.echo(_json({"launch_file": str(target), "outcomes": outcomes}))
 

@@ -8,8 +8,8 @@ of the settings that it would replace. One case is in memory at a time. What a G
 in the file, and has not been tuned, `kinetiq.kernels._launch` says.
 
 What is about to be launched is compiled before, in several processes, into Triton's cache on disk:
-compiling takes longer than all else. An entry that is not done in time stays as it is, and is
-named.
+compiling takes longer than all else, and so it has half of the time that is left. An entry that is
+not done in time stays as it is, and is named.
 
 Where a whole temporal layer in one kernel beats the separate operators is measured likewise, after
 the settings of all of them: "temporal_block_wins" in the launch file says from how many positions
@@ -23,9 +23,12 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, wait
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +54,13 @@ from kinetiq.bench.kernels import (
     make_layer,
     timed_way,
 )
-from kinetiq.bench.steps import Budget, free_memory, lost
+from kinetiq.bench.kernels import describe as describe_case
+from kinetiq.bench.steps import Budget, free_memory, in_short, lost
 from kinetiq.errors import MissingDependencyError, RequestError, WorkError
 from kinetiq.files import check_target, write_text
 from kinetiq.kernels._compile import CompileCase, Request, compile_case
 from kinetiq.kernels._launch import Table, architecture, choosing, launch_file, read_table
+from kinetiq.progress import say_above_bar
 
 Settings = dict[str, int]
 Entry = tuple[str, str]  # operator and key of the launch file
@@ -102,6 +107,7 @@ WINS = "temporal_block_wins"
 _CLIP_ROWS = (1, 2, 4, 8, 16)  # halves of guidance of up to eight clips
 _PROCESSES = 16  # that compile at most
 _ROOM = 8 * 2**30  # bytes of the GPU's memory for each of them: a context and the largest case
+_SHARE = 0.5  # of the time that is left, which compiling before the search may take
 _KIND = 15.0  # seconds that a kind of layer may take to be compared with the separate operators
 _WORTH = 0.98  # of the present time; less of a gain may be noise
 
@@ -132,6 +138,8 @@ class Workload:
         asked: entries that the timed call asks for, with the settings that it gets.
         timed: whether it is timed, or only has to be right.
         launch: builds the case and launches the call once; another process can be given it.
+        form: what its kernels depend on beside the number of positions; of two workloads of one
+            form the second mostly finds compiled what the first has left.
     """
 
     name: str
@@ -139,6 +147,7 @@ class Workload:
     asked: Mapping[Entry, Settings]
     timed: bool = True
     launch: Launch | None = None
+    form: tuple[object, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -308,20 +317,33 @@ def _refusals() -> tuple[type[Exception], ...]:
     return (RuntimeError, TritonError)
 
 
-def workloads_of(machine: Machine, operator: str, seed: int = 0) -> list[Workload]:
+def workloads_of(
+    machine: Machine, operator: str, seed: int = 0, budget: Budget = ENDLESS
+) -> list[Workload]:
     """All cases of one operator: timed in bf16, and required to be right in fp32.
 
     Where a half type and float32 share an entry its candidates must run in both; an entry that
-    float32 has for itself is left as it is.
+    float32 has for itself is left as it is. There are none where there is no time to see all: by
+    some of them nothing could be judged.
     """
     found = []
     for element, build in _builds(machine, operator, seed):
+        if budget.left <= 0:
+            return []
         with _in_memory(f"{operator} in {element}"):
             name, asked = _survey(build)
         subject = functools.partial(_subject, machine, build)
         launch = functools.partial(_launch_once, build)
-        found.append(Workload(name, subject, asked, element == "bf16", launch))
+        timed, form = element == "bf16", (element, *_form(build))
+        found.append(Workload(name, subject, asked, timed, launch, form))
     return found
+
+
+def _form(build: Callable[[], Case]) -> tuple[object, ...]:
+    """What the kernels of a case depend on beside its type and its number of positions."""
+    assert isinstance(build, functools.partial)  # as `builders` makes them
+    site, (_, _, *kind) = build.args[0], describe_case(build)
+    return (site.frames, site.heads, site.d, *kind) if isinstance(site, Site) else (site, *kind)
 
 
 def _builds(machine: Machine, operator: str, seed: int) -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -342,39 +364,87 @@ def _survey(build: Callable[[], Case]) -> tuple[str, dict[Entry, Settings]]:
     return case.name, asked_by(case.ways[OURS])
 
 
-def compile_ahead(
-    launches: Sequence[Launch],
-    choices: Sequence[Mapping[Entry, Settings]],
-    name: str,
-    pool: Executor,
-    budget: Budget,
-) -> None:
-    """Compile all that some launches reach under each choice of settings, as long as time lasts.
+@dataclass
+class Ahead:
+    """Compiling in other processes, into Triton's cache, before anything is launched.
+
+    What fails there is found again by the search, which is then only slower; so it is said and
+    does no harm.
 
     Args:
-        launches: what another process can be given.
-        choices: settings of some entries; of the others they are those of the launch file.
-        name: architecture to compile for.
-        pool: of processes.
-        budget: of the whole search.
+        pool: of processes; None when they were ended.
+        ended: launches whose compiling came to an end.
+        compiled: those of them of which every kernel was compiled.
+        error: why the first of the others was not.
     """
-    # One that has died, as for want of memory, leaves the search right, and only slower.
-    with contextlib.suppress(BrokenExecutor):
-        waiting = [
-            pool.submit(compile_launch, launch, chosen, name)
-            for launch in launches
-            for chosen in choices
-        ]
-        wait(waiting, None if math.isinf(budget.left) else max(0.0, budget.left))
+
+    pool: Executor | None
+    ended: int = 0
+    compiled: int = 0
+    error: str = ""
+
+    def compile(
+        self,
+        launches: Sequence[Launch],
+        choices: Sequence[Mapping[Entry, Settings]],
+        name: str,
+        budget: Budget,
+    ) -> None:
+        """Compile all that some launches reach under each choice of settings.
+
+        It takes a part of the time that is left at most, so that there is some for the search; and
+        if nothing of all that ended could be compiled, it is for the last time.
+
+        Args:
+            launches: what another process can be given, the most important first.
+            choices: settings of some entries; of the others they are those of the launch file.
+            name: architecture to compile for.
+            budget: of the whole search.
+        """
+        if self.pool is None or budget.left <= 0:
+            return
+        waiting: list[Future[tuple[int, str]]] = []
+        outcomes = []
+        try:
+            for launch, chosen in itertools.product(launches, choices):
+                waiting.append(self.pool.submit(compile_launch, launch, chosen, name))
+        except BrokenExecutor as error:  # a process has died, as for want of memory
+            outcomes.append((0, in_short(error)))
+        most = None if math.isinf(budget.left) else max(0.0, budget.left * _SHARE)
+        done = wait(waiting, most).done
         for one in waiting:
             one.cancel()
+        outcomes += [_outcome(one) for one in waiting if one in done]
+        self.ended += len(outcomes)
+        self.compiled += sum(not why for _, why in outcomes)
+        self.error = self.error or next((why for _, why in outcomes if why), "")
+        if outcomes and not any(kernels for kernels, _ in outcomes):
+            self.close()
+
+    def close(self) -> None:
+        """End the processes, and say what failed, unless that was done before."""
+        if self.pool is None:
+            return
+        _end(self.pool)
+        self.pool = None
+        if self.error:
+            say_above_bar(
+                f"bench tune: {self.compiled} of {self.ended} launches compiled ahead; first "
+                f"error: {self.error}"
+            )
 
 
-def compile_launch(launch: Launch, chosen: Mapping[Entry, Settings], name: str) -> int:
+def _outcome(done: Future[tuple[int, str]]) -> tuple[int, str]:
+    """What `compile_launch` returned, or why it did not."""
+    error = done.exception()
+    return done.result() if error is None else (0, in_short(error))
+
+
+def compile_launch(launch: Launch, chosen: Mapping[Entry, Settings], name: str) -> tuple[int, str]:
     """Compile what a launch with these settings reaches, into Triton's cache; nothing is run.
 
     Returns:
-        How many kernels it were; what does not compile is found again by the search.
+        How many kernels were compiled, and why the first of the others was not.
     """
 
     def choose(operator: str, key: str, found: Settings) -> Settings:
@@ -384,23 +454,64 @@ def compile_launch(launch: Launch, chosen: Mapping[Entry, Settings], name: str) 
     with choosing(choose):
         accounts = compile_case(case, Request("", "", forward=True, element="bf16", target=name))
     free_memory("cuda" if torch.cuda.is_available() else "cpu")
-    return sum(not account.error for account in accounts)
+    errors = [account.error for account in accounts if account.error]
+    return len(accounts) - len(errors), next(iter(errors), "")
 
 
 @contextlib.contextmanager
-def compilers(device: str) -> Iterator[Executor | None]:
+def compilers(device: str) -> Iterator[Ahead | None]:
     """Processes that compile for a GPU, as many as it has room for; None where one is all."""
-    memory = torch.cuda.get_device_properties(device).total_memory
-    count = min(os.cpu_count() or 1, _PROCESSES, memory // _ROOM)
+    free = torch.cuda.mem_get_info(device)[0]
+    count = min(_cores(), _PROCESSES, free // _ROOM)
     if count < 2:
         yield None
         return
     # After a fork no process but the first could use the GPU.
-    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    spawning = multiprocessing.get_context("spawn")
+    ahead = Ahead(ProcessPoolExecutor(count, spawning, _begin))
     try:
-        yield pool
+        yield ahead
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        ahead.close()
+
+
+def _cores() -> int:
+    """CPU cores that this process may use, which need not be all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _begin() -> None:
+    """What a process does before it compiles anything."""
+    os.dup2(2, 1)  # compilers print to standard output, which belongs to the answers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process after its parent.
+
+    A parent that is killed ends nobody, and who waits for work from it waits for ever, with the
+    GPU's memory in its hands.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # the pool has started it
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _end(pool: Executor) -> None:
+    """End the processes of a pool at once, with what they are at.
+
+    A pool that is shut down ends what runs and what is next, and the interpreter waits for it.
+    Nothing is lost: a file of Triton's cache gets its name when it is whole.
+    """
+    # A pool says in no other way which they are, before Python 3.14.
+    processes = dict(getattr(pool, "_processes", None) or {})
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes.values():
+        process.terminate()
 
 
 def _subject(machine: Machine, build: Callable[[], Case]) -> Subject:
@@ -418,7 +529,7 @@ def tune(
     seed: int,
     progress: Progress,
     seconds: float = math.inf,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Tune operators on a GPU; a better entry is in the file before the next one is tried.
 
     Args:
@@ -433,9 +544,9 @@ def tune(
         What became of each entry; of an operator that was not come to, as its entry "*".
 
     Raises:
-        RequestError: there is no such operator.
+        RequestError: there is no such operator, or `seconds` is not above 0.
         MissingDependencyError: `device` is not a GPU.
-        InputError: the file cannot be read, or written.
+        InputError: the file is no launch file, or cannot be written.
         WorkError: a kernel is wrong with its present settings, or a case does not fit into memory.
     """
     unknown = [name for name in operators if name not in OPERATORS]
@@ -443,26 +554,29 @@ def tune(
         raise RequestError(
             f"bench tune: operators must be among {', '.join(OPERATORS)}, got {', '.join(unknown)}"
         )
+    if not seconds > 0:  # which is not the same as at most 0: it may be no number
+        raise RequestError(f"bench tune: seconds must be above 0, got {seconds}")
     if not device.startswith("cuda"):
         raise MissingDependencyError(
             f"bench tune: needs an NVIDIA GPU, whose settings it finds (the device is {device})"
         )
     check_target(path, "bench tune")
+    load_table(path)  # a file that is none is found before the work, not after it
     budget = Budget(seconds)
-    with torch.cuda.device(device), compilers(device) as pool:
+    with torch.cuda.device(device), compilers(device) as ahead:
         machine, name = Machine(device), architecture()
         timer = functools.partial(machine.time, seconds=0.3)
         found: dict[Entry, Settings] = {}
         for operator in operators or OPERATORS:
-            if pool is not None:
+            if ahead is not None:
                 builds = _builds(machine, operator, seed)
                 launches = [functools.partial(_launch_once, build) for _, build in builds]
-                compile_ahead(launches, [{}], name, pool, budget)
-            if budget.left <= 0:
+                ahead.compile(launches, [{}], name, budget)
+            workloads = workloads_of(machine, operator, seed, budget)
+            if not workloads:
                 yield not_searched((operator, "*"), {})
                 continue
-            workloads = workloads_of(machine, operator, seed)
-            for outcome in improve(workloads, timer, path, name, progress, budget, pool):
+            for outcome in improve(workloads, timer, path, name, progress, budget, ahead):
                 found[outcome.entry] = outcome.best
                 yield outcome
             if operator == "temporal_block":
@@ -567,7 +681,7 @@ def improve(
     name: str,
     progress: Progress,
     budget: Budget = ENDLESS,
-    pool: Executor | None = None,
+    ahead: Ahead | None = None,
 ) -> Iterator[Outcome]:
     """Search every entry that a timed workload asks for, and keep what is better in the file.
 
@@ -578,22 +692,28 @@ def improve(
         name: architecture that it is for.
         progress: shows how far it is.
         budget: of the whole search.
-        pool: of processes that compile; None: nothing is compiled before it is launched.
+        ahead: processes that compile; None: nothing is compiled before it is launched.
 
     Raises:
         WorkError: see `search`.
     """
     entries = sorted({entry for w in workloads if w.timed for entry in w.asked})
     for entry in progress.track(entries, "tune"):
-        if pool is not None:
-            judges = [w for w in workloads if entry in w.asked]
+        if ahead is not None:
+            judges = _each_form_first([w for w in workloads if entry in w.asked])
             launches = [w.launch for w in judges if w.launch is not None]
             tried = [{entry: settings} for settings in candidates(entry, judges[0].asked[entry])]
-            compile_ahead(launches, tried, name, pool, budget)
+            ahead.compile(launches, tried, name, budget)
         outcome = search(entry, workloads, timer, budget)
         if outcome.best != outcome.present:
             write_table(path, with_entry(load_table(path), entry, name, outcome.best))
         yield outcome
+
+
+def _each_form_first(workloads: Sequence[Workload]) -> list[Workload]:
+    """One of each form, then the others, which find most of it compiled."""
+    first = {workload.form: workload for workload in reversed(workloads)}
+    return sorted(workloads, key=lambda workload: workload is not first[workload.form])
 
 
 def with_entry(table: Table, entry: Entry, name: str, settings: Settings) -> Table:

@@ -378,12 +378,14 @@ def tune(
     route, times them at the best sizes of the profile, and writes what was fastest to the file from
     which `kinetiq export tensorrt` takes its defaults.
     """
-    from kinetiq.export.plugin_choice import write_record
+    from kinetiq.export.plugin_choice import read_table, write_record
     from kinetiq.export.plugin_tuning import tune_plugins
 
     kinds, bounds = _kinds(controls), _bounds(profiles)
     written = path or choice_file()
     check_target(written, "export tune")
+    if written.exists():  # a file of something else is said before the work
+        read_table(written)
     with progress_bars() as progress:
         progress("tuning", 0, 1)
         target, record = tune_plugins(

@@ -71,12 +71,12 @@ def build_engine(
     """
     package = load_tensorrt()
     target = find_gpu()
-    recorded = choose_by_record(target)
     check_target(path, "engine")
     model, metadata = read_source(network, controls, unusual=("reduced",), outputs=outputs)
     profile = make_profile(metadata, bounds or {})
     names = node_names(model)
-    operators = recorded.operators if plugins is None else check_operators(plugins)
+    # The record is read only where it is asked: a file that is being made need not be there yet.
+    operators = choose_by_record(target).operators if plugins is None else check_operators(plugins)
     ours = of_operators(choose_nodes(names, profile, plugins), operators)
     left_out = too_long(names, profile, operators)
     if ours and plugins is None and route is None and target not in ROUTES:
@@ -85,8 +85,9 @@ def build_engine(
         ours = set()
     for operator, why in left_out.items():
         _say(f"{operator} is left to its function body, in part or as a whole: {why}")
-    wanted = recorded.route if route is None else route
-    chosen = find_route(target, wanted) if ours or route is not None else None
+    chosen = None
+    if ours or route is not None:
+        chosen = find_route(target, choose_by_record(target).route if route is None else route)
 
     def configure(config: Any) -> None:
         if level is not None:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -39,6 +40,7 @@ _BOUNDS = {"rows": Bounds(1, 2, 16)}  # of a cached engine; clips of more go in 
 _OUTPUTS = ("prediction",)  # an engine computes all that it has at each step, and nobody reads more
 # As `kinetiq.files.replacing` and `kinetiq.export.network` name what they write before its turn.
 _TEMPORARY = re.compile(r"\.kinetiq-([0-9a-f]{16}\.tmp|[a-z0-9_]{8})")
+_ABANDONED = 3600.0  # seconds after which nobody is at work on a file that was not written to
 _Result = TypeVar("_Result")
 _LOG = logging.getLogger(__name__)
 
@@ -244,10 +246,12 @@ def _alone(path: Path) -> Iterator[None]:
 def _remove_leftovers(path: Path) -> None:
     """Remove what makers that were killed have left in the folder of a file whose lock is held.
 
-    Who makes a file there holds its lock from before it writes until after. So what was there
-    before no other lock was held is nobody's.
+    Who fills the cache holds a file's lock from before it writes until after. So what was there
+    before no other lock was held is nobody's, but for what a user lets be written there by name:
+    that has been written to a short while ago.
     """
     found = [one for one in path.parent.iterdir() if _TEMPORARY.fullmatch(one.name)]
+    found = [one for one in found if _is_old(one)]
     others = (lock for lock in path.parent.glob("*.lock") if lock.name != f"{path.name}.lock")
     if not found or any(_is_held(lock) for lock in others):
         return
@@ -258,6 +262,13 @@ def _remove_leftovers(path: Path) -> None:
         else:
             with contextlib.suppress(OSError):
                 one.unlink()
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > _ABANDONED
+    except OSError:  # its maker was done with it
+        return False
 
 
 def _is_held(path: Path) -> bool:

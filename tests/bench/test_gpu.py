@@ -1068,6 +1068,42 @@ def test_a_half_type_is_judged_by_all_errors_and_not_by_the_largest(monkeypatch)
         assert found["gpu.agreement.plain.bf16"].value == pytest.approx(size)
 
 
+def test_the_worst_clip_is_judged(monkeypatch):
+    """One of eight that is wrong, and seven that are better than they need be."""
+    exact = torch.full((8, 100), 4.0)
+    good = exact + torch.full((8, 100), 0.1)
+    wrong = exact.clone()
+    wrong[5] += 0.25
+    values = {"exact": exact, "good": good, "wrong": wrong}
+    monkeypatch.setattr(control_costs, "_latents", lambda subject, _: values[subject])
+    state = control_costs.Agreement(
+        {torch.float32: "exact", torch.bfloat16: "wrong"},
+        {torch.float32: "exact", torch.bfloat16: "good"},
+    )
+    assert control_costs.agree(state, name="plain")["gpu.agreement.disagreeing"].value == 1
+
+
+@pytest.mark.parametrize(("share", "untold"), [(0.9, 1), (1.1, 0)])
+def test_a_control_that_changes_less_than_a_half_type_errs_is_untold(monkeypatch, share, untold):
+    """It would pass if what makes it another control were forgotten in that type."""
+    eps = torch.finfo(torch.bfloat16).eps
+    plain = torch.full((1, 100), 4.0)
+    exact = {"plain": plain, "query": 1.5 * plain}
+    allowed = 2 * 0.05 + eps  # of the region's values
+    exact["query_region"] = exact["query"] / (1 - share * allowed)
+
+    def latents(subject, case):
+        return exact[case.name] * (1.05 if subject == "half" else 1.0)
+
+    monkeypatch.setattr(control_costs, "_latents", latents)
+    types = {torch.float32: "exact", torch.bfloat16: "half"}
+    state = control_costs.Agreement(types, types)
+    found = control_costs.agree(state, name="query_region")
+    assert found["gpu.agreement.untold"] == Figure(untold, n=1)
+    assert found["gpu.agreement.disagreeing"].value == 0
+    assert control_costs.agree(state, name="query")["gpu.agreement.untold"] == Figure(untold, n=2)
+
+
 def test_a_control_that_does_nothing_is_not_right(monkeypatch):
     idle = replace(control_costs.COMPARED["query"], controls=lambda _: None)
     monkeypatch.setitem(control_costs.COMPARED, "query", idle)
@@ -1327,7 +1363,7 @@ def test_targets_are_of_figures_that_parts_have():
     known = {f"gpu.{part}.failed" for part in ("kernels", "clips", "controls")}
     known |= {f"{selection.stem}.failed" for selection in device_tests.SELECTIONS}
     known |= {f"gpu.{case.name}" for case in control_costs.CASES}
-    known |= {f"gpu.agreement.{word}" for word in ("disagreeing", "not_compared")}
+    known |= {f"gpu.agreement.{word}" for word in ("disagreeing", "not_compared", "untold")}
     known |= {f"{selection.stem}.not_run" for selection in device_tests.SELECTIONS}
     known.add("gpu.animatediff.compiled.same_bits")
     for model in (models.ANIMATEDIFF, models.ZEROSCOPE):

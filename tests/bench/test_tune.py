@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import weakref
@@ -132,53 +133,176 @@ def test_what_there_is_no_time_for_stays_and_is_named(tmp_path):
 def test_an_operator_that_is_not_come_to_is_named(monkeypatch, tmp_path):
     now = [0.0]
 
-    def survey(_machine, operator, _seed):
+    def builds(_machine, operator, _seed):
+        build = functools.partial(print, Site(operator, 2, 9, 1, 8))
+        return [(element, build) for element in ("bf16", "bf16", "fp32")]
+
+    def survey(build):
         now[0] += 2.0
-        return [replace(workload(), asked={(operator, "*"): PRESENT})]
+        return "a", {(build.args[0].name, "*"): PRESENT}
 
     monkeypatch.setattr(tune, "Budget", lambda seconds: Budget(seconds, lambda: now[0]))
-    monkeypatch.setattr(tune, "workloads_of", survey)
+    monkeypatch.setattr(tune, "_builds", builds)
+    monkeypatch.setattr(tune, "_survey", survey)
     monkeypatch.setattr(tune, "compilers", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(tune, "Machine", lambda _: SimpleNamespace(time=lambda runs, **_: runs))
+    monkeypatch.setattr(tune, "describe_case", lambda _: ["operator", "site"])
     asked = ("guided_step", "motion_feature")
-    found = tune.tune("cuda", tmp_path / "x.json", asked, seed=0, progress=Progress(), seconds=1.0)
+    found = tune.tune("cuda", tmp_path / "x.json", asked, seed=0, progress=Progress(), seconds=3.0)
     assert [(outcome.entry, outcome.searched) for outcome in found] == [
         (("guided_step", "*"), False),
         (("motion_feature", "*"), False),
     ]
-    assert now == [2.0]
+    assert now == [4.0]  # two of three cases of the first operator were looked at, none after that
 
 
 class Pool(Executor):
-    """Takes what it is asked for, and does none of it, or is broken."""
+    """Takes what it is asked for, and answers at once; without an answer it does none of it."""
 
-    def __init__(self, *, broken=False):
-        self.asked, self.broken = [], broken
+    def __init__(self, *answers):
+        self.asked, self.futures, self.answers, self.down = [], [], list(answers), 0
 
     def submit(self, *asked):
-        if self.broken:
-            raise BrokenExecutor("one died")
         self.asked.append(asked)
-        return Future()
+        future = Future()
+        self.futures.append(future)
+        answer = self.answers.pop(0) if self.answers else None
+        if isinstance(answer, BrokenExecutor):
+            raise answer
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        elif answer is not None:
+            future.set_result(answer)
+        return future
+
+    def shutdown(self, *_, **__):
+        self.down += 1
 
 
 def test_all_candidates_are_compiled_before_the_search_for_all_that_ask(tmp_path):
-    judges = [replace(workload(name), launch=launch) for name, launch in (("a", min), ("b", max))]
-    other = replace(workload("c"), asked={("g", "x"): {}}, timed=False, launch=print)
-    pool, broken = Pool(), Pool(broken=True)
-    searching = functools.partial(
-        tune.improve, [*judges, other], timer({}), tmp_path / "x.json", "sm_90", Progress()
+    judges = [
+        replace(workload(name), launch=launch, form=form)
+        for name, launch, form in (("a", min, "x"), ("b", max, "x"), ("c", sum, "y"))
+    ]
+    other = replace(workload("d"), asked={("g", "x"): {}}, timed=False, launch=print)
+    pool = Pool(*[(1, "")] * 15)
+    ahead = tune.Ahead(pool)
+    (outcome,) = tune.improve(
+        [*judges, other],
+        *(timer({}), tmp_path / "x.json", "sm_90", Progress(), tune.ENDLESS, ahead),
     )
-    (outcome,) = searching(Budget(0.0, lambda: 0.0), pool)
-    assert not outcome.searched  # compiling may take all the time there is
+    assert outcome.searched and len(outcome.trials) == 5
     assert pool.asked == [
         (tune.compile_launch, launch, {ENTRY: settings}, "sm_90")
-        for launch in (min, max)  # the same candidate of another shape is then in the cache
+        for launch in (min, sum, max)  # of one form the second finds the first's in the cache
         for settings in candidates(ENTRY, PRESENT)
     ]
-    (outcome,) = searching(tune.ENDLESS, broken)
-    assert outcome.searched and len(outcome.trials) == 5
+    assert (ahead.ended, ahead.compiled, ahead.error) == (15, 15, "")
+
+
+def test_compiling_leaves_half_of_the_time_to_the_search(monkeypatch):
+    waited, now = [], [0.0]
+
+    def wait(waiting, seconds):
+        waited.append(seconds)
+        return SimpleNamespace(done=set())
+
+    monkeypatch.setattr(tune, "wait", wait)
+    ahead, budget = tune.Ahead(Pool()), Budget(60.0, lambda: now[0])
+    for now[0] in (0.0, 50.0, 60.0):
+        ahead.compile([min], [{}], "sm_90", budget)
+    ahead.compile([min], [{}], "sm_90", tune.ENDLESS)
+    assert waited == [30.0, 5.0, None]
+    assert all(future.cancelled() for future in ahead.pool.futures)
+    assert ahead.ended == 0  # nothing came to an end, which is no reason to give up
+
+
+def test_what_cannot_be_compiled_ahead_is_said_once(capsys):
+    pool = Pool((2, ""), (1, "PTXASError: no room"), RuntimeError("first\nsecond"), (1, ""))
+    ahead = tune.Ahead(pool)
+    for launches in ([min, max, sum], [print]):
+        ahead.compile(launches, [{}], "sm_90", tune.ENDLESS)
+    assert capsys.readouterr().err == "" and pool.down == 0
+    for _ in range(2):
+        ahead.close()
+    said = "bench tune: 2 of 4 launches compiled ahead; first error: PTXASError: no room\n"
+    assert capsys.readouterr().err == said and pool.down == 1
+    tune.Ahead(Pool()).close()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ([(1, ""), (0, "E: a"), RuntimeError("b"), (1, "")], "1 of 3 {}: E: a"),
+        ([(1, ""), RuntimeError("b"), (0, "E: a"), (1, "")], "1 of 3 {}: RuntimeError: b"),
+        ([(1, ""), BrokenExecutor("one died")], "1 of 2 {}: BrokenExecutor: one died"),
+    ],
+)
+def test_processes_of_no_use_are_given_up(capsys, answers, said):
+    pool = Pool(*answers)
+    ahead = tune.Ahead(pool)
+    ahead.compile([min], [{}], "sm_90", tune.ENDLESS)
+    assert pool.down == 0
+    for _ in range(2):
+        ahead.compile([max, sum], [{}], "sm_90", tune.ENDLESS)
+    assert pool.down == 1 and ahead.pool is None and len(pool.asked) == min(3, len(answers))
+    words = said.format("launches compiled ahead; first error")
+    assert capsys.readouterr().err == f"bench tune: {words}\n"
+
+
+def test_cases_of_one_form_differ_in_positions_alone(monkeypatch):
+    monkeypatch.setattr(tune, "_survey", lambda _: ("a", {}))
+    forms = [one.form for one in tune.workloads_of(Machine("cpu"), "query_attention")]
+    kinds = [
+        (element, replace(build.args[0], name="", tokens=0), *sorted(build.keywords.items()))
+        for element, build in tune._builds(Machine("cpu"), "query_attention", 0)
+    ]
+    pairs = set(zip(forms, kinds, strict=True))
+    assert len(set(forms)) == len(set(kinds)) == len(pairs) < len(kinds)
+
+
+ENDING = """
+import os, sys, time, torch
+from kinetiq.bench import tune
+
+torch.cuda.mem_get_info = lambda _: (2 * tune._ROOM, 0)
+tune._cores = lambda: 2
+with tune.compilers("cuda") as ahead:
+    ahead.pool.submit(os.write, 1, b"of a compiler").result()
+    for _ in range(8):
+        ahead.pool.submit(time.sleep, 3600)
+    print("begun", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals and groups of processes")
+@pytest.mark.parametrize("way", ["done", "interrupted", "terminated", "killed"])
+def test_no_process_that_compiles_outlives_the_search(way):
+    """Busy ones: who has them all holds the pipes open, which therefore must come to their end."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", ENDING],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout.readline() == "begun\n"
+        numbers = {"interrupted": signal.SIGINT, "terminated": signal.SIGTERM}
+        if way == "done":
+            process.stdin.write("\n")
+        else:
+            process.send_signal(numbers.get(way, signal.SIGKILL))
+        out, err = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # what is to be: none of them is there
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode == 0) == (way == "done"), err
+    assert not out and "of a compiler" in err
 
 
 @pytest.mark.parametrize("operator", tune.OPERATORS)
@@ -209,7 +333,7 @@ case = next(c for c in find_cases() if c.operator == "guided_step" and c.forward
 launch = functools.partial(case.launch, torch.float16)
 blocks = [{("guided_step", "forward"): {"BLOCK": b, "num_warps": 4}} for b in (512, 2048, 4096)]
 for chosen in blocks[:2]:
-    print(tune.compile_launch(launch, chosen, "sm_90"), compiled())
+    print(*tune.compile_launch(launch, chosen, "sm_90"), compiled())
 run = JITFunction.run
 JITFunction.run = lambda *given, grid, warmup, **more: run(*given, grid=grid, warmup=True, **more)
 triton.runtime.driver.set_active(Driver())
@@ -229,15 +353,21 @@ for chosen in blocks:
     assert done.stdout.split() == [*("1", "1"), *("1", "2"), *("2", "2", "3")]
 
 
+@pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize(
     ("memory", "cores", "count"), [(139, 16, 16), (139, 4, 4), (24, 16, 3), (12, 16, 0)]
 )
-def test_as_many_compile_as_the_gpu_has_room_for(monkeypatch, memory, cores, count):
-    properties = SimpleNamespace(total_memory=memory * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    with tune.compilers("cuda") as pool:
-        assert (pool._max_workers if pool else 0) == count
+def test_as_many_compile_as_the_gpu_has_room_for(monkeypatch, memory, cores, count, limited):
+    """By the memory that is free there, and the cores that are ours where the system tells."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (memory * 2**30, 2**40))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64 if limited else cores)
+    if limited:
+        ours = lambda _: set(range(cores))
+        monkeypatch.setattr(os, "sched_getaffinity", ours, raising=False)
+    else:
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    with tune.compilers("cuda") as ahead:
+        assert (ahead.pool._max_workers if ahead else 0) == count
 
 
 class Launch(torch.autograd.Function):
@@ -621,6 +751,53 @@ def test_without_a_gpu_it_says_so(tmp_path):
         list(ask("cpu", tmp_path / "launch.json", ()))
     with pytest.raises(RequestError, match=r"must be among frame_attention, .* got g"):
         list(ask("cpu", tmp_path / "launch.json", ("g",)))
+
+
+@pytest.mark.parametrize("seconds", [math.nan, 0.0, -1.0])
+def test_a_time_that_is_none_is_refused(tmp_path, seconds):
+    found = tune.tune("cuda", tmp_path / "x.json", (), seed=0, progress=Progress(), seconds=seconds)
+    with pytest.raises(RequestError, match=r"bench tune: seconds must be above 0, got (nan|-?\d)"):
+        next(found)
+
+
+def test_the_command_refuses_a_time_that_is_no_number():
+    result = CliRunner().invoke(command.bench, ["tune", "--device", "cpu", "--seconds", "nan"])
+    assert result.exit_code == 2 and "seconds must be above 0, got nan" in result.stderr
+
+
+def test_a_file_that_is_none_is_refused_before_the_work(monkeypatch, tmp_path):
+    begun = []
+    monkeypatch.setattr(torch.cuda, "device", begun.append)
+    path = tmp_path / "launch.json"
+    path.write_text("[]")
+    with pytest.raises(InputError, match=r"launch\.json: must be a launch file"):
+        next(tune.tune("cuda", path, (), seed=0, progress=Progress()))
+    assert not begun and path.read_text() == "[]"
+
+
+def test_the_command_ends_the_search_that_is_interrupted(monkeypatch):
+    ended = []
+
+    def tuned(*_, **__):
+        try:
+            print("ptxas fatal")  # a compiler, which must not spoil the answers
+            yield search(ENTRY, [workload()], timer({}))
+        finally:
+            ended.append(True)
+
+    def echo(*_, **__):
+        assert not ended
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "tune", tuned)
+    result = CliRunner().invoke(command.bench, ["tune", "--device", "cpu", "--json"])
+    assert json.loads(result.stdout)["outcomes"] and "ptxas fatal" in result.stderr
+    ended.clear()
+    held = []  # so that the generator is not ended because nobody has it any more
+    monkeypatch.setattr(tune, "tune", lambda *a, **k: held.append(tuned(*a, **k)) or held[-1])
+    monkeypatch.setattr(tune, "describe", echo)
+    result = CliRunner().invoke(command.bench, ["tune", "--device", "cpu"])
+    assert result.exit_code == 130 and ended == [True]
 
 
 def test_the_command(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shutil
 import sys
@@ -53,6 +54,7 @@ from kinetiq.export.plugin_choice import PluginChoice  # noqa: E402
 from kinetiq.export.specialisation import keep_controls  # noqa: E402
 from kinetiq.export.specialising_denoiser import explained  # noqa: E402
 from kinetiq.families import SiteKind  # noqa: E402
+from kinetiq.files import replacing  # noqa: E402
 from kinetiq.generation import is_out_of_memory  # noqa: E402
 from kinetiq.motion_embedding import site_size  # noqa: E402
 from kinetiq.motion_file import MotionInfo  # noqa: E402
@@ -228,6 +230,8 @@ def lose(cache):
     folder.mkdir(parents=True)
     for one in (file, folder / "net.onnx", cache / ".kinetiq-mine.tmp", cache / "net.onnx"):
         one.write_bytes(b"bytes")
+    for one in (file, folder, cache / ".kinetiq-mine.tmp", cache / "net.onnx"):
+        os.utime(one, (0, 0))
     return file, folder
 
 
@@ -236,6 +240,16 @@ def test_what_a_kill_leaves_is_removed_and_nothing_else(cache):
     loading._use_kept(path, path.touch, lambda _: None)
     assert not any(one.exists() for one in lost)
     assert {one.name for one in cache.iterdir()} >= {".kinetiq-mine.tmp", "net.onnx", "a.onnx"}
+
+
+def test_what_was_just_written_to_is_not_removed(cache):
+    """It may be of an export that a user lets be written there by name."""
+    path = cache / "a.onnx"
+    cache.mkdir(parents=True)
+    with replacing(cache / "mine.onnx") as temporary:
+        temporary.write_bytes(b"bytes")
+        loading._use_kept(path, path.touch, lambda _: None)
+    assert (cache / "mine.onnx").read_bytes() == b"bytes"
 
 
 def test_what_may_be_in_use_is_not_removed(cache):

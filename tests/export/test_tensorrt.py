@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import enum
+import functools
 import sys
 import types
 from dataclasses import replace
@@ -23,6 +24,7 @@ from kinetiq.control_tensors import (
 )
 from kinetiq.errors import (
     CheckpointError,
+    InputError,
     KinetiqWarning,
     MissingDependencyError,
     RequestError,
@@ -71,6 +73,38 @@ def test_all_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("tensorrt"))
     with pytest.raises(MissingDependencyError, match=r"export: needs an NVIDIA GPU"):
         engine_tensorrt.build_engine(network, tmp_path / "net.engine")
+
+
+class ReachedError(Exception):
+    """The builder was."""
+
+
+@pytest.mark.parametrize("route", [None, "portable"])
+def test_the_record_of_this_gpu_is_read_only_where_it_is_asked(tmp_path, monkeypatch, route):
+    """`export tune` builds with and without plugins to make the file that is named."""
+    monkeypatch.setenv("KINETIQ_PLUGINS", str(tmp_path / "new.json"))
+
+    def reach(*_, **__):
+        raise ReachedError
+
+    for name, stub in (
+        ("load_tensorrt", lambda: None),
+        ("find_gpu", lambda: "sm_90"),
+        ("read_source", lambda *_, **__: (None, None)),
+        ("make_profile", lambda *_: None),
+        ("node_names", lambda _: set()),
+        ("choose_nodes", lambda *_: set()),
+        ("too_long", lambda *_: {}),
+        ("find_route", lambda *_: None),
+        ("leave_to_functions", lambda *_: None),
+        ("build_plan", reach),
+    ):
+        monkeypatch.setattr(engine_tensorrt, name, stub)
+    build = functools.partial(engine_tensorrt.build_engine, "net.onnx", tmp_path / "net.engine")
+    with pytest.raises(ReachedError):
+        build(plugins=(), route=route)
+    with pytest.raises(InputError, match=r"new\.json"):
+        build(route=route)
 
 
 def frames_up_to(most):
