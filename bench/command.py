@@ -136,6 +136,8 @@ def _bench_command(registry: Registry, name: str) -> click.Command:
         bench = registry.load(name)
         if part and merge:
             raise RequestError(f"bench {name}: --merge must come without --part, got both")
+        if seconds is not None and math.isnan(seconds):  # which click takes for a number above 1
+            raise RequestError(f"bench {name}: --seconds must be a number, got nan")
         options = BenchOptions(quick, seed, choose_device(device), out, seconds=seconds)
         folder = _results_folder(results, record=record)
         targets = load_targets()
