@@ -179,7 +179,9 @@ COMPARED: dict[str, Case] = {
     "embedding_with_lora": Case("embedding_with_lora", _embedding_with_lora),
     "lora": Case("lora", _lora),
     "lora_with_highway": Case("lora_with_highway", _lora_with_highway),
-    "different_motions": Case("different_motions", _different_motions, MOTIONS),
+    "different_motions": Case(
+        "different_motions", lambda s: [2.0 * one for one in _different_motions(s)], MOTIONS
+    ),
     "moft": Case("moft", _moft),
     "moft_own_keys": Case("moft_own_keys", functools.partial(_moft, shared_keys_values=False)),
     "moft_region": Case(

@@ -207,12 +207,12 @@ class _Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         """Answer a request that comes in time, however slowly each of its bytes does."""
         late = threading.Timer(self.timeout, self._stop_reading)
-        late.daemon = True
         late.start()
         try:
             super().handle()
         finally:
             late.cancel()
+            late.join()  # no thread is left to an interpreter that ends
 
     def do_GET(self) -> None:
         """Answer /health."""

@@ -264,9 +264,11 @@ def test_cases_of_one_form_differ_in_positions_alone(monkeypatch):
 
 
 ENDING = """
-import os, sys, time, torch
+import os, signal, sys, time, torch
 from kinetiq.bench import tune
 
+# As from a terminal: what a script starts in the background ignores SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.cuda.mem_get_info = lambda _: (2 * tune._ROOM, 0)
 tune._cores = lambda: 2
 with tune.compilers("cuda") as ahead:
