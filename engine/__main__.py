@@ -22,6 +22,7 @@ from kinetiq.options import (
     fit_option,
     fps_option,
     json_option,
+    max_clips_option,
     model_options,
     motion_training_options,
     motions_option,
@@ -196,13 +197,7 @@ def generate(out: Path, as_json: bool, model: str, **said: Any) -> None:
 @main.command()
 @click.argument("manifest", type=PATH)
 @click.option("--out", required=True, type=PATH, help="Folder for the clips and the log.")
-@click.option(
-    "--max-clips",
-    type=click.IntRange(1, 1024),
-    default=8,
-    show_default=True,
-    help="Clips that the network sees at a time.",
-)
+@max_clips_option
 @click.option(
     "--part",
     default="1/1",
@@ -289,13 +284,7 @@ def batch(
     help="Port to listen at; 0: one that is free.",
 )
 @click.option("--files", type=PATH, help="Folder whose files requests may name; none without.")
-@click.option(
-    "--max-clips",
-    type=click.IntRange(1, 1024),
-    default=8,
-    show_default=True,
-    help="Clips that the network sees at a time.",
-)
+@max_clips_option
 @click.option(
     "--most-waiting",
     type=click.IntRange(1, 100_000),

@@ -78,6 +78,13 @@ until_option = click.option(
 )
 beta_option = click.option("--beta", type=float, help="Strength of the --highway; 1.1 by default.")
 fps_option = click.option("--fps", type=float, help="Frames a second.")
+max_clips_option = click.option(
+    "--max-clips",
+    type=click.IntRange(1, 1024),
+    default=8,
+    show_default=True,
+    help="Clips that the network sees at a time.",
+)
 
 
 def size_options(frames: str, size: str) -> Callable[[_Function], _Function]:

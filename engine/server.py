@@ -216,19 +216,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer /health."""
-        if not self._is_asked_for():
-            return
-        if self.path != "/health":
-            self._refuse(HTTPStatus.NOT_FOUND, "must be POST /clips or GET /health")
-            return
-        self._say(HTTPStatus.OK, self.server.service.describe())
+        if self._is_asked_for("/health"):
+            self._say(HTTPStatus.OK, self.server.service.describe())
 
     def do_POST(self) -> None:
         """Answer /clips."""
-        if not self._is_asked_for():
-            return
-        if self.path != "/clips":
-            self._refuse(HTTPStatus.NOT_FOUND, "must be POST /clips or GET /health")
+        if not self._is_asked_for("/clips"):
             return
         # Which pages of browsers cannot send to other sites without asking.
         if self.headers.get_content_type() != "application/json":
@@ -267,16 +260,23 @@ class _Handler(BaseHTTPRequestHandler):
         status = HTTPStatus(code)
         self._refuse(status, message or explain or status.phrase)
 
-    def _is_asked_for(self) -> bool:
-        """Whether it is us whom a browser was sent to, and not another name for our address."""
+    def _is_asked_for(self, path: str) -> bool:
+        """Whether this is asked for, of us and not of another name for our address; else refuse.
+
+        By such a name a page of another site would count as one of ours in its browser.
+        """
         name = self.headers.get("Host", "").rpartition(":")
         host = name[0] if name[1] and name[2].isdecimal() else name[2]
-        if not self.server.is_private or host in _NAMES:
+        if self.server.is_private and host not in _NAMES:
+            self._refuse(
+                HTTPStatus.MISDIRECTED_REQUEST,
+                f"Host must be one of {', '.join(_NAMES)}, got {host!r}; a proxy must send such a "
+                "one",
+            )
+        elif self.path != path:
+            self._refuse(HTTPStatus.NOT_FOUND, "must be POST /clips or GET /health")
+        else:
             return True
-        self._refuse(
-            HTTPStatus.MISDIRECTED_REQUEST,
-            f"Host must be one of {', '.join(_NAMES)}, got {host!r}; a proxy must send such a one",
-        )
         return False
 
     def _stop_reading(self) -> None:
